@@ -1,0 +1,255 @@
+"""Every op of the table in plain torch: the readable specification, the fallback, the oracle of the tests.
+
+Arguments and results are those of `ops.py`. Selection goes tensor by tensor, so nothing larger than a
+few temporaries of the largest tensor is alive at once.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .entries import Entries, sort_keys
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the arithmetic: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+# --- score -----------------------------------------------------------------------------------------
+
+
+def d3_score(param: Tensor, grad: Tensor, eps: float, exp: float) -> Tensor:
+    wide = wide_dtype(param.dtype)
+    g = grad.to(wide).abs()
+    score = g if exp == 0 else _divide(g, param.to(wide).abs() + eps, exp)
+    tiny = torch.finfo(wide).tiny
+    return torch.where((g < tiny) | (score < tiny), torch.zeros_like(score), score).contiguous()
+
+
+def _divide(g: Tensor, d: Tensor, exp: float) -> Tensor:
+    """|g| / d^exp with every operation rounded once (spec 1.1)."""
+    special = {
+        0.5: lambda: g / _sqrt(d),
+        1.0: lambda: g / d,
+        2.0: lambda: g / (d * d),
+        -0.5: lambda: g * _sqrt(d),
+        -1.0: lambda: g * d,
+        -2.0: lambda: g * (d * d),
+    }
+    if exp in special:
+        return special[exp]()
+    return (g.double() / d.double().pow(exp)).to(g.dtype)
+
+
+def _sqrt(x: Tensor) -> Tensor:
+    """The IEEE root. torch's own on CPU may be a vector library's, which misses the last bit of some float32."""
+    if x.device.type != "cpu":
+        return x.sqrt()
+    return torch.from_numpy(np.sqrt(x.detach().reshape(-1).numpy())).reshape(x.shape)
+
+
+def _order_key(score: Tensor) -> Tensor:
+    """The score's bits as an integer, which order as the score does; 0 where it can not be selected."""
+    integer, lowest, infinite = (
+        (torch.int64, 1 << 52, 0x7FF << 52)
+        if score.dtype == torch.float64
+        else (torch.int32, 1 << 23, 0xFF << 23)
+    )
+    bits = score.contiguous().view(integer)
+    return torch.where((bits >= lowest) & (bits < infinite), bits, torch.zeros_like(bits))
+
+
+# --- selection -------------------------------------------------------------------------------------
+
+
+def select_topk(params, grads, offsets, indices, k, eps, exp):
+    def score(j):
+        return None if grads[j] is None else d3_score(params[j], grads[j], eps, exp)
+
+    dtype = wide_dtype(params[0].dtype) if params else torch.float32
+    return _select(score, len(params), Entries(offsets, indices), k, dtype)
+
+
+def select_topk_by_score(scores, offsets, indices, k):
+    dtype = next((s.dtype for s in scores if s is not None), torch.float32)
+    return _select(scores.__getitem__, len(scores), Entries(offsets, indices), k, dtype)
+
+
+def _select(score_of, n_tensors: int, active: Entries, k: int, dtype: torch.dtype):
+    device = active.offsets.device
+    integer = torch.int64 if dtype == torch.float64 else torch.int32
+    keys = torch.empty(0, dtype=integer, device=device)  # of the best k so far, in entry order
+    index = torch.empty(0, dtype=torch.int64, device=device)
+    owner = torch.empty(0, dtype=torch.int64, device=device)
+    for j, taken in enumerate(active.lists() if k else []):
+        score = score_of(j)
+        if score is None or score.numel() == 0:
+            continue
+        key = _order_key(score).reshape(-1)
+        key[taken.to(torch.int64)] = 0
+        here = _best(key, k)
+        keys, index = torch.cat([keys, key[here]]), torch.cat([index, here])
+        owner = torch.cat([owner, torch.full_like(here, j)])
+        kept = _best(keys, k)
+        keys, index, owner = keys[kept], index[kept], owner[kept]
+    edges = torch.arange(n_tensors + 1, device=device)
+    return torch.searchsorted(owner, edges), _padded(index.to(torch.int32), k), _padded(keys.view(dtype), k)
+
+
+def _best(keys: Tensor, k: int) -> Tensor:
+    """Ascending positions of the k largest keys above 0; ties go to the lowest position."""
+    k = min(k, keys.numel())
+    if k == 0:
+        return torch.empty(0, dtype=torch.int64, device=keys.device)
+    threshold = keys.topk(k).values[-1].clamp(min=1)
+    above = (keys > threshold).nonzero().flatten()
+    equal = (keys == threshold).nonzero().flatten()[: k - above.numel()]
+    return torch.cat([above, equal]).sort().values
+
+
+def _padded(values: Tensor, length: int) -> Tensor:
+    out = values.new_zeros(length)
+    out[: values.numel()] = values
+    return out
+
+
+# --- sets of entries -------------------------------------------------------------------------------
+
+
+def union(a_offsets, a_indices, b_offsets, b_indices):
+    a, b = Entries(a_offsets, a_indices), Entries(b_offsets, b_indices)
+    n_a, n_b = a_indices.numel(), b_indices.numel()
+    both = torch.cat([sort_keys(a, n_a), sort_keys(b, n_b)])
+    merged, position = torch.unique(both, sorted=True, return_inverse=True)
+    edges = torch.arange(a_offsets.numel(), device=a_offsets.device) << 32
+    offsets = torch.searchsorted(merged, edges)
+    indices = _padded((merged & 0xFFFFFFFF).to(torch.int32), n_a + n_b)
+    return offsets, indices, position[:n_a].clone(), position[n_a:].clone()
+
+
+def join_(arrays, offsets, b_offsets, b_indices):
+    n, n_new = int(offsets[-1]), int(b_offsets[-1])
+    held, new = Entries(offsets, arrays[0]), Entries(b_offsets, b_indices)
+    position = torch.searchsorted(sort_keys(held, n), sort_keys(new, n_new))
+    position += torch.arange(n_new, device=position.device)
+    stays = torch.ones(n + n_new, dtype=torch.bool, device=position.device)
+    stays[position] = False
+    for array in arrays:
+        old = array[:n].clone()
+        array[: n + n_new].zero_()
+        array[: n + n_new][stays] = old
+    arrays[0][position] = b_indices[:n_new]
+    offsets.add_(b_offsets)
+    return _padded(position, b_indices.numel())
+
+
+def gather(tensors, offsets, indices):
+    parts = [_read(t, i) for t, i in zip(tensors, Entries(offsets, indices).lists(), strict=True)]
+    return torch.cat(parts) if parts else torch.empty(0, device=indices.device)
+
+
+def scatter_(tensors, offsets, indices, values):
+    bounds = offsets.tolist()
+    for j, t in enumerate(tensors):
+        _write(t, indices[bounds[j] : bounds[j + 1]], values[bounds[j] : bounds[j + 1]])
+
+
+def squared_norm(tensors, offsets, indices):
+    block = 4096  # fixed blocks, so that the sum does not depend on how many threads share it
+    lists = Entries(offsets, indices).lists()
+    parts = [_read(t, i).double() for t, i in zip(tensors, lists, strict=True) if t is not None]
+    values = torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64, device=indices.device)
+    blocks = _padded(values, -(-values.numel() // block) * block).view(-1, block)
+    return (blocks * blocks).sum(1).cumsum(0)[-1] if len(blocks) else values.sum()
+
+
+def _read(tensor: Tensor, index: Tensor) -> Tensor:
+    index = index.to(torch.int64)
+    if tensor.is_contiguous():
+        return tensor.view(-1)[index]
+    return tensor[torch.unravel_index(index, tensor.shape)]
+
+
+def _write(tensor: Tensor, index: Tensor, values: Tensor) -> None:
+    index = index.to(torch.int64)
+    if tensor.is_contiguous():
+        tensor.view(-1)[index] = values
+    else:
+        tensor[torch.unravel_index(index, tensor.shape)] = values
+
+
+# --- update ----------------------------------------------------------------------------------------
+
+
+def adamw_(params, grads, offsets, indices, exp_avg, exp_avg_sq, master, age, step, *rest):
+    rows = Entries(offsets, indices).lists()
+    values = [
+        None if g is None else _read(g, i).to(wide_dtype(p.dtype))
+        for p, g, i in zip(params, grads, rows, strict=True)
+    ]
+    _adamw(params, values, offsets, indices, exp_avg, exp_avg_sq, master, age, step, *rest)
+
+
+def adamw_compact_(params, values, offsets, indices, exp_avg, exp_avg_sq, master, age, step, *rest):
+    bounds = offsets.tolist()
+    wide = [values[bounds[j] : bounds[j + 1]].to(wide_dtype(p.dtype)) for j, p in enumerate(params)]
+    _adamw(params, wide, offsets, indices, exp_avg, exp_avg_sq, master, age, step, *rest)
+
+
+def _adamw(
+    params, values, offsets, indices, exp_avg, exp_avg_sq, master, age, step,
+    lr, beta1, beta2, eps, weight_decay, maximize, grad_scale, found_inf, clip,
+):  # fmt: skip
+    if found_inf is not None and found_inf.item() != 0:
+        return
+    bounds, steps = offsets.tolist(), step.tolist()
+    for j, (param, g) in enumerate(zip(params, values, strict=True)):
+        here = slice(bounds[j], bounds[j + 1])
+        if g is None or here.start == here.stop:
+            continue
+        if grad_scale is not None:
+            g = g / grad_scale.to(g.dtype)
+        if clip is not None:
+            g = g * clip.to(g.dtype)
+        if maximize:
+            g = -g
+        w = _weight(param, indices[here], None if master is None else master[here])
+        w = w * (1 - lr * weight_decay)
+        m, v = exp_avg[here], exp_avg_sq[here]
+        m.copy_(m + (g - m) * (1 - beta1))
+        v.copy_(v * beta2 + (g * (1 - beta2)) * g)
+        if age is not None:
+            age[here] += 1
+        step_size, root = _bias_corrections(steps[j] if age is None else age[here], lr, beta1, beta2, w)
+        w = w - (step_size * m) / (_sqrt(v) / root + eps)
+        _write(param, indices[here], w.to(param.dtype))
+        if master is not None and param.dtype in (torch.bfloat16, torch.float16):
+            master[here] = w
+
+
+def _weight(param: Tensor, index: Tensor, master: Tensor | None) -> Tensor:
+    """The weight to update: the master, unless the parameter no longer is its rounding (spec 1.3)."""
+    stored = _read(param, index)
+    w = stored.to(wide_dtype(param.dtype))
+    if master is None or param.dtype not in (torch.bfloat16, torch.float16):
+        return w
+    rounded = master.to(param.dtype)
+    same = (rounded == stored) | (rounded.isnan() & stored.isnan())
+    return torch.where(same, master, w)
+
+
+def _bias_corrections(steps: int | Tensor, lr: float, beta1: float, beta2: float, like: Tensor):
+    """lr / (1 - beta1^s) and sqrt(1 - beta2^s): in float64, rounded once to the dtype of `like`."""
+    if isinstance(steps, int):
+        pair = lr / (1 - beta1**steps), math.sqrt(1 - beta2**steps)
+        return tuple(torch.tensor(x, dtype=like.dtype, device=like.device) for x in pair)
+    # Python's pow is the C library's, as in the C++ kernels; torch's vectorised one differs by an ulp.
+    distinct, which = steps.unique(return_inverse=True)
+    pairs = [(lr / (1 - beta1**s), math.sqrt(1 - beta2**s)) for s in distinct.tolist()]
+    table = torch.tensor(pairs, dtype=torch.float64, device=like.device).reshape(-1, 2).to(like.dtype)
+    return table[which, 0], table[which, 1]

@@ -1,0 +1,66 @@
+"""Entries and values as torch's own sparse COO tensors, one per parameter, and back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import checks
+from .entries import Entries
+
+
+@torch.no_grad()
+def to_sparse_coo(
+    entries: Entries, values: Tensor, shapes: Sequence[torch.Size | tuple[int, ...]]
+) -> list[Tensor]:
+    """One coalesced sparse COO tensor per shape, holding `values` [n] at `entries`.
+
+    Mutates nothing; synchronises on a GPU. Raises ValueError if entries or values do not fit the shapes.
+    """
+    device = entries.offsets.device
+    checks.entries("entries", entries, [math.prod(shape) for shape in shapes], device)
+    checks.vector("values", values, values.dtype, int(entries.offsets[-1]), device)
+    bounds = entries.offsets.tolist()
+    tensors = []
+    for j, (index, shape) in enumerate(zip(entries.lists(), shapes, strict=True)):
+        where = index.to(torch.int64)
+        coordinates = (
+            torch.stack(torch.unravel_index(where, tuple(shape)))
+            if len(shape)
+            else where.new_empty(0, where.numel())
+        )
+        here = values[bounds[j] : bounds[j + 1]]
+        tensors.append(
+            torch.sparse_coo_tensor(coordinates, here, tuple(shape), is_coalesced=True, check_invariants=True)
+        )
+    return tensors
+
+
+@torch.no_grad()
+def from_sparse_coo(tensors: Sequence[Tensor]) -> tuple[Entries, Tensor]:
+    """(Entries, values [n]) of sparse COO tensors (coalesced here if they are not), all of one dtype.
+
+    Mutates nothing; synchronises on a GPU. Raises ValueError for other layouts and for tensors with dense
+    dimensions, whose elements are not entries.
+    """
+    rows, values = [], []
+    for j, t in enumerate(tensors):
+        if t.layout != torch.sparse_coo or t.dense_dim() != 0:
+            raise ValueError(
+                f"tensors[{j}]: expected sparse COO without dense dimensions, got {t.layout} with "
+                f"{t.dense_dim() if t.layout == torch.sparse_coo else 'no'} dense dimensions"
+            )
+        if t.dtype != tensors[0].dtype:
+            raise ValueError(f"tensors[{j}]: expected {tensors[0].dtype} as tensors[0], got {t.dtype}")
+        t = t.coalesce()
+        coordinates, flat = t.indices(), torch.zeros(t._nnz(), dtype=torch.int64, device=t.device)
+        for axis, size in enumerate(t.shape):
+            flat = flat * size + coordinates[axis]
+        rows.append(flat)
+        values.append(t.values())
+    if not tensors:
+        raise ValueError("tensors: expected at least one tensor, got none")
+    return Entries.from_lists(rows, tensors[0].device), torch.cat(values)
