@@ -1,0 +1,6 @@
+"""Selective fine-tuning by step-by-step unmasking (ID3), at the cost of one read of weights and gradients."""
+
+from .heuristics import D3, Bias, Fisher, Magnitude, Random, fisher_scores
+from .optimizer import ID3AdamW
+
+__all__ = ["D3", "Bias", "Fisher", "ID3AdamW", "Magnitude", "Random", "fisher_scores"]

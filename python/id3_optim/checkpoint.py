@@ -1,0 +1,134 @@
+"""state_dict and back: the flat state cut into torch's per-parameter shape, and checked before it is taken."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from . import schedules
+
+if TYPE_CHECKING:
+    from .optimizer import ID3AdamW
+
+_MUST_AGREE = ("total_steps", "strategy", "heuristic", "schedule", "bias_correction", "keep_originals")
+
+
+def state_dict(optimizer: ID3AdamW, torch_state_dict: Callable[[], dict]) -> dict[str, Any]:
+    """torch's own state_dict, with the sparse state lent to `optimizer.state` while torch packs it."""
+    sparse = {p: shard.cut(j) for shard in optimizer._shards for j, p in enumerate(shard.params)}
+    optimizer.state.update(sparse)
+    try:
+        packed = torch_state_dict()
+    finally:
+        for p in sparse:
+            del optimizer.state[p]
+    packed["param_groups"][0]["id3"] = optimizer.settings()
+    return packed
+
+
+def load_state_dict(
+    optimizer: ID3AdamW, state: dict[str, Any], strict: bool, torch_load_state_dict: Callable[[dict], None]
+) -> None:
+    """Checks the whole state, then takes it.
+
+    torch's own loader casts state to the parameter's dtype (int32 1234567 becomes 1236992 as bfloat16), so
+    it sees the dense groups' state alone.
+    """
+    saved = state["param_groups"][0].get("id3")
+    if saved is None:
+        raise ValueError(
+            "state_dict: expected a state saved by ID3AdamW (param_groups[0]['id3']), found none"
+        )
+    _check_groups(optimizer, state)
+    if strict:
+        _check_settings(optimizer, saved)
+    begun = saved["n_entries"] is not None
+    sparse = _sparse_states(optimizer, state) if begun else {}
+    dense = {i: s for i, s in state["state"].items() if i not in sparse}
+    groups = [{k: v for k, v in g.items() if k != "id3"} for g in state["param_groups"]]
+    torch_load_state_dict({**state, "state": dense, "param_groups": groups})
+    optimizer.steps_done = saved["step"]
+    optimizer.total_steps = (
+        optimizer.total_steps if optimizer.total_steps is not None else saved["total_steps"]
+    )
+    optimizer._targets = []
+    if not begun:
+        optimizer.budget, optimizer.n_entries, optimizer._shards = saved["budget"], None, []
+    else:
+        optimizer._begin()
+        for shard in optimizer._shards:
+            shard.load([sparse[position] for position in shard.positions])
+
+
+def _check_settings(optimizer: ID3AdamW, saved: dict[str, Any]) -> None:
+    own = optimizer.settings()
+    for key in _MUST_AGREE:
+        unset = key == "total_steps" and None in (own[key], saved[key])
+        if own[key] != saved[key] and not unset:
+            raise ValueError(f"{key}: the optimizer has {own[key]}, the saved state has {saved[key]}")
+    budget = own["budget"]
+    if saved["n_entries"] is not None and own["n_entries"] is None:
+        budget = schedules.resolve_budget(budget, saved["n_entries"])
+    if budget != saved["budget"]:
+        raise ValueError(f"budget: the optimizer has {budget}, the saved state has {saved['budget']}")
+
+
+def _check_groups(optimizer: ID3AdamW, state: dict[str, Any]) -> None:
+    own, saved = optimizer.param_groups, state["param_groups"]
+    if len(own) != len(saved):
+        raise ValueError(f"param_groups: the optimizer has {len(own)}, the saved state has {len(saved)}")
+    for i, (ours, theirs) in enumerate(zip(own, saved, strict=True)):
+        if len(ours["params"]) != len(theirs["params"]):
+            raise ValueError(
+                f"param_groups[{i}]: the optimizer has {len(ours['params'])} parameters, "
+                f"the saved state has {len(theirs['params'])}"
+            )
+        if ours["dense"] != theirs["dense"]:
+            raise ValueError(
+                f"param_groups[{i}]: dense: the optimizer has {ours['dense']}, the saved state has {theirs['dense']}"
+            )
+        for name, other in zip(ours.get("param_names", []), theirs.get("param_names", []), strict=False):
+            if name != other:
+                raise ValueError(
+                    f"param_groups[{i}]: the optimizer has {name!r} where the saved state has {other!r}"
+                )
+
+
+def _sparse_states(optimizer: ID3AdamW, state: dict[str, Any]) -> dict[int, dict[str, Any]]:
+    """The per-parameter dicts of all non-dense parameters by position, each checked."""
+    found, position = {}, 0
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if not group["dense"]:
+                if position not in state["state"]:
+                    raise ValueError(
+                        f"state[{position}]: expected the state of parameter {position}, found none"
+                    )
+                found[position] = _checked(f"state[{position}]", state["state"][position], p, optimizer)
+            position += 1
+    return found
+
+
+def _checked(where: str, state: dict[str, Any], p: torch.Tensor, optimizer: ID3AdamW) -> dict[str, Any]:
+    if list(state["shape"]) != list(p.shape):
+        raise ValueError(
+            f"{where}: the parameter has shape {list(p.shape)}, the saved state has {list(state['shape'])}"
+        )
+    n = state["indices"].numel()
+    for name in optimizer._layout.columns(p.dtype):
+        column = state.get(name)
+        if column is None or column.dim() != 1 or column.numel() != n:
+            got = None if column is None else tuple(column.shape)
+            raise ValueError(f"{where}: {name}: expected shape ({n},), got {got}")
+    for name in ("indices", "ever_indices"):
+        rows = state.get(name, state["indices"])
+        rising = rows.numel() == 0 or (
+            rows[0] >= 0 and rows[-1] < p.numel() and bool((rows.diff() > 0).all())
+        )
+        if rows.dtype != torch.int32 or not rising:
+            raise ValueError(
+                f"{where}: {name}: expected ascending int32 below {p.numel()}, got something else"
+            )
+    return state

@@ -1,0 +1,47 @@
+"""Dense groups: parameters that are trained whole, by torch's own fused AdamW."""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+
+def numbers_of(group: dict[str, Any]) -> tuple[float, float, float, float, float]:
+    """lr, beta1, beta2, eps, weight_decay of a param group."""
+    return float(group["lr"]), *map(float, group["betas"]), float(group["eps"]), float(group["weight_decay"])
+
+
+def update_dense(
+    state: MutableMapping[Tensor, dict], group: dict[str, Any], scale: Tensor | None, clip: Tensor | None
+) -> None:
+    """One AdamW step on every entry of the group's parameters that have a gradient.
+
+    Gradients are divided by `scale` and multiplied by `clip` (one element each) where given. Mutates the
+    parameters and their `state` (torch's: step, exp_avg, exp_avg_sq), which is made at the first step.
+    """
+    params = [p for p in group["params"] if p.grad is not None]
+    if not params:
+        return
+    for p in params:
+        if not state[p]:
+            step = torch.zeros((), dtype=torch.float32, device=p.device)
+            moments = [torch.zeros_like(p, memory_format=torch.preserve_format) for _ in range(2)]
+            state[p] = {"step": step, "exp_avg": moments[0], "exp_avg_sq": moments[1]}
+    grads = [p.grad for p in params]
+    if scale is not None:
+        grads = [g / scale.to(g) for g in grads]
+    if clip is not None:
+        grads = [g * clip.to(g) for g in grads]
+    exp_avgs, exp_avg_sqs, steps = (
+        [state[p][key] for p in params] for key in ("exp_avg", "exp_avg_sq", "step")
+    )
+    lr, beta1, beta2, eps, weight_decay = numbers_of(group)
+    adamw(
+        params, grads, exp_avgs, exp_avg_sqs, [], steps, fused=all(p.device.type in ("cpu", "cuda") for p in params),
+        amsgrad=False, beta1=beta1, beta2=beta2, lr=lr, weight_decay=weight_decay, eps=eps,
+        maximize=group["maximize"],
+    )  # fmt: skip

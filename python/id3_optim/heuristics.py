@@ -1,0 +1,246 @@
+"""What makes an entry worth training: frozen dataclasses, larger scores are unmasked first.
+
+`D3` is scored inside the selection kernels. Every other heuristic, and any function
+`f(param, grad) -> tensor`, gives one score tensor per parameter through `scores`.
+"""
+
+import math
+import numbers
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .hashing import INCREMENT, SLICE, mix64, shifted_right
+
+
+def _number(name: str, value: float, expected: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name}: expected {expected}, got {value!r}")
+    return float(value)
+
+
+def _float32(value: float) -> float:
+    """The value as the kernels will see it: rounded to float32, ±inf beyond its range."""
+    return torch.tensor(value, dtype=torch.float64, device="cpu").float().item()
+
+
+@dataclass(frozen=True)
+class D3:
+    """The paper's heuristic, eq. 1: |g| / (|θ| + eps)^exp. Theorem 1 holds for eps ≥ 1 and exp ≥ 0.
+
+    Raises ValueError for a negative or non-finite eps or exp, and for eps ≤ 0 with exp > 0,
+    where every zero weight would score infinity.
+    """
+
+    eps: float = 1.0
+    exp: float = 2.0
+
+    def __post_init__(self) -> None:
+        eps = _number("eps", self.eps, "a finite number >= 0")
+        exp = _number("exp", self.exp, "a finite number")
+        if not math.isfinite(exp):
+            raise ValueError(f"exp: expected a finite number (the limit +inf is Magnitude()), got {exp}")
+        if not 0.0 <= _float32(eps) < math.inf:
+            raise ValueError(f"eps: expected a finite number >= 0, got {eps}")
+        if exp > 0 and _float32(eps) == 0.0:
+            raise ValueError(f"eps: expected > 0 (in float32) with exp = {exp} > 0, got {eps}")
+        object.__setattr__(self, "eps", eps)
+        object.__setattr__(self, "exp", exp)
+
+
+@dataclass(frozen=True)
+class Magnitude:
+    """PaFi: smallest |θ| first, zeros first of all. Exact below 2^127 (float64: 2^1023); above, all tie."""
+
+
+@dataclass(frozen=True, eq=False)
+class Fisher:
+    """Fish mask: precomputed scores, as `fisher_scores` gives them.
+
+    scores: a mapping from parameter name to a tensor of that parameter's shape (needs an optimizer built from
+    `named_parameters()`), or a sequence of such tensors in the order of the optimizer's parameters.
+    """
+
+    scores: Mapping[str, Tensor] | Sequence[Tensor]
+
+
+@dataclass(frozen=True)
+class Random:
+    """A random mask: a hash of seed, tensor position and flat index, same on all devices."""
+
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.seed, bool) or not isinstance(self.seed, numbers.Integral):
+            raise TypeError(f"seed: expected an int, got {self.seed!r}")
+        if not -(2**63) <= self.seed < 2**63:
+            raise ValueError(f"seed: expected a 64-bit signed integer, got {self.seed}")
+        object.__setattr__(self, "seed", int(self.seed))
+
+
+@dataclass(frozen=True)
+class Bias:
+    """BitFit: the parameters whose name ends in `bias`, all entries alike. Needs named parameters."""
+
+
+Heuristic = D3 | Magnitude | Fisher | Random | Bias | Callable[[Tensor, Tensor], Tensor]
+
+
+def scores(
+    heuristic: Heuristic, param: Tensor, grad: Tensor | None, position: int, name: str | None
+) -> Tensor | None:
+    """One parameter's scores by any heuristic but D3: larger is better, only finite normal numbers > 0 count.
+
+    position: the parameter's place among all that are selected from; name: its name where known.
+    Returns a tensor of the parameter's shape on its device, float32 (float64 for float64 parameters),
+    or None where nothing in this parameter can be selected (no gradient; not a bias). Mutates nothing.
+    Raises ValueError or TypeError naming the heuristic when it does not fit the parameter.
+    """
+    if grad is None:
+        return None
+    with torch.no_grad():
+        match heuristic:
+            case Magnitude():
+                return _magnitude_scores(param)
+            case Random(seed):
+                return _random_scores(seed, position, param)
+            case Bias():
+                return _bias_scores(param, name)
+            case Fisher(given):
+                return _fisher_scores_of(given, param, position, name)
+            case D3():
+                raise TypeError("scores: D3 is scored by the kernels (id3_kernels.d3_score), not here")
+        return _checked(_title(heuristic), heuristic(param, grad), param)
+
+
+def describe(heuristic: Heuristic) -> dict[str, Any]:
+    """The heuristic's name and numbers as plain values: equal dicts mean equal heuristics on resume.
+
+    A function is described by its qualified name; `Fisher` by a checksum of its scores, which reads them all.
+    Raises TypeError for anything that is not a heuristic.
+    """
+    match heuristic:
+        case D3(eps, exp):
+            return {"name": "d3", "eps": eps, "exp": exp}
+        case Magnitude():
+            return {"name": "magnitude"}
+        case Random(seed):
+            return {"name": "random", "seed": seed}
+        case Bias():
+            return {"name": "bias"}
+        case Fisher(given):
+            tensors = list(given.values()) if isinstance(given, Mapping) else list(given)
+            return {"name": "fisher", "tensors": len(tensors), "checksum": sum(map(_checksum, tensors))}
+    if isinstance(heuristic, type) or not callable(heuristic):
+        kinds = "D3(), Magnitude(), Fisher(), Random(), Bias() or a function f(param, grad) -> tensor"
+        raise TypeError(f"heuristic: expected {kinds}, got {heuristic!r}")
+    return {"name": _title(heuristic)}
+
+
+def fisher_scores(
+    model: torch.nn.Module,
+    loader: Iterable[Any],
+    loss_fn: Callable[[torch.nn.Module, Any], Tensor],
+    samples: int = 1024,
+) -> dict[str, Tensor]:
+    """Mean squared gradient of each trainable parameter over the first `samples` batches of `loader`.
+
+    loss_fn(model, batch) gives the scalar loss of one batch. With batches of one example this is the diagonal
+    of the empirical Fisher information (Sung et al., 2021); larger batches average gradients before squaring.
+    Returns name → float32 tensor (float64 for float64 parameters), zero where no gradient arrived.
+    Neither parameters nor any `.grad` are changed; call `model.eval()` first if dropout should stay out.
+    Raises ValueError when the loader gives no batch.
+    """
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    sums = {name: torch.zeros_like(p, dtype=_score_dtype(p)) for name, p in named.items()}
+    count = 0
+    for batch in islice(loader, samples):
+        loss = loss_fn(model, batch)
+        grads = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+        for total, grad in zip(sums.values(), grads, strict=True):
+            if grad is not None:
+                wide = grad.to(total.dtype)
+                total.addcmul_(wide, wide)
+        count += 1
+    if count == 0:
+        raise ValueError(f"loader: expected at least one batch (samples={samples}), got none")
+    return {name: total.div_(count) for name, total in sums.items()}
+
+
+def _score_dtype(param: Tensor) -> torch.dtype:
+    return torch.float64 if param.dtype == torch.float64 else torch.float32
+
+
+def _title(function: Callable) -> str:
+    return f"{function.__module__}.{getattr(function, '__qualname__', type(function).__qualname__)}"
+
+
+def _checksum(scores: Tensor) -> int:
+    """An integer sum of bit patterns: unlike a float sum, the same for every thread count."""
+    bits = scores.double().contiguous().view(torch.int64)
+    return bits.sum().item()
+
+
+def _magnitude_scores(param: Tensor) -> Tensor:
+    """Positive floats sort like their bit patterns, so `largest − bits` is an exact reversal of |θ|."""
+    wide = param.abs().to(_score_dtype(param)).contiguous()
+    if wide.dtype == torch.float32:
+        integer, largest, smallest_normal = torch.int32, 0x7F7FFFFF, 0x00800000
+    else:
+        integer, largest, smallest_normal = torch.int64, 0x7FEFFFFFFFFFFFFF, 0x0010000000000000
+    bits = largest - wide.view(integer)
+    not_finite = bits < 0
+    # Normal floats are 2^23 (2^52) patterns fewer than finite ones; the largest |θ| share the last place.
+    return bits.clamp_(min=smallest_normal).masked_fill_(not_finite, 0).view(wide.dtype)
+
+
+def _bias_scores(param: Tensor, name: str | None) -> Tensor | None:
+    if name is None:
+        raise ValueError("heuristic Bias: expected named parameters (use named_parameters()), got no name")
+    if name.rpartition(".")[2] != "bias":
+        return None
+    return torch.ones(param.shape, dtype=_score_dtype(param), device=param.device)
+
+
+def _fisher_scores_of(
+    given: Mapping[str, Tensor] | Sequence[Tensor], param: Tensor, position: int, name: str | None
+) -> Tensor:
+    if isinstance(given, Mapping):
+        if name is None:
+            raise ValueError("heuristic Fisher: scores by name need named parameters, got no name")
+        if name not in given:
+            raise ValueError(f"heuristic Fisher: expected scores for {name!r}, got none")
+        score = given[name]
+    else:
+        if position >= len(given):
+            raise ValueError(f"heuristic Fisher: expected scores for parameter {position}, got {len(given)}")
+        score = given[position]
+    return _checked("Fisher", score, param).to(param.device, _score_dtype(param))
+
+
+def _checked(title: str, score: Tensor, param: Tensor) -> Tensor:
+    if not isinstance(score, Tensor):
+        raise TypeError(f"heuristic {title}: expected a tensor, got {type(score).__name__}")
+    if score.shape != param.shape:
+        raise ValueError(f"heuristic {title}: expected shape {tuple(param.shape)}, got {tuple(score.shape)}")
+    if score.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"heuristic {title}: expected float32 or float64 scores, got {score.dtype}")
+    return score.to(_score_dtype(param))
+
+
+def _random_scores(seed: int, position: int, param: Tensor) -> Tensor:
+    """hash(seed, position, flat index), top 31 bits scaled onto the patterns of normal floats."""
+    seed_bits, place = torch.tensor([seed, position], dtype=torch.int64, device="cpu")
+    key = mix64(mix64(seed_bits + INCREMENT) + place * INCREMENT).item()
+    size, device = param.numel(), param.device
+    out = torch.empty(size, dtype=torch.float32, device=device)
+    for start in range(0, size, SLICE):
+        index = torch.arange(start, min(start + SLICE, size), dtype=torch.int64, device=device)
+        uniform = shifted_right(mix64(index * INCREMENT + key), 33)
+        patterns = ((uniform * 0x7F000000) >> 31) + 0x00800000
+        out[start : start + SLICE] = patterns.to(torch.int32).view(torch.float32)
+    return out.view(param.shape).to(_score_dtype(param))

@@ -1,0 +1,350 @@
+"""ID3AdamW: `step()` is the paper's algorithm 1: target, select, join, update."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from id3_kernels import backend as backends
+from id3_kernels import checks
+
+from . import checkpoint, heuristics, schedules
+from .dense import numbers_of, update_dense
+from .heuristics import D3, Bias, Heuristic
+from .schedules import Schedule, uniform
+from .selection import select
+from .state import Layout, Shard
+from .validation import check_choices, check_group, refuse_not_applicable
+
+
+class Touched(NamedTuple):
+    """Entries of one parameter that training may have changed: indices int32 [n], flat and ascending."""
+
+    param: Tensor
+    indices: Tensor
+    originals: Tensor | None  # [n] of the parameter's dtype, the values before they joined
+
+
+class Selection(NamedTuple):
+    """What the newest selection did: how many entries joined at which step, and the smallest score of them."""
+
+    step: int
+    count: int
+    threshold: float | None
+
+
+class ID3AdamW(torch.optim.Optimizer):
+    """AdamW on a growing set of entries: ID3, "Step-by-Step Unmasking" (arXiv 2408.14470, algorithm 1).
+
+    At each step the best entries by `heuristic` that are not active yet join the active set, and AdamW
+    (decoupled weight decay included) runs on active entries alone. All others keep their bits. State is
+    kept for active entries only: at most 24 bytes each.
+
+    params: as for torch.optim.AdamW: parameters, named parameters or groups with their own lr,
+        weight_decay, betas, eps, maximize. A group with `dense=True` (a fresh head) is trained whole by
+        torch's AdamW and counts in neither the budget nor N.
+    budget: the most entries that may ever be active: an int counts, a float in (0, 1] is a share of N.
+    total_steps: T, the steps over which the budget is spent; may come later by `set_total_steps`.
+    heuristic: D3(eps, exp), Magnitude(), Fisher(scores), Random(seed), Bias() or f(param, grad) -> scores.
+    strategy: "increment" (ID3), "static" (the whole budget at the first step), "repeat" (a fresh top B at
+        every step; entries that leave lose their state and keep their value).
+    schedule: f(step, total_steps, budget) -> entries active after that step; ignored unless increment.
+    bias_correction: "tensor": by the steps in which the tensor had a gradient, as in torch and the paper;
+        "entry": by the steps since the entry joined.
+    max_grad_norm: clip by the norm over everything that this step updates: the active entries, the new
+        ones included, and dense groups. (`clip_grad_norm_` outside clips by the dense gradients' norm.)
+    keep_originals: remember each active entry's first value, so that a saved delta can be checked and undone.
+    backend: "cpu", "triton" or "reference"; None: the best for each parameter's device.
+
+    Raises ValueError or TypeError for anything out of range, before anything changes.
+    """
+
+    _step_supports_amp_scaling = True  # GradScaler hands its scale and found_inf to step()
+
+    def __init__(
+        self,
+        params: Iterable,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        budget: int | float,
+        total_steps: int | None = None,
+        heuristic: Heuristic = D3(eps=1.0, exp=2.0),  # noqa: B008 - frozen
+        strategy: str = "increment",
+        schedule: Schedule = uniform,
+        bias_correction: str = "tensor",
+        max_grad_norm: float | None = None,
+        keep_originals: bool = True,
+        maximize: bool = False,
+        backend: str | None = None,
+        **not_applicable: Any,
+    ):
+        refuse_not_applicable(not_applicable)
+        check_choices(strategy, bias_correction, heuristic)
+        heuristics.describe(heuristic)
+        schedules.describe(schedule)
+        schedules.check_budget(budget)
+        if max_grad_norm is not None and not max_grad_norm > 0:
+            raise ValueError(f"max_grad_norm: expected more than 0 or None, got {max_grad_norm}")
+        backend = backend or backends.wish()
+        if backend is not None:
+            backends.require(backend)
+        self.budget, self.heuristic, self.strategy, self.schedule = budget, heuristic, strategy, schedule
+        self.total_steps: int | None = None
+        self.bias_correction, self.max_grad_norm = bias_correction, max_grad_norm
+        self.n_entries: int | None = None
+        self.steps_done = 0
+        self.last_selection: Selection | None = None
+        self.phase_seconds = {"select": 0.0, "update": 0.0}
+        self._layout = Layout(keep_originals, bias_correction == "entry", strategy == "repeat", backend)
+        self._shards: list[Shard] = []
+        self._targets: list[int] = []  # c(t) for every step, tabulated once budget and total_steps are known
+        self._most_at_once = 0
+        defaults = {
+            "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize, "dense": False,
+        }  # fmt: skip
+        super().__init__(params, defaults)
+        if isinstance(heuristic, Bias) and "param_names" not in self.param_groups[0]:
+            raise ValueError(
+                "params: heuristic Bias needs model.named_parameters(), got parameters without names"
+            )
+        if total_steps is not None:
+            self.set_total_steps(total_steps)
+
+    # --- what stands before the first step -----------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's. After the first step the new tensors extend N; a budget already fixed stays."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            check_group(group, len(self.param_groups) - 1)
+        except ValueError:
+            self.param_groups.pop()
+            raise
+        if self.n_entries is not None and not group["dense"]:
+            self._adopt(len(self.param_groups) - 1)
+
+    def set_total_steps(self, total_steps: int) -> None:
+        """Sets T, the steps over which the budget is spent. Raises ValueError once step 0 was taken with another T."""
+        schedules.check_total_steps(total_steps)
+        if self.steps_done > 0 and total_steps != self.total_steps:
+            raise ValueError(
+                f"total_steps: can not change after the first step: it is {self.total_steps}, got {total_steps}"
+            )
+        self.total_steps = int(total_steps)
+        self._targets = []
+
+    def _begin(self) -> None:
+        """Fixes N, the budget and the shards, at the first step or when a state is loaded."""
+        if self.n_entries is None:
+            n = sum(
+                p.numel() for g in self.param_groups if not g["dense"] for p in g["params"] if p.requires_grad
+            )
+            self.budget = schedules.resolve_budget(self.budget, n)
+            self.n_entries = 0
+            for i, group in enumerate(self.param_groups):
+                if not group["dense"]:
+                    self._adopt(i)
+            if len(self._shards) == 1:
+                self._shards[0].reserve(min(self.budget, self._shards[0].numel))
+        if not self._targets and self.total_steps is not None:
+            schedule = self.schedule if self.strategy == "increment" else schedules.one_shot
+            self._targets = schedules.tabulate(schedule, self.total_steps, self.budget)
+            self._most_at_once = 4 * max(b - a for a, b in pairwise([0, *self._targets]))
+
+    def _adopt(self, group: int) -> None:
+        """Takes the tensors of a param group into the shards."""
+        position = sum(len(g["params"]) for g in self.param_groups[:group])
+        for p in self.param_groups[group]["params"]:
+            shard = next((s for s in self._shards if (s.device, s.dtype) == (p.device, p.dtype)), None)
+            if shard is None:
+                shard = Shard(p.device, p.dtype, self._layout)
+                self._shards.append(shard)
+            shard.add(p, position, group)
+            self.n_entries += p.numel() if p.requires_grad else 0
+            position += 1
+
+    # --- algorithm 1 ---------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One optimizer step; returns the closure's loss.
+
+        Mutates active entries of the parameters, the state, and the active set. Does nothing if a
+        GradScaler found an overflow. Raises ValueError where total_steps is not set or a gradient does not
+        fit its parameter, before anything changes.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if self._overflowed():
+            return loss
+        if self.total_steps is None:
+            raise ValueError(
+                "total_steps: expected the number of steps of the run (set_total_steps), got None"
+            )
+        self._begin()
+        grads = [self._gradients(shard) for shard in self._shards]
+        started = time.perf_counter()
+        self._select_and_join(grads)
+        selected = time.perf_counter()
+        self._update(grads)
+        self.phase_seconds["select"] += selected - started
+        self.phase_seconds["update"] += time.perf_counter() - selected
+        self.steps_done += 1
+        return loss
+
+    def _overflowed(self) -> bool:
+        found_inf = getattr(self, "found_inf", None)  # a GradScaler sets it around step()
+        return found_inf is not None and bool(found_inf.item())
+
+    def _gradients(self, shard: Shard) -> list[Tensor | None]:
+        grads = [p.grad for p in shard.params]
+        for j, (p, g) in enumerate(zip(shard.params, grads, strict=True)):
+            if p.dtype != shard.dtype or p.device != shard.device:
+                raise ValueError(
+                    f"{self._name(shard.positions[j])}: expected {shard.dtype} on {shard.device} as at the "
+                    f"first step, got {p.dtype} on {p.device}"
+                )
+            if g is not None and (g.dtype != p.dtype or g.layout != torch.strided):
+                checks.gradient(f"gradient of {self._name(shard.positions[j])}", g, p)
+        return grads
+
+    def _select_and_join(self, grads: list[list[Tensor | None]]) -> None:
+        repeat = self.strategy == "repeat"
+        k = self.budget if repeat else self._wanted()
+        if k == 0:
+            return
+        names = self._names()
+        picked, threshold = select(self._shards, grads, self.heuristic, k, names, fresh=repeat)
+        for shard, new in zip(self._shards, picked, strict=True):
+            if repeat:
+                shard.replace(new)
+            elif new.indices.numel():
+                shard.join(new)
+        count = sum(new.indices.numel() for new in picked)
+        self.last_selection = Selection(self.steps_done, count, threshold)
+
+    def _wanted(self) -> int:
+        """How many entries should join now: what the schedule wants, and what earlier steps could not give."""
+        target = self._targets[min(self.steps_done, len(self._targets) - 1)]
+        return min(target - self.n_active, self._most_at_once)
+
+    def _update(self, grads: list[list[Tensor | None]]) -> None:
+        scale, clip = getattr(self, "grad_scale", None), self._clip_coefficient(grads)
+        for shard, g in zip(self._shards, grads, strict=True):
+            shard.count_step(g)
+            scalars = tuple(None if x is None else x.to(shard.device) for x in (scale, None, clip))
+            for part in shard.slices:
+                group = self.param_groups[part.group]
+                shard.update(part, g, numbers_of(group), group["maximize"], scalars)
+        for group in self.param_groups:
+            if group["dense"]:
+                update_dense(self.state, group, scale, clip)
+
+    def _clip_coefficient(self, grads: list[list[Tensor | None]]) -> Tensor | None:
+        """min(1, max_grad_norm / (norm + 1e-6)), or None without clipping."""
+        if self.max_grad_norm is None:
+            return None
+        squares = [
+            shard.kernels.squared_norm(g, *shard.active) for shard, g in zip(self._shards, grads, strict=True)
+        ]
+        dense = [p.grad for g in self.param_groups if g["dense"] for p in g["params"] if p.grad is not None]
+        squares += [torch.linalg.vector_norm(g, dtype=torch.float64).square() for g in dense]
+        norm = torch.stack([s.to(squares[0].device) for s in squares]).sum().sqrt()
+        scale = getattr(self, "grad_scale", None)
+        if scale is not None:
+            norm = norm / scale.to(norm.device)
+        return (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0).float()
+
+    # --- what others may ask -------------------------------------------------------------------------
+
+    @property
+    def n_active(self) -> int:
+        """|Λ|: how many entries are active now."""
+        return sum(shard.n_active for shard in self._shards)
+
+    def touched(self) -> Iterator[Touched]:
+        """For every non-dense parameter, in order: the entries that training may have changed."""
+        at = {id(p): (shard, j) for shard in self._shards for j, p in enumerate(shard.params)}
+        for group in self.param_groups:
+            for p in [] if group["dense"] else group["params"]:
+                if id(p) in at:
+                    shard, j = at[id(p)]
+                    yield Touched(p, *shard.touched(j))
+                else:
+                    yield Touched(p, torch.empty(0, dtype=torch.int32, device=p.device), None)
+
+    def settings(self) -> dict[str, Any]:
+        """What a resumed run must share, as plain values: method, numbers, heuristic and schedule by name."""
+        return {
+            "method": "id3",
+            "step": self.steps_done,
+            "total_steps": self.total_steps,
+            "budget": self.budget,
+            "n_entries": self.n_entries,
+            "strategy": self.strategy,
+            "heuristic": heuristics.describe(self.heuristic),
+            "schedule": schedules.describe(self.schedule),
+            "bias_correction": self.bias_correction,
+            "keep_originals": self._layout.originals,
+        }
+
+    def memory_report(self) -> dict[str, int]:
+        """Allocated bytes by kind, `total` last.
+
+        `select_tiles` (one score maximum per 256 entries) and `select_mask` (the bit per entry that the
+        Triton backend keeps to leave active entries out) live only while a step selects.
+        """
+        report: dict[str, int] = dict.fromkeys(
+            Shard(torch.device("cpu"), torch.float32, self._layout).bytes_by_kind(), 0
+        )
+        for shard in self._shards:
+            for kind, size in shard.bytes_by_kind().items():
+                report[kind] += size
+        states = [s for s in self.state.values() if s]
+        report["dense_state"] = sum(t.numel() * t.element_size() for s in states for t in s.values())
+        tiles = [
+            -(-p.numel() // 256) * (8 if s.dtype == torch.float64 else 4)
+            for s in self._shards
+            for p in s.params
+        ]
+        report["select_tiles"] = sum(tiles)
+        report["select_mask"] = sum(s.numel // 8 for s in self._shards if hasattr(s.kernels, "mask_bytes"))
+        report["total"] = sum(report.values())
+        return report
+
+    def state_dict(self) -> dict[str, Any]:
+        """torch's shape; `param_groups[0]["id3"]` has the settings. Loads with `torch.load(weights_only=True)`."""
+        return checkpoint.state_dict(self, super().state_dict)
+
+    def load_state_dict(self, state_dict: dict[str, Any], strict: bool = True) -> None:
+        """Continues bit for bit where the saved run stood, on the same backend.
+
+        Raises ValueError with both values where the state does not fit (shapes, names, T, B, heuristic,
+        schedule, strategy), before anything changes; `strict=False` lets settings differ.
+        """
+        checkpoint.load_state_dict(self, state_dict, strict, super().load_state_dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = ("budget", "heuristic", "strategy", "schedule", "total_steps", "bias_correction", "max_grad_norm",
+               "n_entries", "steps_done", "last_selection", "phase_seconds", "_layout", "_shards", "_targets", "_most_at_once")  # fmt: skip
+        return super().__getstate__() | {name: getattr(self, name) for name in own}
+
+    def _names(self) -> list[str] | None:
+        if "param_names" not in self.param_groups[0]:
+            return None
+        return [name for group in self.param_groups for name in group["param_names"]]
+
+    def _name(self, position: int) -> str:
+        names = self._names()
+        return names[position] if names else f"parameter {position}"

@@ -1,0 +1,131 @@
+"""How many entries are active after each step: plain functions, and the rules of the budget.
+
+A schedule is any `f(step, total_steps, budget) -> int`: the entries that may be active after step `step`
+(0, 1, … total_steps − 1). It must depend on its arguments alone, because a resumed run tabulates it again.
+"""
+
+import math
+import numbers
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+
+Schedule = Callable[[int, int, int], int]
+
+
+def uniform(step: int, total_steps: int, budget: int) -> int:
+    """floor(B·(t+1)/T) in integer arithmetic: the paper's u_t = B/T for every B and T."""
+    return budget * (step + 1) // total_steps
+
+
+def cosine(step: int, total_steps: int, budget: int) -> int:
+    """floor(B·(1 − cos πx)/2) with x = (t+1)/T: slow at both ends, fastest in the middle."""
+    return math.floor(budget * (1.0 - math.cos(math.pi * (step + 1) / total_steps)) / 2.0)
+
+
+def one_shot(step: int, total_steps: int, budget: int) -> int:
+    """The whole budget at step 0."""
+    return budget
+
+
+@dataclass(frozen=True)
+class Exponential:
+    """floor(B·(1 − e^(−ax))/(1 − e^(−a))) with x = (t+1)/T: early for a > 0, late for a < 0.
+
+    Raises ValueError unless 0 < |a| ≤ 700 (a = 0 is `uniform`; beyond 700 the exponential overflows).
+    """
+
+    a: float
+
+    def __post_init__(self) -> None:
+        if not 0.0 < abs(self.a) <= 700.0:
+            raise ValueError(f"a: expected a number with 0 < |a| <= 700 (a = 0 is `uniform`), got {self.a!r}")
+        object.__setattr__(self, "a", float(self.a))
+
+    def __call__(self, step: int, total_steps: int, budget: int) -> int:
+        return math.floor(budget * math.expm1(-self.a * (step + 1) / total_steps) / math.expm1(-self.a))
+
+
+exponential = Exponential
+
+_BY_NAME = {"uniform": uniform, "cosine": cosine, "one_shot": one_shot}
+
+
+def tabulate(schedule: Schedule, total_steps: int, budget: int) -> list[int]:
+    """The targets c(0) … c(T−1): non-decreasing, within 0 … budget, the last one equal to budget.
+
+    Raises ValueError for total_steps < 1 and TypeError for a schedule that returns anything but an integer.
+    """
+    check_total_steps(total_steps)
+    targets, reached = [], 0
+    for step in range(total_steps):
+        target = schedule(step, total_steps, budget)
+        if isinstance(target, bool) or not isinstance(target, numbers.Integral):
+            name = describe(schedule)["name"]
+            raise TypeError(f"schedule {name}: expected an int at step {step}, got {target!r}")
+        reached = min(max(reached, operator.index(target)), budget)
+        targets.append(reached)
+    targets[-1] = budget
+    return targets
+
+
+def check_total_steps(total_steps: int) -> None:
+    """Raises TypeError or ValueError unless total_steps is an int of at least 1."""
+    if isinstance(total_steps, bool) or not isinstance(total_steps, numbers.Integral):
+        raise TypeError(f"total_steps: expected an int, got {total_steps!r}")
+    if total_steps < 1:
+        raise ValueError(f"total_steps: expected at least 1, got {total_steps}")
+
+
+def describe(schedule: Schedule) -> dict:
+    """The schedule's name and numbers as plain values: equal dicts mean equal schedules on resume."""
+    if isinstance(schedule, Exponential):
+        return {"name": "exponential", "a": schedule.a}
+    if not callable(schedule):
+        raise TypeError(f"schedule: expected f(step, total_steps, budget) -> int, got {schedule!r}")
+    for name, known in _BY_NAME.items():
+        if schedule is known:
+            return {"name": name}
+    return {"name": f"{schedule.__module__}.{getattr(schedule, '__qualname__', type(schedule).__qualname__)}"}
+
+
+def from_name(text: str) -> Schedule:
+    """`uniform`, `cosine`, `one_shot` (or `one-shot`), `exponential:3` (a = 3) as on the command line."""
+    plain = text.replace("one-shot", "one_shot")
+    if plain in _BY_NAME:
+        return _BY_NAME[plain]
+    name, colon, number = text.partition(":")
+    if name == "exponential" and colon:
+        try:
+            a = float(number)
+        except ValueError:
+            raise ValueError(f"schedule: expected a number after 'exponential:', got {number!r}") from None
+        return Exponential(a)
+    known = ", ".join([*_BY_NAME, "exponential:<a>"])
+    raise ValueError(f"schedule: expected one of {known}, got {text!r}")
+
+
+def resolve_budget(budget: int | float, n_entries: int) -> int:
+    """The budget as a number of entries: an int counts, a float in (0, 1] is a share of n_entries.
+
+    A share gives floor(share·N + 1e-6), so 1 (one entry) and 1.0 (all) differ. An int 0 is allowed.
+    Raises TypeError for anything but an int or a float, ValueError for a value out of range.
+    """
+    check_budget(budget)
+    if isinstance(budget, numbers.Integral):
+        if budget > n_entries:
+            raise ValueError(f"budget: expected 0 to {n_entries} entries (all that train), got {budget}")
+        return operator.index(budget)
+    entries = min(math.floor(float(budget) * n_entries + 1e-6), n_entries)
+    if entries == 0:
+        raise ValueError(f"budget: expected a share of at least one of {n_entries} entries, got {budget!r}")
+    return entries
+
+
+def check_budget(budget: int | float) -> None:
+    """Raises TypeError or ValueError for what can not be a budget, whatever N is."""
+    expected = "expected an int >= 0 (entries) or a float in (0, 1] (a share)"
+    if isinstance(budget, bool) or not isinstance(budget, numbers.Real):
+        raise TypeError(f"budget: {expected}, got {budget!r}")
+    if budget < 0 or (not isinstance(budget, numbers.Integral) and not 0.0 < budget <= 1.0):
+        raise ValueError(f"budget: {expected}, got {budget!r}")

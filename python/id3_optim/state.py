@@ -1,0 +1,243 @@
+"""Flat state: what the optimizer keeps per active entry, in one set of arrays per device and dtype."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from id3_kernels import Entries, backend
+from id3_kernels.checks import LOW_PRECISION
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which arrays stand beside the indices and the moments."""
+
+    originals: bool  # the value that an entry had before it joined
+    age: bool  # steps since it joined, for bias_correction="entry"
+    repeat: bool  # entries may leave: remember every entry that was ever active
+    backend: str | None
+
+    def columns(self, dtype: torch.dtype) -> dict[str, torch.dtype]:
+        """The arrays kept for parameters of `dtype`: name -> dtype, `indices` first."""
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        columns = {"indices": torch.int32, "exp_avg": wide, "exp_avg_sq": wide}
+        if dtype in LOW_PRECISION:
+            columns["master"] = wide
+        if self.originals and not self.repeat:
+            columns["originals"] = dtype
+        if self.age:
+            columns["age"] = torch.int32
+        return columns
+
+
+class Slice(NamedTuple):
+    """The tensors first:last of a shard, which all belong to param group `group`."""
+
+    group: int
+    first: int
+    last: int
+
+
+class Shard:
+    """The state of all selectable tensors of one device and dtype.
+
+    `arrays["indices"]` and its companions have room for `capacity` entries and hold the active ones in
+    (tensor, flat index) order; `offsets` int64 [M + 1] says which are whose, `bounds` is its host copy.
+    `steps` int64 [M] counts the steps in which each tensor had a gradient.
+    """
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, layout: Layout):
+        self.device, self.dtype, self.layout = device, dtype, layout
+        self.kernels = backend.kernels_for(device, layout.backend)
+        self.params: list[Tensor] = []
+        self.positions: list[int] = []
+        self.slices: list[Slice] = []
+        self.offsets = torch.zeros(1, dtype=torch.int64, device=device)
+        self.bounds = [0]
+        self.steps = torch.zeros(0, dtype=torch.int64, device=device)
+        self.arrays = {
+            name: torch.empty(0, dtype=d, device=device) for name, d in layout.columns(dtype).items()
+        }
+        self.ever: Entries | None = None
+        self.ever_originals: Tensor | None = None
+
+    def __getstate__(self) -> dict:
+        return {k: v for k, v in self.__dict__.items() if k != "kernels"}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self.kernels = backend.kernels_for(self.device, self.layout.backend)
+
+    # --- tensors -----------------------------------------------------------------------------------
+
+    def add(self, param: Tensor, position: int, group: int) -> None:
+        """Appends a tensor; positions must rise."""
+        self.params.append(param)
+        self.positions.append(position)
+        n = len(self.params)
+        if self.slices and self.slices[-1].group == group:
+            self.slices[-1] = self.slices[-1]._replace(last=n)
+        else:
+            self.slices.append(Slice(group, n - 1, n))
+        self.bounds.append(self.bounds[-1])
+        self.offsets = torch.cat([self.offsets, self.offsets[-1:]])
+        self.steps = torch.cat([self.steps, self.steps.new_zeros(1)])
+        if self.layout.repeat:
+            before = self.ever or Entries.empty(n - 1, self.device)
+            self.ever = Entries(torch.cat([before.offsets, before.offsets[-1:]]), before.indices)
+            if self.layout.originals and self.ever_originals is None:
+                self.ever_originals = torch.empty(0, dtype=self.dtype, device=self.device)
+
+    @property
+    def numel(self) -> int:
+        return sum(p.numel() for p in self.params)
+
+    # --- entries -----------------------------------------------------------------------------------
+
+    @property
+    def n_active(self) -> int:
+        return self.bounds[-1]
+
+    @property
+    def active(self) -> Entries:
+        return Entries(self.offsets, self.arrays["indices"][: self.n_active])
+
+    def reserve(self, n: int) -> None:
+        """Makes room for n entries; at least doubles, so that many small steps do not copy often."""
+        capacity = self.arrays["indices"].numel()
+        if n <= capacity:
+            return
+        capacity = max(n, min(2 * capacity, self.numel))
+        for name, old in self.arrays.items():
+            self.arrays[name] = old.new_empty(capacity)
+            self.arrays[name][: self.n_active] = old[: self.n_active]
+
+    def join(self, new: Entries) -> None:
+        """Adds entries that are not active yet, with zero moments."""
+        self.reserve(self.n_active + new.indices.numel())
+        where = self.kernels.join_(list(self.arrays.values()), self.offsets, *new)
+        values = self.kernels.gather(self.params, *new)
+        for name in ("originals", "master"):
+            if name in self.arrays:
+                self.arrays[name][where] = values.to(self.arrays[name].dtype)
+        self.bounds = self.offsets.tolist()
+
+    def replace(self, new: Entries) -> None:
+        """Makes `new` the active set (strategy repeat): who stays keeps its state, who leaves drops it."""
+        _, held_at, new_at = self.kernels.union(*self.active, *new)[1:]
+        n_union = self.n_active + new.indices.numel()
+        values = self.kernels.gather(self.params, *new)
+        fresh = {"master": values.to(torch.float32), "indices": new.indices}
+        self._remember(new, values)
+        n_old, n_new = self.n_active, new.indices.numel()
+        self.offsets, self.bounds = new.offsets.clone(), new.offsets.tolist()
+        stayed = torch.zeros(n_union, dtype=torch.bool, device=self.device)
+        stayed[held_at] = True
+        for name, array in self.arrays.items():
+            carried = array.new_zeros(n_union)
+            carried[held_at] = array[:n_old]
+            self.arrays[name] = array.new_empty(max(array.numel(), n_new))
+            row = carried[new_at]
+            self.arrays[name][:n_new] = (
+                torch.where(stayed[new_at], row, fresh[name]) if name in fresh else row
+            )
+
+    def _remember(self, new: Entries, values: Tensor) -> None:
+        """Adds `new` to the entries that were ever active, with the values they had before."""
+        offsets, indices, held_at, new_at = self.kernels.union(*self.ever, *new)
+        self.ever = Entries(offsets, indices).trimmed()
+        if self.ever_originals is not None:
+            originals = values.new_empty(self.ever.indices.numel())
+            originals[new_at] = values
+            originals[held_at] = self.ever_originals  # who was active before keeps its first value
+            self.ever_originals = originals
+
+    def touched(self, j: int) -> tuple[Tensor, Tensor | None]:
+        """(indices, originals) of the entries of tensor j that training may have changed."""
+        if self.layout.repeat:
+            begin, end = self.ever.offsets[j : j + 2].tolist()
+            indices, originals = self.ever.indices, self.ever_originals
+        else:
+            begin, end = self.bounds[j : j + 2]
+            indices, originals = self.arrays["indices"], self.arrays.get("originals")
+        return indices[begin:end], None if originals is None else originals[begin:end]
+
+    # --- update ------------------------------------------------------------------------------------
+
+    def count_step(self, grads: list[Tensor | None]) -> None:
+        """Counts this step for every tensor that has a gradient."""
+        if all(g is not None for g in grads):
+            self.steps += 1
+        else:
+            self.steps += torch.tensor([g is not None for g in grads], device=self.device)
+
+    def update(self, part: Slice, grads: list[Tensor | None], numbers: tuple, maximize: bool, scalars: tuple):
+        """One AdamW step on the active entries of one param group: one call for all its tensors."""
+        _, first, last = part
+        begin, end = self.bounds[first], self.bounds[last]
+        if begin == end:
+            return
+        rows = {name: array[begin:end] for name, array in self.arrays.items()}
+        self.kernels.adamw_(
+            self.params[first:last], grads[first:last], self.offsets[first : last + 1] - begin, rows["indices"],
+            rows["exp_avg"], rows["exp_avg_sq"], rows.get("master"), rows.get("age"), self.steps[first:last],
+            *numbers, maximize, *scalars,
+        )  # fmt: skip
+        torch.autograd.graph.increment_version(self.params[first:last])
+
+    # --- state_dict --------------------------------------------------------------------------------
+
+    def cut(self, j: int) -> dict:
+        """The state of tensor j as torch's per-parameter dict: copies, so that later steps leave it alone."""
+        begin, end = self.bounds[j : j + 2]
+        state = {name: array[begin:end].clone() for name, array in self.arrays.items()}
+        state |= {"step": self.steps[j].clone(), "shape": list(self.params[j].shape)}
+        if self.layout.repeat:
+            indices, originals = self.touched(j)
+            state["ever_indices"] = indices.clone()
+            if originals is not None:
+                state["ever_originals"] = originals.clone()
+        return state
+
+    def load(self, states: list[dict]) -> None:
+        """Takes over the per-parameter dicts of `cut`, one per tensor, in order."""
+        self.bounds = _bounds([s["indices"] for s in states])
+        self.offsets = torch.tensor(self.bounds, dtype=torch.int64, device=self.device)
+        self.steps = torch.tensor([int(s["step"]) for s in states], dtype=torch.int64, device=self.device)
+        for name, array in self.arrays.items():
+            self.arrays[name] = array.new_empty(max(array.numel(), self.n_active))
+            for s, (begin, end) in zip(states, pairwise(self.bounds), strict=True):
+                self.arrays[name][begin:end] = s[name]
+        if self.layout.repeat:
+            rows = [s["ever_indices"].to(self.device) for s in states]
+            self.ever = Entries(torch.tensor(_bounds(rows), device=self.device), torch.cat(rows))
+            if self.layout.originals:
+                self.ever_originals = torch.cat([s["ever_originals"].to(self.device) for s in states])
+
+    def bytes_by_kind(self) -> dict[str, int]:
+        """Allocated bytes, by what they hold."""
+        size = {name: a.numel() * a.element_size() for name, a in self.arrays.items()}
+        ever = 0 if self.ever is None else self.ever.indices.numel() * 4
+        originals = self.ever_originals
+        return {
+            "indices": size["indices"],
+            "moments": size["exp_avg"] + size["exp_avg_sq"],
+            "masters": size.get("master", 0),
+            "originals": size.get("originals", 0)
+            + (0 if originals is None else originals.numel() * originals.element_size()),
+            "ages": size.get("age", 0),
+            "ever_active": ever,
+            "tensor_tables": 8 * (self.offsets.numel() + self.steps.numel()),
+        }
+
+
+def _bounds(rows: list[Tensor]) -> list[int]:
+    bounds = [0]
+    for row in rows:
+        bounds.append(bounds[-1] + row.numel())
+    return bounds

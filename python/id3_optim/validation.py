@@ -1,0 +1,61 @@
+"""What ID3AdamW refuses, before anything changes."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from id3_kernels import checks
+
+from .heuristics import Bias, Heuristic, Random
+
+STRATEGIES = ("increment", "static", "repeat")
+BIAS_CORRECTIONS = ("tensor", "entry")
+_NOT_APPLICABLE = {
+    "amsgrad": "a maximum over moments that start at different steps has no meaning",
+    "foreach": "one call already updates all tensors",
+    "fused": "the sparse step is always fused",
+    "capturable": "CUDA graphs are not supported yet",
+    "differentiable": "the step is not recorded by autograd",
+}
+
+
+def refuse_not_applicable(not_applicable: dict[str, Any]) -> None:
+    for name, value in not_applicable.items():
+        if name not in _NOT_APPLICABLE:
+            raise TypeError(f"ID3AdamW got an unexpected argument {name!r}")
+        if value:
+            raise ValueError(f"{name}: does not apply to ID3AdamW: {_NOT_APPLICABLE[name]}")
+
+
+def check_choices(strategy: str, bias_correction: str, heuristic: Heuristic) -> None:
+    if strategy not in STRATEGIES:
+        raise ValueError(f"strategy: expected one of {', '.join(STRATEGIES)}, got {strategy!r}")
+    if bias_correction not in BIAS_CORRECTIONS:
+        raise ValueError(
+            f"bias_correction: expected one of {', '.join(BIAS_CORRECTIONS)}, got {bias_correction!r}"
+        )
+    if strategy == "repeat" and isinstance(heuristic, Random | Bias):
+        kind = type(heuristic).__name__
+        raise ValueError(
+            f"strategy: 'repeat' makes no sense with {kind}, which never changes its mind; use 'static'"
+        )
+
+
+def check_group(group: dict[str, Any], i: int) -> None:
+    where = f"param_groups[{i}]"
+    beta1, beta2 = group["betas"]
+    for name, value, fine in (
+        ("lr", group["lr"], group["lr"] >= 0),
+        ("betas[0]", beta1, 0 <= beta1 < 1),
+        ("betas[1]", beta2, 0 <= beta2 < 1),
+        ("eps", group["eps"], group["eps"] >= 0 and not math.isinf(group["eps"])),
+        ("weight_decay", group["weight_decay"], group["weight_decay"] >= 0),
+    ):
+        if not fine:
+            raise ValueError(f"{where}: {name}: out of range: {value}")
+    for j, p in enumerate(group["params"]):
+        name = group["param_names"][j] if "param_names" in group else f"{where}['params'][{j}]"
+        if hasattr(p, "ds_id"):
+            raise ValueError(f"{name}: parameters partitioned by DeepSpeed ZeRO are not supported")
+        checks.plain(name, p)
