@@ -1,0 +1,21 @@
+"""The op table on a GPU through Triton (on CPU tensors under TRITON_INTERPRET=1, for tests)."""
+
+from .delta import gather, join_, scatter_, squared_norm, union
+from .launch import why_unavailable
+from .score import d3_score
+from .selection import select_topk, select_topk_by_score
+from .update import adamw_, adamw_compact_
+
+__all__ = [
+    "adamw_",
+    "adamw_compact_",
+    "d3_score",
+    "gather",
+    "join_",
+    "scatter_",
+    "select_topk",
+    "select_topk_by_score",
+    "squared_norm",
+    "union",
+    "why_unavailable",
+]

@@ -1,0 +1,101 @@
+"""The D3 score |g| / (|θ| + ε)^exp (spec 1.1; equation 2 of the ID3 paper), rounded once per operation."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import launch
+from .launch import load_wide
+
+SMALLEST_NORMAL = tl.constexpr(1.1754943508222875e-38)
+LOWEST_KEY = tl.constexpr(0x00800000)  # the bits of the smallest normal float32
+INFINITE_KEY = tl.constexpr(0x7F800000)
+
+# The exponents with a formula of their own: every backend gives the same bits for them.
+KINDS = {0.0: "g", 0.5: "g/√d", 1.0: "g/d", 2.0: "g/dd", -0.5: "g·√d", -1.0: "g·d", -2.0: "g·dd"}
+
+
+def kind_of(exp: float) -> str:
+    """The formula of an exponent; "pow" for one without its own."""
+    return KINDS.get(float(exp), "pow")
+
+
+@functools.lru_cache(maxsize=8)
+def exponent(exp: float, device: torch.device) -> Tensor:
+    """float64 [1]: Triton would pass a Python float as float32."""
+    return torch.full((1,), exp, dtype=torch.float64, device=device)
+
+
+@triton.jit
+def d3(g, theta, eps, exponent, KIND: tl.constexpr):
+    """float32 score of g = |gradient| and θ, before subnormals are dropped; KIND "given": g is the score.
+
+    "pow" works in float64 as 2^(exp·log2 d), so it may differ from another backend's pow in the last bit.
+    """
+    d = tl.abs(theta) + eps
+    if KIND == "g/√d":
+        return tl.div_rn(g, tl.sqrt_rn(d))
+    elif KIND == "g/d":
+        return tl.div_rn(g, d)
+    elif KIND == "g/dd":
+        return tl.div_rn(g, d * d)
+    elif KIND == "g·√d":
+        return g * tl.sqrt_rn(d)
+    elif KIND == "g·d":
+        return g * d
+    elif KIND == "g·dd":
+        return g * (d * d)
+    elif KIND == "pow":
+        power = tl.exp2(tl.load(exponent) * tl.log2(d.to(tl.float64)))
+        return (g.to(tl.float64) / power).to(tl.float32)
+    else:
+        return g
+
+
+@triton.jit
+def key(score, g):
+    """The score's bits, which order as the score does; 0 where g is subnormal or the score not finite.
+
+    `normal_key` has still to drop subnormal scores: after a maximum will do.
+    """
+    bits = score.to(tl.int32, bitcast=True)
+    return tl.where((g >= SMALLEST_NORMAL) & (bits < INFINITE_KEY), bits, 0)
+
+
+@triton.jit
+def normal_key(key):
+    """The key, or 0 where the score is subnormal and can not be selected (spec 1.1)."""
+    return tl.where(key >= LOWEST_KEY, key, 0)
+
+
+@triton.jit
+def d3_score_kernel(
+    param, grad, out, numel, eps, exponent,
+    KIND: tl.constexpr, PARAM: tl.constexpr, GRAD: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < numel
+    g = tl.abs(load_wide(tl.load(grad), at, inside, GRAD, False))
+    theta = g if KIND == "g" else load_wide(tl.load(param), at, inside, PARAM, False)
+    score = d3(g, theta, eps, exponent, KIND)
+    subnormal = (g < SMALLEST_NORMAL) | (score < SMALLEST_NORMAL)
+    tl.store(out + at, tl.where(subnormal, 0.0, score), mask=inside)
+
+
+def d3_score(param: Tensor, grad: Tensor, eps: float, exp: float) -> Tensor:
+    """float32 scores in the parameter's shape, row-major. A tensor of other strides is copied to be read."""
+    launch.check(param, grad)
+    param, grad, device = param.contiguous(), grad.contiguous(), param.device
+    out = torch.empty(param.shape, dtype=torch.float32, device=device)
+    block = 1024
+    launch.run(
+        d3_score_kernel, triton.cdiv(out.numel(), block), 4, device,
+        launch.addresses([param], device), launch.addresses([grad], device), out, out.numel(), eps,
+        exponent(exp, device), kind_of(exp), launch.CODES[param.dtype], launch.CODES[grad.dtype], block,
+    )  # fmt: skip
+    return out

@@ -1,0 +1,171 @@
+"""AdamW at the entries alone, for all tensors in one launch (spec 1.3).
+
+torch's order of operations, each rounded once to float32. The bias corrections come from tables over the
+step number, computed in float64 by the host and kept on the device: no step number has to be read back.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import launch
+from .launch import bfloat16_bits, load_any, owners
+
+LONGEST_TABLE = 1 << 20
+
+
+@triton.jit
+def store_any(address, offset, x, mask, code):
+    """Store float32 at address + offset as the dtype of `code` (per entry), nearest even."""
+    half = x.to(tl.float16)
+    bits = bfloat16_bits(x)
+    tl.store(address.to(tl.pointer_type(tl.float32)) + offset, x, mask=mask & (code == 0))
+    tl.store(address.to(tl.pointer_type(tl.uint16)) + offset, bits, mask=mask & (code == 1))
+    tl.store(address.to(tl.pointer_type(tl.float16)) + offset, half, mask=mask & (code == 2))
+
+
+@triton.jit
+def rounded(x, code):
+    """x after a trip through the dtype of `code`."""
+    brain = (bfloat16_bits(x).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    return tl.where(code == 0, x, tl.where(code == 1, brain, x.to(tl.float16).to(tl.float32)))
+
+
+@triton.jit
+def gradient_of(g, grad_scale, clip, SCALE: tl.constexpr, CLIP: tl.constexpr, MAXIMIZE: tl.constexpr):
+    """The gradient after unscaling, clipping and the sign of the goal."""
+    if SCALE:
+        g = tl.div_rn(g, tl.load(grad_scale) + tl.zeros_like(g))
+    if CLIP:
+        g = g * tl.load(clip)
+    if MAXIMIZE:
+        g = -g
+    return g
+
+
+@triton.jit
+def adamw_kernel(
+    params, param_codes, grads, grad_codes, owner, indices, exp_avg, exp_avg_sq, master, age, step,
+    step_sizes, roots, longest, grad_scale, found_inf, clip, n, n_tensors,
+    decay, rest1, beta2, rest2, eps,
+    COMPACT: tl.constexpr, MASTER: tl.constexpr, AGE: tl.constexpr, MAXIMIZE: tl.constexpr,
+    SCALE: tl.constexpr, FOUND: tl.constexpr, CLIP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """rest1, rest2: 1 - beta1, 1 - beta2. decay: 1 - lr·weight_decay. longest: last row of both tables."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    j = tl.load(owner + at, mask=at < n, other=n_tensors)
+    live = j < n_tensors
+    if FOUND:
+        live = live & (tl.load(found_inf + tl.zeros_like(j)) == 0)
+    source = tl.zeros_like(j) if COMPACT else j
+    grad = tl.load(grads + source, mask=live, other=0)
+    live = live & (grad != 0)
+    index = tl.load(indices + at, mask=live, other=0)
+    g = load_any(grad, at if COMPACT else index, live, tl.load(grad_codes + source, mask=live, other=0))
+    g = gradient_of(g, grad_scale, clip, SCALE, CLIP, MAXIMIZE)
+
+    param, code = tl.load(params + j, mask=live, other=0), tl.load(param_codes + j, mask=live, other=0)
+    stored = load_any(param, index, live, code)
+    w = stored
+    if MASTER:
+        kept = tl.load(master + at, mask=live, other=0.0)
+        back = rounded(kept, code)
+        same = (back == stored) | ((back != back) & (stored != stored))
+        w = tl.where(same & (code != 0), kept, stored)
+    w = w * decay
+    m = tl.load(exp_avg + at, mask=live, other=0.0)
+    v = tl.load(exp_avg_sq + at, mask=live, other=0.0)
+    m = m + (g - m) * rest1
+    v = v * beta2 + (g * rest2) * g
+    if AGE:
+        s = tl.load(age + at, mask=live, other=0) + 1
+        tl.store(age + at, s, mask=live)
+    else:
+        s = tl.load(step + j, mask=live, other=0)
+    s = tl.minimum(s, longest)
+    step_size = tl.load(step_sizes + s, mask=live, other=0.0)
+    root = tl.load(roots + s, mask=live, other=1.0)
+    w = w - tl.div_rn(step_size * m, tl.div_rn(tl.sqrt_rn(v), root) + eps)
+    tl.store(exp_avg + at, m, mask=live)
+    tl.store(exp_avg_sq + at, v, mask=live)
+    store_any(param, index, w, live, code)
+    if MASTER:
+        tl.store(master + at, w, mask=live & (code != 0))
+
+
+def adamw_(
+    params, grads, offsets, indices, exp_avg, exp_avg_sq, master, age, step,
+    lr, beta1, beta2, eps, weight_decay, maximize, grad_scale, found_inf, clip,
+):  # fmt: skip
+    """See the op table. A gradient or parameter of other than row-major strides passes through a copy."""
+    launch.check(*params, *grads)
+    grads = [None if g is None else g.contiguous() for g in grads]
+    _adamw(
+        params, grads, False, offsets, indices, exp_avg, exp_avg_sq, master, age, step,
+        lr, beta1, beta2, eps, weight_decay, maximize, grad_scale, found_inf, clip,
+    )  # fmt: skip
+
+
+def adamw_compact_(
+    params, values, offsets, indices, exp_avg, exp_avg_sq, master, age, step,
+    lr, beta1, beta2, eps, weight_decay, maximize, grad_scale, found_inf, clip,
+):  # fmt: skip
+    """See the op table."""
+    launch.check(*params, values)
+    _adamw(
+        params, [values.contiguous()], True, offsets, indices, exp_avg, exp_avg_sq, master, age, step,
+        lr, beta1, beta2, eps, weight_decay, maximize, grad_scale, found_inf, clip,
+    )  # fmt: skip
+
+
+def _adamw(
+    params, grads, compact, offsets, indices, exp_avg, exp_avg_sq, master, age, step,
+    lr, beta1, beta2, eps, weight_decay, maximize, grad_scale, found_inf, clip,
+):  # fmt: skip
+    device, n, block = offsets.device, indices.numel(), 256
+    rows = [p.contiguous() for p in params]
+    step = step.to(device)
+    step_sizes, roots = _bias_corrections(lr, beta1, beta2, step if age is None else age)
+    scalars = [None if x is None else x.to(device, torch.float32) for x in (grad_scale, found_inf, clip)]
+    launch.run(
+        adamw_kernel, triton.cdiv(n, block), 4, device,
+        launch.addresses(rows, device), launch.codes(rows, device), launch.addresses(grads, device),
+        launch.codes(grads, device), owners(offsets, n), indices, exp_avg, exp_avg_sq, master, age, step,
+        step_sizes, roots, roots.numel() - 1, *scalars, n, len(params),
+        1 - lr * weight_decay, 1 - beta1, beta2, 1 - beta2, eps,
+        compact, master is not None, age is not None, maximize, *(x is not None for x in scalars), block,
+    )  # fmt: skip
+    launch.write_back(params, rows, offsets, indices)
+
+
+def _bias_corrections(lr: float, beta1: float, beta2: float, steps: Tensor) -> tuple[Tensor, Tensor]:
+    """float32 tables over the step number s: lr / (1 - beta1^s) and sqrt(1 - beta2^s), each rounded once."""
+    longest = max(_limit(beta1), _limit(beta2))
+    if longest > LONGEST_TABLE:  # the only case in which the host has to know the steps
+        reached = int(steps.max()) + 1 if steps.numel() else 1
+        longest = min(longest, 1 << max(reached, LONGEST_TABLE).bit_length())
+    unbiased, roots = _bias_tables(beta1, beta2, longest, steps.device)
+    return torch.full_like(unbiased, lr).div_(unbiased).float(), roots
+
+
+def _limit(beta: float) -> int:
+    """The step from which 1 - beta^s is 1 in float64."""
+    return 1 if beta == 0 else math.ceil(-54 * math.log(2) / math.log(beta))
+
+
+@functools.lru_cache(maxsize=4)
+def _bias_tables(beta1: float, beta2: float, longest: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """1 - beta1^s (float64) and sqrt(1 - beta2^s) (float32) for s = 0 … longest; step 0 does not occur.
+
+    Python's pow is the C library's, as in the other backends; torch's own may differ in the last bit.
+    """
+    steps = range(1, longest + 1)
+    unbiased = torch.tensor([1.0] + [1 - beta1**s for s in steps], dtype=torch.float64)
+    roots = torch.tensor([1.0] + [math.sqrt(1 - beta2**s) for s in steps], dtype=torch.float64)
+    return unbiased.to(device), roots.float().to(device)

@@ -1,0 +1,170 @@
+"""Every Triton kernel compiles ahead of time for each GPU, the streaming kernel to the code it should be.
+
+Needs no GPU. The compiler runs in a process of its own, since under TRITON_INTERPRET=1, which the other
+tests set, a kernel can not be compiled.
+"""
+
+import collections
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TARGETS = {
+    "sm_80": ("cuda", 80, 32),
+    "sm_90": ("cuda", 90, 32),
+    "sm_100": ("cuda", 100, 32),
+    "gfx942": ("hip", "gfx942", 64),
+}
+NVIDIA = [target for target in TARGETS if target.startswith("sm_")]
+REGISTER_CEILING = 64  # 65536 registers then hold 32 one-warp programs, the most that a multiprocessor takes
+ITEM_BYTES = {"float32": 4, "bfloat16": 2}
+STREAMS = [
+    f"tile_maxima {kind} {dtype}{active}"
+    for kind in ("g/d", "g/dd")
+    for dtype in ITEM_BYTES
+    for active in ("", " active")
+]
+ON, OFF = True, False
+
+ARGUMENTS = {
+    "*i64": "params grads tensors first_tile tiles offsets param grad listed step",
+    "*i32": "param_codes grad_codes codes owner owners lengths numels indices words maxima keys age",
+    "*fp32": "out exp_avg exp_avg_sq master step_sizes roots grad_scale found_inf clip",
+    "*fp64": "exponent squares",
+    "*u8": "active",
+    "*i16": "values",
+    "fp32": "eps decay rest1 beta2 rest2",
+    "i32": "n n_tensors numel longest",
+}
+TYPES = {name: kind for kind, names in ARGUMENTS.items() for name in names.split()}
+
+
+def kernels():
+    """Name -> (kernel, constants, warps), every variant that differs in more than a number."""
+    import triton.language as tl
+
+    from id3_kernels.triton import delta, score, selection, update
+
+    stream = {"CHUNK": 4096, "ROWS": selection.ROWS, "FULL": ON, "EXCLUDE": OFF}
+    out = {}
+    for name in STREAMS:
+        _, kind, dtype, *active = name.split()
+        code = 0 if dtype == "float32" else 1
+        constants = stream | {"KIND": kind, "PARAM": code, "GRAD": code, "EXCLUDE": bool(active)}
+        out[name] = selection.tile_maxima_kernel, constants, 1
+    for kind in ("g", "g/√d", "g·√d", "g·d", "g·dd", "pow", "given"):
+        constants = stream | {"KIND": kind, "PARAM": 2, "GRAD": 2, "FULL": kind != "pow", "EXCLUDE": ON}
+        out[f"tile_maxima {kind}"] = selection.tile_maxima_kernel, constants, 1
+    mixed = {"KIND": "g/d", "PARAM": 1, "GRAD": 0}
+    out["tile_maxima mixed"] = selection.tile_maxima_kernel, stream | mixed, 1
+    out["tile_keys"] = selection.tile_keys_kernel, {"KIND": "g/d", "EXCLUDE": ON}, 4
+    out["mark_active"] = selection.mark_active_kernel, {"BLOCK": 1024}, 4
+    out["d3_score"] = score.d3_score_kernel, {"KIND": "g/d", "PARAM": 1, "GRAD": 0, "BLOCK": 1024}, 4
+    flags = dict.fromkeys(("MASTER", "AGE", "MAXIMIZE", "SCALE", "FOUND", "CLIP"), ON)
+    out["adamw"] = update.adamw_kernel, flags | {"COMPACT": OFF, "BLOCK": 256}, 4
+    absent = dict.fromkeys(("master", "age", "grad_scale", "found_inf", "clip"))
+    flags = dict.fromkeys(flags, OFF)
+    out["adamw_compact"] = update.adamw_kernel, flags | absent | {"COMPACT": ON, "BLOCK": 256}, 4
+    out["gather"] = delta.gather_kernel, {"BITS": tl.int16, "BLOCK": 256}, 4
+    out["scatter"] = delta.scatter_kernel, {"BITS": tl.int16, "BLOCK": 256}, 4
+    out["squares"] = delta.squares_kernel, {"BLOCK": 256}, 4
+    return out
+
+
+def compile_one(kernel, constants, warps, target):
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = kernel.arg_names
+    signature = {name: "constexpr" if name in constants else TYPES[name] for name in names}
+    values = {(names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(kernel, signature, values)
+    options = {"num_warps": warps, "enable_fp_fusion": False}
+    return triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options).asm
+
+
+def disassembled(cubin, folder):
+    """Registers per thread, and how often each instruction stands in the code."""
+    import triton
+
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    path = folder / "kernel.cubin"
+    path.write_bytes(cubin)
+
+    def said(tool, flag):
+        return subprocess.run([tools / tool, flag, path], capture_output=True, text=True, check=True).stdout
+
+    code = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+\s+)?([A-Z0-9_.]+)", said("nvdisasm", "-c"))
+    registers = int(re.search(r"REG:(\d+)", said("cuobjdump", "-res-usage"))[1])
+    return {"registers": registers, "instructions": collections.Counter(code)}
+
+
+def main(folder):
+    """Compiles everything and prints one JSON object: target -> kernel -> what came out."""
+    report = {}
+    for target in TARGETS:
+        report[target] = {}
+        for name, variant in kernels().items():
+            asm = compile_one(*variant, target)
+            found = {"binary": len(asm.get("cubin") or asm.get("hsaco") or b"")}
+            if "cubin" in asm:
+                found |= disassembled(asm["cubin"], folder)
+            report[target][name] = found
+    print(json.dumps(report))
+
+
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory):
+    pytest.importorskip("triton")
+    folder = tmp_path_factory.mktemp("triton")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(folder)
+    done = subprocess.run(
+        [sys.executable, __file__, folder], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def loads(instructions, pattern):
+    return sum(n for name, n in instructions.items() if re.match(pattern, name))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_kernel_compiles(compiled, target):
+    sizes = {name: found["binary"] for name, found in compiled[target].items()}
+    assert len(sizes) >= 24
+    assert all(size > 0 for size in sizes.values()), sizes
+
+
+@pytest.mark.parametrize("target", NVIDIA)
+def test_nothing_spills(compiled, target):
+    spills = {name: loads(found["instructions"], "LDL|STL") for name, found in compiled[target].items()}
+    assert not any(spills.values()), spills
+
+
+@pytest.mark.parametrize("target", NVIDIA)
+@pytest.mark.parametrize("name", STREAMS)
+def test_streaming_kernel_stays_below_the_register_ceiling(compiled, name, target):
+    assert compiled[target][name]["registers"] <= REGISTER_CEILING
+
+
+@pytest.mark.parametrize("target", NVIDIA)
+@pytest.mark.parametrize("name", STREAMS)
+def test_streaming_kernel_reads_16_bytes_at_a_time(compiled, name, target):
+    """Both tiles of θ and of g come in 128-bit loads of one warp, and no entry in a narrower one."""
+    _, _, dtype, *active = name.split()
+    instructions = compiled[target][name]["instructions"]
+    assert loads(instructions, r"LDG\.E.*\.128") * 32 * 16 == 2 * 2 * 256 * ITEM_BYTES[dtype]
+    bitmap = loads(instructions, r"LDG\.E.*\.[US](8|16)")
+    assert bitmap <= 2 if active else bitmap == 0
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
