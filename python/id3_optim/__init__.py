@@ -1,6 +1,19 @@
 """Selective fine-tuning by step-by-step unmasking (ID3), at the cost of one read of weights and gradients."""
 
+from .delta import Delta, DeltaError, load_delta, save_delta
 from .heuristics import D3, Bias, Fisher, Magnitude, Random, fisher_scores
 from .optimizer import ID3AdamW
 
-__all__ = ["D3", "Bias", "Fisher", "ID3AdamW", "Magnitude", "Random", "fisher_scores"]
+__all__ = [
+    "D3",
+    "Bias",
+    "Delta",
+    "DeltaError",
+    "Fisher",
+    "ID3AdamW",
+    "Magnitude",
+    "Random",
+    "fisher_scores",
+    "load_delta",
+    "save_delta",
+]

@@ -1,0 +1,272 @@
+"""The bytes of a sparse delta: a safetensors file, written atomically, and checked whole before it is used.
+
+Tensors `<name>.indices` (int32, flat, ascending, unique), `<name>.values`, optionally `<name>.originals`, or
+`<name>.dense` for a parameter stored whole. One metadata entry, `id3_delta`, holds the rest as JSON:
+`{"version": 1, "parameters": {name: {"shape": […], "dtype": "float32"}}, "fingerprint": …, "settings": {…}}`,
+the fingerprint being 16 hex digits or null.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import re
+import secrets
+import struct
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+VERSION = 1
+KEY = "id3_delta"
+_HEADER_LIMIT_BYTES = 16 << 20  # about 50 000 parameters; bounds what a crafted length can make us allocate
+_STORED = {
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F64": torch.float64,
+    "I32": torch.int32,
+}
+VALUE_DTYPES = {
+    str(dtype).removeprefix("torch."): dtype for dtype in _STORED.values() if dtype.is_floating_point
+}
+
+
+Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+
+
+class DeltaError(ValueError):
+    """A delta that can not be read, or does not fit the model; nothing has been changed."""
+
+
+class Change(NamedTuple):
+    """What a delta holds for one parameter, on the CPU.
+
+    shape, dtype: the parameter's. indices: int32 [n], flat row-major, ascending and unique, or None when the
+    parameter is stored whole. values: [n] in dtype, or of `shape` when whole. originals: as values, or None.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    indices: Tensor | None
+    values: Tensor
+    originals: Tensor | None = None
+
+
+class Contents(NamedTuple):
+    """A delta file's contents; fingerprint is None where the originals were not known."""
+
+    changes: dict[str, Change]
+    fingerprint: int | None
+    settings: dict[str, Any]
+
+
+# --- writing ---------------------------------------------------------------------------------------
+
+
+def write(path: str | os.PathLike, contents: Contents) -> None:
+    """Writes a delta file at path: afterwards it is the old file or the new one, never a part.
+
+    A symbolic link is followed. Raises OSError (a full disk included, with the path and the bytes needed) and
+    removes what it had begun; only a killed process can leave a `.<name>.<hex>.partial` beside the file.
+    """
+    target = Path(os.path.realpath(path))
+    if target.exists() and not target.is_file():
+        raise OSError(f"path: expected a file name, got {target}, which is not a regular file")
+    content = _to_bytes(contents)
+    partial = target.with_name(f".{target.name}.{secrets.token_hex(8)}.partial")
+    try:
+        with open(partial, "xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, target)
+    except OSError as error:
+        reason = f"{error.strerror}: a delta of {len(content)} bytes was not written"
+        raise OSError(error.errno, reason, str(target)) from error
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(partial)
+    _sync_directory(target.parent)
+
+
+def _sync_directory(directory: Path) -> None:
+    """Makes the rename itself durable, where the system allows a directory to be opened."""
+    if os.name == "posix":
+        handle = os.open(directory, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _to_bytes(contents: Contents) -> bytes:
+    tensors: dict[str, Tensor] = {}
+    for name, change in contents.changes.items():
+        if change.indices is None:
+            parts = {"dense": change.values}
+        else:
+            parts = {"indices": change.indices, "values": change.values, "originals": change.originals}
+        tensors |= {f"{name}.{part}": t.contiguous() for part, t in parts.items() if t is not None}
+    head = {
+        "version": VERSION,
+        "parameters": {
+            name: {"shape": list(c.shape), "dtype": str(c.dtype).removeprefix("torch.")}
+            for name, c in contents.changes.items()
+        },
+        "fingerprint": None if contents.fingerprint is None else f"{contents.fingerprint:016x}",
+        "settings": contents.settings,
+    }
+    return safetensors.torch.save(tensors, {KEY: json.dumps(head, allow_nan=False)})
+
+
+# --- reading ---------------------------------------------------------------------------------------
+
+
+def read(path: str | os.PathLike) -> Contents:
+    """Reads and checks a whole delta file: structure, names, dtypes, shapes, index range, order, uniqueness.
+
+    Allocates no more than the file's own size, runs no code from it, and maps no memory, so a file that
+    another process cuts short meanwhile is an error, not a crash. Raises DeltaError, or OSError if the file
+    can not be opened.
+    """
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        raw_header = _header_bytes(file, size)
+        stored = _json(raw_header.decode("utf-8", "replace"), "the header")
+        head = _head(stored)
+        layout = _layout(stored, size - 8 - len(raw_header))
+        _check_parts(layout, head["parameters"])
+        body = file.read(size)
+    try:
+        tensors = safetensors.torch.load(struct.pack("<Q", len(raw_header)) + raw_header + body)
+    except SafetensorError as error:
+        raise DeltaError(f"delta file: expected a safetensors file, got: {error}") from error
+    changes = {name: _change(name, spec, tensors) for name, spec in head["parameters"].items()}
+    fingerprint = head["fingerprint"]
+    return Contents(changes, None if fingerprint is None else int(fingerprint, 16), head["settings"])
+
+
+def _require(condition: bool, what: str, expected: str, got: object) -> None:
+    if not condition:
+        text = str(got)
+        raise DeltaError(f"{what}: expected {expected}, got {text if len(text) <= 80 else text[:80] + '…'}")
+
+
+def _header_bytes(file: BinaryIO, size: int) -> bytes:
+    _require(size >= 8, "delta file", "at least 8 bytes", size)
+    (length,) = struct.unpack("<Q", file.read(8).ljust(8, b"\0"))
+    limit = min(size - 8, _HEADER_LIMIT_BYTES)
+    _require(length <= limit, "delta file", f"a header of at most {limit} bytes", length)
+    raw = file.read(length)
+    _require(len(raw) == length, "delta file", f"a header of {length} bytes", len(raw))
+    return raw
+
+
+def _json(text: str, what: str) -> Any:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        made = dict(pairs)
+        _require(len(made) == len(pairs), what, "every name once", "a repeated name")
+        return made
+
+    def refuse(constant: str) -> None:
+        raise DeltaError(f"{what}: expected finite numbers, got {constant}")
+
+    try:
+        return json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
+    except DeltaError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise DeltaError(f"{what}: expected JSON, got: {error}") from error
+
+
+def _head(stored: Any) -> dict[str, Any]:
+    """The delta's own metadata, each field of the right kind."""
+    metadata = stored.get("__metadata__") if isinstance(stored, dict) else None
+    text = metadata.get(KEY) if isinstance(metadata, dict) else None
+    _require(isinstance(text, str), "delta file", f"the metadata entry {KEY!r}", "none")
+    head = _json(text, KEY)
+    _require(isinstance(head, dict), KEY, "an object", head)
+    version = head.get("version")
+    _require(type(version) is int and version == VERSION, "version", str(VERSION), version)
+    for field in ("parameters", "settings"):
+        _require(isinstance(head.get(field), dict), field, "an object", head.get(field))
+    fingerprint = head.get("fingerprint", "")
+    is_hex = isinstance(fingerprint, str) and re.fullmatch("[0-9a-f]{16}", fingerprint)
+    _require(fingerprint is None or bool(is_hex), "fingerprint", "16 hex digits or null", fingerprint)
+    for name, spec in head["parameters"].items():
+        _require(isinstance(spec, dict), name, "shape and dtype", spec)
+        _require(
+            spec.get("dtype") in list(VALUE_DTYPES),
+            f"{name}: dtype",
+            " or ".join(VALUE_DTYPES),
+            spec.get("dtype"),
+        )
+        _require(_is_shape(spec.get("shape")), f"{name}: shape", "fewer than 2^31 entries", spec.get("shape"))
+    return head
+
+
+def _is_shape(shape: Any) -> bool:
+    if not isinstance(shape, list) or len(shape) > 64:
+        return False
+    return all(type(d) is int and 0 <= d < 2**31 for d in shape) and math.prod(shape) < 2**31
+
+
+def _layout(stored: dict[str, Any], body_bytes: int) -> Layout:
+    """dtype and shape of every stored tensor; together they must fill the body exactly."""
+    layout, total = {}, 0
+    for key, entry in stored.items():
+        if key == "__metadata__":
+            continue
+        _require(isinstance(entry, dict), key, "dtype, shape and data_offsets", entry)
+        dtype, shape = entry.get("dtype"), entry.get("shape")
+        _require(isinstance(dtype, str) and dtype in _STORED, f"{key}: dtype", " or ".join(_STORED), dtype)
+        _require(_is_shape(shape), f"{key}: shape", "fewer than 2^31 entries", shape)
+        layout[key] = (_STORED[dtype], tuple(shape))
+        total += math.prod(shape) * _STORED[dtype].itemsize
+    _require(total == body_bytes, "delta file", f"{total} bytes of tensors (a truncated file?)", body_bytes)
+    return layout
+
+
+def _check_parts(layout: Layout, parameters: dict[str, Any]) -> None:
+    """Every parameter has its parts, each of the right dtype and shape, and nothing else is stored."""
+    left = set(layout)
+    for name, spec in parameters.items():
+        dtype, shape = VALUE_DTYPES[spec["dtype"]], tuple(spec["shape"])
+        if f"{name}.dense" in left:
+            _require_layout(layout, f"{name}.dense", (dtype, shape))
+            left.discard(f"{name}.dense")
+            continue
+        _require(f"{name}.indices" in left, name, "indices and values, or dense", "neither")
+        n = math.prod(layout[f"{name}.indices"][1])
+        _require_layout(layout, f"{name}.indices", (torch.int32, (n,)))
+        _require_layout(layout, f"{name}.values", (dtype, (n,)))
+        if f"{name}.originals" in layout:
+            _require_layout(layout, f"{name}.originals", (dtype, (n,)))
+        left -= {f"{name}.indices", f"{name}.values", f"{name}.originals"}
+    _require(not left, "delta file", "tensors of the listed parameters only", sorted(left)[:3])
+
+
+def _require_layout(layout: Layout, key: str, expected: tuple[torch.dtype, tuple[int, ...]]) -> None:
+    _require(layout.get(key) == expected, key, f"{expected[0]} of shape {expected[1]}", layout.get(key))
+
+
+def _change(name: str, spec: dict[str, Any], tensors: dict[str, Tensor]) -> Change:
+    shape, dtype = tuple(spec["shape"]), VALUE_DTYPES[spec["dtype"]]
+    if f"{name}.dense" in tensors:
+        return Change(shape, dtype, None, tensors[f"{name}.dense"])
+    indices = tensors[f"{name}.indices"]
+    if indices.numel():
+        _require(
+            bool((indices[1:] > indices[:-1]).all()), f"{name}.indices", "ascending, unique indices", "others"
+        )
+        low, high = indices[0].item(), indices[-1].item()
+        entries = math.prod(shape)
+        _require(low >= 0 and high < entries, f"{name}.indices", f"0 to {entries - 1}", f"{low} to {high}")
+    return Change(shape, dtype, indices, tensors[f"{name}.values"], tensors.get(f"{name}.originals"))

@@ -1,0 +1,21 @@
+"""One integer hash, in torch ops: the random mask and the fingerprint of a delta both rest on it."""
+
+from torch import Tensor
+
+# splitmix64 (Steele, Lea, Flood 2014): its increment and two multipliers, as signed 64-bit integers.
+INCREMENT = 0x9E3779B97F4A7C15 - 2**64
+_MULTIPLIER_1 = 0xBF58476D1CE4E5B9 - 2**64
+_MULTIPLIER_2 = 0x94D049BB133111EB - 2**64
+SLICE = 1 << 20  # entries hashed at once: 8 MiB of int64 per temporary
+
+
+def shifted_right(z: Tensor, bits: int) -> Tensor:
+    """z >> bits without the sign, which torch's shift of an int64 tensor would carry down."""
+    return (z >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def mix64(z: Tensor) -> Tensor:
+    """splitmix64's output function of an int64 tensor; multiplications wrap modulo 2^64. Mutates nothing."""
+    z = (z ^ shifted_right(z, 30)) * _MULTIPLIER_1
+    z = (z ^ shifted_right(z, 27)) * _MULTIPLIER_2
+    return z ^ shifted_right(z, 31)
