@@ -117,9 +117,9 @@ def d3_score(param: Tensor, grad: Tensor, *, eps: float, exp: float) -> Tensor:
     and for eps <= 0 with exp > 0.
     """
     checks.d3(eps, exp)
-    device = checks.params([param], "param")
+    checks.plain("param", param)
     checks.gradient("grad", grad, param)
-    return _kernels(device).d3_score(param, grad, eps, exp)
+    return _kernels(param.device).d3_score(param, grad, eps, exp)
 
 
 @torch.no_grad()
@@ -298,11 +298,10 @@ def adamw_compact_(
 
     values: float32, or the params' dtype (float64 for float64). Everything else as for `adamw_`.
     """
-    device = checks.params(params)
+    checks.params(params)
     allowed = (torch.float64,) if params[0].dtype == torch.float64 else checks.FLOATS[:3]
     if values.dtype not in allowed:
         raise ValueError(f"values: expected {' or '.join(map(str, allowed))}, got {values.dtype}")
-    checks.vector("values", values, values.dtype, int(entries.offsets[-1]), device)
     _adamw("adamw_compact_", params, values, entries, (exp_avg, exp_avg_sq, master, age), step,
            (lr, beta1, beta2, eps, weight_decay), maximize, (grad_scale, found_inf, clip))  # fmt: skip
 
@@ -311,6 +310,8 @@ def _adamw(op, params, gradient, entries, state, step, numbers, maximize, scalar
     device = params[0].device
     checks.entries("entries", entries, [p.numel() for p in params], device)
     n, wide = int(entries.offsets[-1]), reference.wide_dtype(params[0].dtype)
+    if isinstance(gradient, Tensor):
+        checks.vector("values", gradient, gradient.dtype, n, device)
     names = ("exp_avg", "exp_avg_sq", "master", "age")
     for name, tensor, dtype in zip(names, state, (wide, wide, wide, torch.int32), strict=True):
         if tensor is not None or name.startswith("exp"):

@@ -47,7 +47,7 @@ def _divide(g: Tensor, d: Tensor, exp: float) -> Tensor:
 
 
 def _sqrt(x: Tensor) -> Tensor:
-    """The IEEE root. torch's own on CPU may be a vector library's, which misses the last bit of some float32."""
+    """The IEEE root; torch's on CPU may be a vector library's, which misses the last bit of one in five."""
     if x.device.type != "cpu":
         return x.sqrt()
     return torch.from_numpy(np.sqrt(x.detach().reshape(-1).numpy())).reshape(x.shape)

@@ -1,4 +1,4 @@
-"""state_dict and back: the flat state cut into torch's per-parameter shape, and checked before it is taken."""
+"""state_dict and back: flat state cut into torch's per-parameter shape, and checked before it is taken."""
 
 from __future__ import annotations
 
@@ -86,9 +86,8 @@ def _check_groups(optimizer: ID3AdamW, state: dict[str, Any]) -> None:
                 f"the saved state has {len(theirs['params'])}"
             )
         if ours["dense"] != theirs["dense"]:
-            raise ValueError(
-                f"param_groups[{i}]: dense: the optimizer has {ours['dense']}, the saved state has {theirs['dense']}"
-            )
+            have = f"the optimizer has {ours['dense']}, the saved state has {theirs['dense']}"
+            raise ValueError(f"param_groups[{i}]: dense: {have}")
         for name, other in zip(ours.get("param_names", []), theirs.get("param_names", []), strict=False):
             if name != other:
                 raise ValueError(
@@ -112,10 +111,9 @@ def _sparse_states(optimizer: ID3AdamW, state: dict[str, Any]) -> dict[int, dict
 
 
 def _checked(where: str, state: dict[str, Any], p: torch.Tensor, optimizer: ID3AdamW) -> dict[str, Any]:
-    if list(state["shape"]) != list(p.shape):
-        raise ValueError(
-            f"{where}: the parameter has shape {list(p.shape)}, the saved state has {list(state['shape'])}"
-        )
+    saved = list(state["shape"])
+    if saved != list(p.shape):
+        raise ValueError(f"{where}: the parameter has shape {list(p.shape)}, the saved state has {saved}")
     n = state["indices"].numel()
     for name in optimizer._layout.columns(p.dtype):
         column = state.get(name)

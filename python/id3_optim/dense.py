@@ -41,7 +41,18 @@ def update_dense(
     )
     lr, beta1, beta2, eps, weight_decay = numbers_of(group)
     adamw(
-        params, grads, exp_avgs, exp_avg_sqs, [], steps, fused=all(p.device.type in ("cpu", "cuda") for p in params),
-        amsgrad=False, beta1=beta1, beta2=beta2, lr=lr, weight_decay=weight_decay, eps=eps,
+        params,
+        grads,
+        exp_avgs,
+        exp_avg_sqs,
+        [],
+        steps,
+        fused=all(p.device.type in ("cpu", "cuda") for p in params),
+        amsgrad=False,
+        beta1=beta1,
+        beta2=beta2,
+        lr=lr,
+        weight_decay=weight_decay,
+        eps=eps,
         maximize=group["maximize"],
-    )  # fmt: skip
+    )

@@ -16,10 +16,16 @@ from id3_kernels import checks
 from . import checkpoint, heuristics, schedules
 from .dense import numbers_of, update_dense
 from .heuristics import D3, Bias, Heuristic
+from .memory import memory_report
 from .schedules import Schedule, uniform
 from .selection import select
 from .state import Layout, Shard
 from .validation import check_choices, check_group, refuse_not_applicable
+
+_OWN_STATE = (
+    "budget", "heuristic", "strategy", "schedule", "total_steps", "bias_correction", "max_grad_norm",
+    "n_entries", "steps_done", "last_selection", "phase_seconds", "_layout", "_shards", "_targets", "_most_at_once",
+)  # fmt: skip
 
 
 class Touched(NamedTuple):
@@ -31,7 +37,7 @@ class Touched(NamedTuple):
 
 
 class Selection(NamedTuple):
-    """What the newest selection did: how many entries joined at which step, and the smallest score of them."""
+    """What the newest selection did: at which step how many entries joined, and their smallest score."""
 
     step: int
     count: int
@@ -107,10 +113,8 @@ class ID3AdamW(torch.optim.Optimizer):
         self._shards: list[Shard] = []
         self._targets: list[int] = []  # c(t) for every step, tabulated once budget and total_steps are known
         self._most_at_once = 0
-        defaults = {
-            "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize, "dense": False,
-        }  # fmt: skip
-        super().__init__(params, defaults)
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, defaults | {"maximize": maximize, "dense": False})
         if isinstance(heuristic, Bias) and "param_names" not in self.param_groups[0]:
             raise ValueError(
                 "params: heuristic Bias needs model.named_parameters(), got parameters without names"
@@ -133,12 +137,11 @@ class ID3AdamW(torch.optim.Optimizer):
             self._adopt(len(self.param_groups) - 1)
 
     def set_total_steps(self, total_steps: int) -> None:
-        """Sets T, the steps over which the budget is spent. Raises ValueError once step 0 was taken with another T."""
+        """Sets T, the steps over which the budget is spent. Raises ValueError to change it after step 0."""
         schedules.check_total_steps(total_steps)
         if self.steps_done > 0 and total_steps != self.total_steps:
-            raise ValueError(
-                f"total_steps: can not change after the first step: it is {self.total_steps}, got {total_steps}"
-            )
+            expected = f"{self.total_steps} as at the first step"
+            raise ValueError(f"total_steps: expected {expected} (it can not change), got {total_steps}")
         self.total_steps = int(total_steps)
         self._targets = []
 
@@ -193,7 +196,7 @@ class ID3AdamW(torch.optim.Optimizer):
                 "total_steps: expected the number of steps of the run (set_total_steps), got None"
             )
         self._begin()
-        grads = [self._gradients(shard) for shard in self._shards]
+        grads = self._gradients()
         started = time.perf_counter()
         self._select_and_join(grads)
         selected = time.perf_counter()
@@ -207,17 +210,23 @@ class ID3AdamW(torch.optim.Optimizer):
         found_inf = getattr(self, "found_inf", None)  # a GradScaler sets it around step()
         return found_inf is not None and bool(found_inf.item())
 
-    def _gradients(self, shard: Shard) -> list[Tensor | None]:
-        grads = [p.grad for p in shard.params]
-        for j, (p, g) in enumerate(zip(shard.params, grads, strict=True)):
-            if p.dtype != shard.dtype or p.device != shard.device:
-                raise ValueError(
-                    f"{self._name(shard.positions[j])}: expected {shard.dtype} on {shard.device} as at the "
-                    f"first step, got {p.dtype} on {p.device}"
-                )
-            if g is not None and (g.dtype != p.dtype or g.layout != torch.strided):
-                checks.gradient(f"gradient of {self._name(shard.positions[j])}", g, p)
-        return grads
+    def _gradients(self) -> list[list[Tensor | None]]:
+        """The gradients per shard, each one fit for its parameter, those of dense groups too."""
+        for shard in self._shards:
+            for p, position in zip(shard.params, shard.positions, strict=True):
+                if p.dtype != shard.dtype or p.device != shard.device:
+                    expected, got = f"{shard.dtype} on {shard.device}", f"{p.dtype} on {p.device}"
+                    raise ValueError(
+                        f"{self._name(position)}: expected {expected} as at the first step, got {got}"
+                    )
+        position = 0
+        for group in self.param_groups:
+            for p in group["params"]:
+                g = p.grad
+                if g is not None and (g.dtype != p.dtype or g.layout != torch.strided):
+                    checks.gradient(f"gradient of {self._name(position)}", g, p)
+                position += 1
+        return [[p.grad for p in shard.params] for shard in self._shards]
 
     def _select_and_join(self, grads: list[list[Tensor | None]]) -> None:
         repeat = self.strategy == "repeat"
@@ -235,7 +244,7 @@ class ID3AdamW(torch.optim.Optimizer):
         self.last_selection = Selection(self.steps_done, count, threshold)
 
     def _wanted(self) -> int:
-        """How many entries should join now: what the schedule wants, and what earlier steps could not give."""
+        """How many entries should join now: the schedule's, and what earlier steps could not give."""
         target = self._targets[min(self.steps_done, len(self._targets) - 1)]
         return min(target - self.n_active, self._most_at_once)
 
@@ -305,26 +314,10 @@ class ID3AdamW(torch.optim.Optimizer):
         `select_tiles` (one score maximum per 256 entries) and `select_mask` (the bit per entry that the
         Triton backend keeps to leave active entries out) live only while a step selects.
         """
-        report: dict[str, int] = dict.fromkeys(
-            Shard(torch.device("cpu"), torch.float32, self._layout).bytes_by_kind(), 0
-        )
-        for shard in self._shards:
-            for kind, size in shard.bytes_by_kind().items():
-                report[kind] += size
-        states = [s for s in self.state.values() if s]
-        report["dense_state"] = sum(t.numel() * t.element_size() for s in states for t in s.values())
-        tiles = [
-            -(-p.numel() // 256) * (8 if s.dtype == torch.float64 else 4)
-            for s in self._shards
-            for p in s.params
-        ]
-        report["select_tiles"] = sum(tiles)
-        report["select_mask"] = sum(s.numel // 8 for s in self._shards if hasattr(s.kernels, "mask_bytes"))
-        report["total"] = sum(report.values())
-        return report
+        return memory_report(self._shards, self._layout, self.state.values())
 
     def state_dict(self) -> dict[str, Any]:
-        """torch's shape; `param_groups[0]["id3"]` has the settings. Loads with `torch.load(weights_only=True)`."""
+        """torch's shape, settings in `param_groups[0]["id3"]`; `torch.load(weights_only=True)` reads it."""
         return checkpoint.state_dict(self, super().state_dict)
 
     def load_state_dict(self, state_dict: dict[str, Any], strict: bool = True) -> None:
@@ -336,9 +329,7 @@ class ID3AdamW(torch.optim.Optimizer):
         checkpoint.load_state_dict(self, state_dict, strict, super().load_state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("budget", "heuristic", "strategy", "schedule", "total_steps", "bias_correction", "max_grad_norm",
-               "n_entries", "steps_done", "last_selection", "phase_seconds", "_layout", "_shards", "_targets", "_most_at_once")  # fmt: skip
-        return super().__getstate__() | {name: getattr(self, name) for name in own}
+        return super().__getstate__() | {name: getattr(self, name) for name in _OWN_STATE}
 
     def _names(self) -> list[str] | None:
         if "param_names" not in self.param_groups[0]:

@@ -183,11 +183,18 @@ class Shard:
         if begin == end:
             return
         rows = {name: array[begin:end] for name, array in self.arrays.items()}
+        state = [rows.get(name) for name in ("exp_avg", "exp_avg_sq", "master", "age")]
         self.kernels.adamw_(
-            self.params[first:last], grads[first:last], self.offsets[first : last + 1] - begin, rows["indices"],
-            rows["exp_avg"], rows["exp_avg_sq"], rows.get("master"), rows.get("age"), self.steps[first:last],
-            *numbers, maximize, *scalars,
-        )  # fmt: skip
+            self.params[first:last],
+            grads[first:last],
+            self.offsets[first : last + 1] - begin,
+            rows["indices"],
+            *state,
+            self.steps[first:last],
+            *numbers,
+            maximize,
+            *scalars,
+        )
         torch.autograd.graph.increment_version(self.params[first:last])
 
     # --- state_dict --------------------------------------------------------------------------------

@@ -1,0 +1,268 @@
+"""The training run behind `id3-optim train`: a pre-trained transformer, a budget, `transformers.Trainer`."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+import transformers
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from . import schedules, tasks
+from .delta import save_delta
+from .heuristics import D3, Bias, Magnitude, Random
+from .integrations.huggingface import ID3Callback, StepClock, fresh_parameters, parameter_groups
+from .optimizer import ID3AdamW
+from .report import summarise
+from .tasks import Task
+
+DELTA_NAME = "delta.safetensors"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What `id3-optim train` can be told; the command's help explains each."""
+
+    model: str
+    train: str
+    eval: str
+    output: str
+    task: str | None = None
+    text_column: tuple[str, ...] = ("text",)
+    label_column: str = "label"
+    max_length: int = 256
+    optimizer: str = "id3"
+    budget: int | float = 0.005
+    heuristic: str = "d3"
+    eps: float = 1.0
+    exp: float = 2.0
+    strategy: str = "increment"
+    schedule: str = "uniform"
+    bias_correction: str = "tensor"
+    epochs: float = 3.0
+    steps: int | None = None
+    lr: float = 1e-3
+    head_lr: float | None = None
+    weight_decay: float = 0.0
+    warmup: float = 0.05
+    max_grad_norm: float = 1.0
+    batch_size: int = 16
+    accumulate: int = 1
+    seed: int = 42
+    bf16: bool = False
+    backend: str | None = None
+    cpu: bool = False
+    delta_only: bool = False
+    log_every: int = 10
+
+
+@dataclass
+class Start:
+    """A model before training; `fresh` names its parameters that no checkpoint held."""
+
+    model: torch.nn.Module
+    tokenizer: object
+    fresh: set[str]
+
+
+@dataclass
+class Run:
+    """What a finished training run leaves. history: the Trainer's log; clock: seconds of every step."""
+
+    metrics: dict[str, float]
+    history: list[dict]
+    clock: StepClock
+
+
+class ProgressBar(transformers.TrainerCallback):
+    """One line: loss, active entries, entries changed."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._bar = tqdm(total=state.max_steps, unit="step", dynamic_ncols=True)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self._bar.update(1)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "loss" in logs:
+            counts = {"active": logs.get("n_active"), "changed": logs.get("n_changed")}
+            shown = {name: f"{count:,}" for name, count in counts.items() if count is not None}
+            self._bar.set_postfix(loss=f"{logs['loss']:.3f}", **shown)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self._bar.close()
+
+
+def trainer_arguments(settings: Settings) -> transformers.TrainingArguments:
+    """The Trainer's arguments: linear decay after a short warm-up, no checkpoints, no clipping.
+
+    The Trainer clips by the norm of all N gradients; ID3AdamW by that of the active entries
+    (`max_grad_norm`). Even at 0 the Trainer measures the norm of all gradients for its log; the report
+    counts that time as forward and backward.
+    """
+    return transformers.TrainingArguments(
+        output_dir=settings.output,
+        num_train_epochs=settings.epochs,
+        max_steps=settings.steps or -1,
+        per_device_train_batch_size=settings.batch_size,
+        per_device_eval_batch_size=4 * settings.batch_size,
+        gradient_accumulation_steps=settings.accumulate,
+        learning_rate=settings.lr,
+        lr_scheduler_type="linear",
+        warmup_steps=settings.warmup,
+        max_grad_norm=0.0 if settings.optimizer == "id3" else settings.max_grad_norm,
+        bf16=settings.bf16,
+        use_cpu=settings.cpu,
+        seed=settings.seed,
+        logging_steps=settings.log_every,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_pin_memory=torch.cuda.is_available() and not settings.cpu,
+        remove_unused_columns=False,
+    )
+
+
+def load_start(settings: Settings, task: Task, device: torch.device | str = "cpu") -> Start:
+    """Loads model and tokenizer; the seed fixes the numbers of a new head.
+
+    With `bf16` and ID3 the weights are bfloat16 (each active entry owns a float32 master) but for fresh
+    parameters, which stay float32; without ID3 they are float32 and only the arithmetic is bfloat16.
+    """
+    transformers.set_seed(settings.seed)
+    tokenizer = AutoTokenizer.from_pretrained(settings.model)
+    low = settings.bf16 and settings.optimizer == "id3"
+    options = {"dtype": torch.bfloat16 if low else torch.float32}
+    if task.kind == "classification":
+        labels = dict(enumerate(task.labels))
+        options |= {"id2label": labels, "label2id": {label: i for i, label in labels.items()}}
+        options |= {"num_labels": len(labels), "ignore_mismatched_sizes": True}
+    auto = AutoModelForSequenceClassification if task.kind == "classification" else AutoModelForCausalLM
+    model, fresh = load_pretrained(auto, settings.model, **options)
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tasks.padding_token(tokenizer)
+    model.config.architectures = [type(model).__name__]
+    # An optimizer picks its backend by where the parameters are.
+    return Start(model.to(device), tokenizer, fresh)
+
+
+def load_pretrained(model_class: type, source: str, **options) -> tuple[torch.nn.Module, set[str]]:
+    """The model, and the names of its parameters that the checkpoint lacks; these are made float32."""
+    model, loading_info = model_class.from_pretrained(source, output_loading_info=True, **options)
+    fresh = fresh_parameters(model, loading_info)
+    for name, parameter in model.named_parameters():
+        if name in fresh:
+            parameter.data = parameter.data.float()
+    return model, fresh
+
+
+def load_base(delta_path: Path, source: str) -> torch.nn.Module:
+    """The model that a `--delta-only` run started from: its class and dtype by the configuration beside the
+    delta.
+
+    A new head holds random numbers; the delta brings all of it.
+    """
+    config = transformers.AutoConfig.from_pretrained(delta_path.parent)
+    model_class = getattr(transformers, (config.architectures or ["AutoModel"])[0])
+    options = {"config": config, "dtype": config.dtype, "ignore_mismatched_sizes": True}
+    return load_pretrained(model_class, source, **options)[0]
+
+
+def build_optimizer(settings: Settings, start: Start) -> torch.optim.Optimizer:
+    """ID3AdamW with the fresh parameters as a dense group, or torch's AdamW on everything."""
+    if settings.optimizer == "adamw":
+        return torch.optim.AdamW(
+            [p for p in start.model.parameters() if p.requires_grad],
+            lr=settings.lr,
+            weight_decay=settings.weight_decay,
+        )
+    heuristics = {
+        "d3": D3(eps=settings.eps, exp=settings.exp),
+        "magnitude": Magnitude(),
+        "random": Random(settings.seed),
+        "bias": Bias(),
+    }
+    head_options = {} if settings.head_lr is None else {"lr": settings.head_lr}
+    groups = parameter_groups(start.model, start.fresh, **head_options)
+    entries = sum(parameter.numel() for _, parameter in groups[0]["params"])
+    return ID3AdamW(
+        groups,
+        lr=settings.lr,
+        weight_decay=settings.weight_decay,
+        # Resolved here, so that a budget that does not fit is refused before the first step.
+        budget=schedules.resolve_budget(settings.budget, entries),
+        heuristic=heuristics[settings.heuristic],
+        strategy=settings.strategy,
+        schedule=schedules.from_name(settings.schedule),
+        bias_correction=settings.bias_correction,
+        max_grad_norm=settings.max_grad_norm or None,
+        backend=settings.backend,
+    )
+
+
+def fit(
+    start: Start,
+    task: Task,
+    optimizer: torch.optim.Optimizer,
+    settings: Settings,
+    callbacks: Sequence[transformers.TrainerCallback] = (),
+) -> Run:
+    """Trains `start.model` in place and evaluates it. The same settings give the same batches and dropout.
+
+    callbacks: the Trainer's, beside a progress bar and a clock; ID3AdamW needs `ID3Callback` there or its
+    `total_steps`.
+    """
+    length = min(settings.max_length, start.tokenizer.model_max_length)
+    clock = StepClock()
+    trainer = transformers.Trainer(
+        model=start.model,
+        args=trainer_arguments(settings),
+        train_dataset=tasks.encode(task.train, task, start.tokenizer, length),
+        eval_dataset=tasks.encode(task.eval, task, start.tokenizer, length),
+        data_collator=partial(tasks.collate, pad_token_id=tasks.padding_token(start.tokenizer)),
+        optimizers=(optimizer, None),
+        callbacks=[*callbacks, ProgressBar(), clock],
+        preprocess_logits_for_metrics=tasks.reduce_logits(task.kind),
+        compute_metrics=tasks.metrics(task.kind),
+    )
+    trainer.remove_callback(transformers.PrinterCallback)
+    trainer.train()
+    measured = trainer.evaluate()
+    names = ("eval_accuracy", "eval_token_loss", "eval_perplexity", "eval_loss")
+    metrics = {name: float(measured[name]) for name in names if name in measured}
+    return Run(metrics, trainer.state.log_history, clock)
+
+
+def write_model(settings: Settings, start: Start, optimizer) -> Path:
+    """Writes the tuned model, or its delta with the configuration that `id3-optim apply` needs."""
+    output = Path(settings.output)
+    start.tokenizer.save_pretrained(output)
+    if not settings.delta_only:
+        start.model.save_pretrained(output)
+        return output
+    start.model.config.save_pretrained(output)
+    save_delta(output / DELTA_NAME, start.model, optimizer, originals=False)
+    return output / DELTA_NAME
+
+
+def train(settings: Settings) -> tuple[dict, Start, torch.optim.Optimizer]:
+    """The whole run: read, load, train, evaluate, write. Returns the report, the model, its optimizer."""
+    if settings.delta_only and settings.optimizer != "id3":
+        raise ValueError("--delta-only: needs --optimizer id3; AdamW changes every entry")
+    task = tasks.read_task(
+        settings.train,
+        settings.eval,
+        kind=settings.task,
+        text_columns=list(settings.text_column),
+        label_column=settings.label_column,
+    )
+    start = load_start(settings, task, trainer_arguments(settings).device)
+    if start.fresh:
+        print(f"new in this model, so trained whole (dense): {', '.join(sorted(start.fresh))}")
+    optimizer = build_optimizer(settings, start)
+    callbacks = [ID3Callback()] if settings.optimizer == "id3" else []
+    run = fit(start, task, optimizer, settings, callbacks)
+    write_model(settings, start, optimizer)
+    return summarise(settings, start, optimizer, run), start, optimizer
