@@ -149,13 +149,14 @@ def plot_allocation(axes, allocated: Allocation, title: str = "where the budget 
     """Heat map as figure 7: layers as columns, roles as rows, in each cell its part of Λ in per cent."""
     share = 100.0 * allocated.share()
     present = allocated.entries > 0
-    axes.imshow(share.where(present, torch.nan).numpy(), cmap="Blues", aspect="auto", vmin=0)
+    # One role can take most of the budget: the colours follow the root, so that the rest stays readable.
+    colour = (share / share.max().clamp(min=1e-9)).sqrt()
+    axes.imshow(colour.where(present, torch.nan).numpy(), cmap="Blues", aspect="auto", vmin=0, vmax=1.1)
     axes.set_xticks(range(len(allocated.layers)), ["–" if n is None else str(n) for n in allocated.layers])
     axes.set_yticks(range(len(allocated.roles)), allocated.roles)
     for row, column in present.nonzero().tolist():
-        value = float(share[row, column])
-        dark = value > 0.6 * float(share.max())
-        text = "0" if value == 0 else "<0.1" if value < 0.1 else f"{value:.1f}"
+        value, dark = float(share[row, column]), bool(colour[row, column] > 0.6)
+        text = "0" if value == 0 else "<0.1" if value < 0.05 else f"{value:.1f}"
         axes.text(column, row, text, ha="center", va="center", fontsize=8, color="white" if dark else "black")
     outside = " (–: in no layer)" if None in allocated.layers else ""
     axes.set(xlabel=f"layer{outside}", title=f"{title}: % of {int(allocated.active.sum()):,} entries")

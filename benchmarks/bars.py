@@ -1,0 +1,93 @@
+"""The promises about speed, each with its measured number."""
+
+from dataclasses import asdict, dataclass
+
+from benchmarks.cases import Case
+from benchmarks.growth import POINTS
+from benchmarks.memory import step_bound_bytes
+from benchmarks.shapes import MODELS
+
+SMALL, LARGE = MODELS
+
+
+@dataclass(frozen=True)
+class Bar:
+    """`value` ≤ `limit` is met; `at_full` is the same ratio with |Λ| = B, reported without a limit."""
+
+    what: str
+    limit: float
+    value: float | None
+    at_full: float | None = None
+
+
+class Results:
+    """Looks medians up in the rows of one run."""
+
+    def __init__(self, rows: list[dict], memory: list[dict]):
+        self.rows, self.memory = rows, memory
+
+    def row(self, kind: str, model: str, **wanted) -> dict | None:
+        if kind == "growth":
+            wanted = {"model": model}
+        else:
+            wanted = {**asdict(Case(model)), **wanted}
+            del wanted["rivals"]
+        matches = (row for row in self.rows if row["kind"] == kind and wanted.items() <= row["case"].items())
+        return next(matches, None)
+
+    def ratio(self, over: str, model: str, subject: str = "id3", **wanted) -> float | None:
+        """Median of a whole step over the median of `over`, from the same rounds."""
+        row = self.row("step", model, **wanted)
+        if row is None or over not in row["methods"]:
+            return None
+        return row["methods"][subject]["median_ms"] / row["methods"][over]["median_ms"]
+
+    def growth(self, parts: tuple[str, ...]) -> float | None:
+        """Summed time of a growing run's `parts` over that of the static run's updates."""
+        row = self.row("growth", LARGE) or self.row("growth", SMALL)
+        if row is None:
+            return None
+        medians = {name: method["median_ms"] for name, method in row["methods"].items()}
+        growing = sum(medians[f"{part}_{point}"] for part in parts for point in range(POINTS))
+        return growing / POINTS / medians["static"]
+
+    def step_memory(self, model: str) -> float | None:
+        """Peak bytes of a step over the bound on them."""
+        rows = (row for row in self.memory if (row["model"], row["method"]) == (model, "id3"))
+        return next((row["peak_bytes"] / step_bound_bytes(model) for row in rows), None)
+
+
+def _against(results: Results, what: str, over: str, limits: dict[str, float], **wanted) -> list[Bar]:
+    return [
+        Bar(
+            f"{what}, {model}",
+            limit,
+            results.ratio(over, model, **wanted),
+            results.ratio(over, model, **wanted, active=1.0),
+        )
+        for model, limit in limits.items()
+    ]
+
+
+def measured_bars(results: Results) -> list[Bar]:
+    both = "step / bare read of θ and g"
+    same = dict.fromkeys(MODELS)
+    bars = []
+    for exp in (1.0, 2.0):
+        bars += _against(results, f"{both}, exp {exp:g}", "read_both", {SMALL: 1.35, LARGE: 1.25}, exp=exp)
+    bars += _against(results, "step / bare read of g, exp 0", "read_grad", dict.fromkeys(same, 1.4), exp=0.0)
+    bars += _against(results, f"{both}, k = 0", "read_both", dict.fromkeys(same, 0.2), selects=False)
+    bars += _against(results, "step / AdamW(fused=True)", "adamw", dict.fromkeys(same, 0.55))
+    bars += _against(results, "step / dense masking done well", "dense", dict.fromkeys(same, 0.35))
+    bars += _against(results, "step / dense masking, plain", "dense_plain", dict.fromkeys(same, 0.03))
+    bars += _against(results, "step / the toolkit's step()", "toolkit", dict.fromkeys(same, 1 / 80))
+    five = "step / AdamW(fused=True), B = 5 %"
+    bars.append(Bar(f"{five}, |Λ| = B/2, {LARGE}", 0.85, results.ratio("adamw", LARGE, budget=0.05)))
+    bars.append(Bar(f"{five}, |Λ| = B, {LARGE}", 1.0, results.ratio("adamw", LARGE, budget=0.05, active=1.0)))
+    bars.append(Bar("increment / static, update alone", 0.55, results.growth(("update",))))
+    bars.append(Bar("increment / static, update and join", 0.65, results.growth(("update", "join"))))
+    for model in MODELS:
+        bars.append(Bar(f"peak memory of a step / bound, {model}", 1.0, results.step_memory(model)))
+        bf16 = results.ratio("id3_float32", model, dtype="bfloat16")
+        bars.append(Bar(f"bf16 / float32, {model}", 0.75, bf16))
+    return bars

@@ -1,0 +1,60 @@
+"""Options and fixtures of the benchmark cases; `pytest benchmarks` runs them, `pytest` alone does not."""
+
+import gc
+
+import pytest
+import torch
+
+from benchmarks.measure import Interleaved, Timed, summary
+from benchmarks.shapes import make_inputs
+
+
+def pytest_addoption(parser):
+    parser.addoption("--quick", action="store_true", help="the small model and one case of each kind")
+    parser.addoption("--threads", type=int, default=2, help="threads for every method (the bars mean two)")
+    parser.addoption("--rounds", type=int, default=None, help="rounds per case (15, or 3 with --quick)")
+
+
+def pytest_configure(config):
+    torch.set_num_threads(config.getoption("--threads"))
+
+
+def pytest_generate_tests(metafunc):
+    if "case" in metafunc.fixturenames:
+        metafunc.parametrize("case", metafunc.module.cases(metafunc.config.getoption("--quick")), ids=str)
+
+
+@pytest.fixture(scope="session")
+def inputs_of():
+    """make_inputs, remembering the newest only: two sets of the large model would crowd out the methods."""
+    newest: dict = {}
+
+    def get(model: str, dtype: torch.dtype):
+        if (model, dtype) not in newest:
+            newest.clear()
+            newest[model, dtype] = make_inputs(model, dtype)
+        return newest[model, dtype]
+
+    return get
+
+
+@pytest.fixture
+def measure(benchmark, request):
+    """measure(methods, subject, **about): each round's set-up times every method but the subject.
+
+    pytest-benchmark times the subject itself. All medians land in `extra_info["methods"]`, beside what
+    `about` says of the case.
+    """
+
+    def run(methods: dict[str, Timed], subject: str, **about) -> None:
+        quick = request.config.getoption("--quick")
+        rounds = request.config.getoption("--rounds") or (3 if quick else 15)
+        turns = Interleaved(methods, subject)
+        turns.warm_up()
+        benchmark.pedantic(methods[subject].run, setup=turns.ready, rounds=rounds)
+        methods[subject].seconds = benchmark.stats.stats.data if benchmark.stats else []
+        done = {name: summary(method.seconds) for name, method in methods.items() if method.seconds}
+        benchmark.extra_info.update(about, methods=done)
+
+    yield run
+    gc.collect()

@@ -1,0 +1,75 @@
+#pragma once
+
+#include <ATen/core/List.h>
+#include <ATen/core/Tensor.h>
+#include <c10/util/Exception.h>
+
+#include <cstdint>
+#include <limits>
+#include <string>
+
+// What guards memory. The public Python functions check their arguments in full; these hold for whoever calls
+// the ops directly.
+namespace id3 {
+
+using OptionalTensors = c10::List<std::optional<at::Tensor>>;
+
+inline std::string shape_text(c10::IntArrayRef sizes) {
+  std::string text = "(";
+  for (size_t d = 0; d < sizes.size(); ++d) text += (d ? ", " : "") + std::to_string(sizes[d]);
+  return text + (sizes.size() == 1 ? ",)" : ")");
+}
+
+inline std::string item_name(const char* list, int64_t j) {
+  return std::string(list) + "[" + std::to_string(j) + "]";
+}
+
+inline void check_on_cpu(const std::string& name, const at::Tensor& t) {
+  TORCH_CHECK_VALUE(t.device().is_cpu() && t.layout() == c10::kStrided, name,
+                    ": expected a dense tensor on cpu, got ", t.layout(), " on ", t.device());
+}
+
+inline void check_float_tensor(const std::string& name, const at::Tensor& t) {
+  check_on_cpu(name, t);
+  const auto dtype = t.scalar_type();
+  TORCH_CHECK_VALUE(dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf || dtype == at::kDouble,
+                    name, ": expected float32, bfloat16, float16 or float64, got ", dtype);
+  TORCH_CHECK_VALUE(t.numel() <= std::numeric_limits<int32_t>::max(), name,
+                    ": 2^31 entries or more are not supported, got ", t.numel());
+}
+
+inline void check_params(at::TensorList params) {
+  for (size_t j = 0; j < params.size(); ++j) {
+    check_float_tensor(item_name("params", j), params[j]);
+    TORCH_CHECK_VALUE((params[j].scalar_type() == at::kDouble) == (params[0].scalar_type() == at::kDouble),
+                      item_name("params", j), ": float64 can not be mixed with other dtypes");
+  }
+}
+
+inline void check_grad(const std::string& name, const at::Tensor& grad, const at::Tensor& param) {
+  check_float_tensor(name, grad);
+  TORCH_CHECK_VALUE(grad.sizes() == param.sizes(), name, ": expected shape ", shape_text(param.sizes()),
+                    ", got ", shape_text(grad.sizes()));
+  TORCH_CHECK_VALUE(grad.scalar_type() == param.scalar_type() ||
+                        (grad.scalar_type() == at::kFloat && param.scalar_type() != at::kDouble),
+                    name, ": expected ", param.scalar_type(), " as its parameter, got ", grad.scalar_type());
+}
+
+inline void check_grads(const OptionalTensors& grads, at::TensorList params) {
+  TORCH_CHECK_VALUE(grads.size() == params.size(), "grads: expected ", params.size(), " gradients, got ",
+                    grads.size());
+  for (size_t j = 0; j < params.size(); ++j) {
+    const std::optional<at::Tensor> grad = grads.get(j);
+    if (grad) check_grad(item_name("grads", j), *grad, params[j]);
+  }
+}
+
+// A contiguous vector on the CPU of at least `length` elements.
+inline void check_vector(const std::string& name, const at::Tensor& t, at::ScalarType dtype, int64_t length) {
+  check_on_cpu(name, t);
+  TORCH_CHECK_VALUE(t.scalar_type() == dtype && t.dim() == 1 && t.is_contiguous() && t.numel() >= length, name,
+                    ": expected a contiguous vector of ", length, " ", dtype, ", got ", t.scalar_type(), " ",
+                    shape_text(t.sizes()));
+}
+
+}  // namespace id3

@@ -1,0 +1,222 @@
+#include <ATen/Functions.h>
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <numeric>
+#include <vector>
+
+#include "checks.h"
+#include "cpu/convert.h"
+#include "cpu/entries.h"
+#include "cpu/join.h"
+#include "cpu/strided.h"
+
+namespace id3::cpu {
+namespace {
+
+constexpr int64_t kGrain = 4096;     // entries per thread below which starting a thread costs more
+constexpr int64_t kSumBlock = 4096;  // entries summed in sequence: fixed, so that threads do not change the sum
+
+// One walk through two ascending lists of a tensor. Writes the union from `out` on and where the entries of
+// both stand in it, or nothing where `out` is null. Returns the size of the union.
+struct Merge {
+  int32_t* indices = nullptr;
+  int64_t *pos_a = nullptr, *pos_b = nullptr;
+
+  int64_t run(const EntriesView& a, const EntriesView& b, int64_t j, int64_t begin) const {
+    int64_t i = a.offsets[j], k = b.offsets[j], out = begin;
+    const int64_t a_end = a.offsets[j + 1], b_end = b.offsets[j + 1];
+    for (; i < a_end || k < b_end; ++out) {
+      const bool from_a = k == b_end || (i < a_end && a.indices[i] <= b.indices[k]);
+      const bool from_b = i == a_end || (k < b_end && b.indices[k] <= a.indices[i]);
+      if (indices) {
+        indices[out] = from_a ? a.indices[i] : b.indices[k];
+        if (from_a) pos_a[i] = out;
+        if (from_b) pos_b[k] = out;
+      }
+      i += from_a, k += from_b;
+    }
+    return out - begin;
+  }
+};
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> union_cpu(const at::Tensor& a_offsets,
+                                                                     const at::Tensor& a_indices,
+                                                                     const at::Tensor& b_offsets,
+                                                                     const at::Tensor& b_indices) {
+  const int64_t tensors = std::max<int64_t>(a_offsets.numel() - 1, 0);
+  const EntriesView a = view_entries("a_", a_offsets, a_indices, tensors),
+                    b = view_entries("b_", b_offsets, b_indices, tensors);
+  const at::Tensor offsets = at::zeros({tensors + 1}, at::kLong),
+                   indices = at::empty({a_indices.numel() + b_indices.numel()}, at::kInt),
+                   pos_a = at::empty({a_indices.numel()}, at::kLong),
+                   pos_b = at::empty({b_indices.numel()}, at::kLong);
+  auto* offset = offsets.mutable_data_ptr<int64_t>();
+  at::parallel_for(0, tensors, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t j = begin; j < end; ++j) offset[j + 1] = Merge().run(a, b, j, 0);
+  });
+  std::partial_sum(offset, offset + tensors + 1, offset);
+  const Merge write{indices.mutable_data_ptr<int32_t>(), pos_a.mutable_data_ptr<int64_t>(),
+                    pos_b.mutable_data_ptr<int64_t>()};
+  at::parallel_for(0, tensors, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t j = begin; j < end; ++j) write.run(a, b, j, offset[j]);
+  });
+  return {offsets, indices, pos_a, pos_b};
+}
+
+at::Tensor join_cpu(at::TensorList arrays, const at::Tensor& offsets, const at::Tensor& b_offsets,
+                    const at::Tensor& b_indices) {
+  TORCH_CHECK_VALUE(!arrays.empty(), "arrays: expected the indices first, got none");
+  const int64_t tensors = std::max<int64_t>(offsets.numel() - 1, 0);
+  const EntriesView held = view_entries("", offsets, arrays[0], tensors),
+                    added = view_entries("b_", b_offsets, b_indices, tensors);
+  for (size_t a = 0; a < arrays.size(); ++a)
+    check_vector(item_name("arrays", a), arrays[a], arrays[a].scalar_type(), held.count() + added.count());
+  const at::Tensor positions = at::empty({b_indices.numel()}, at::kLong);
+  auto* position = positions.mutable_data_ptr<int64_t>();
+  int64_t place = 0;  // never falls, even if the entries were not ascending: what follows relies on it
+  for (int64_t j = 0; j < tensors; ++j) {
+    place = std::max(place, held.offsets[j]);
+    for (int64_t i = added.offsets[j]; i < added.offsets[j + 1]; ++i) {
+      const int32_t* end = held.indices + held.offsets[j + 1];
+      place = std::lower_bound(held.indices + place, end, added.indices[i]) - held.indices;
+      position[i] = place + i;
+    }
+  }
+  Gaps(position, added.count(), held.count()).open(arrays);
+  auto* index = arrays[0].mutable_data_ptr<int32_t>();
+  for (int64_t i = 0; i < added.count(); ++i) index[position[i]] = added.indices[i];
+  auto* offset = offsets.mutable_data_ptr<int64_t>();
+  for (int64_t j = 0; j <= tensors; ++j) offset[j] += added.offsets[j];
+  return positions;
+}
+
+// visit(T()) for an unsigned integer of the element's size: entries are moved as bits.
+template <class Visit>
+void visit_bits(const at::Tensor& t, const Visit& visit) {
+  switch (t.element_size()) {
+    case 1:
+      return visit(uint8_t());
+    case 2:
+      return visit(uint16_t());
+    case 4:
+      return visit(uint32_t());
+    case 8:
+      return visit(uint64_t());
+    default:
+      TORCH_CHECK_VALUE(false, "tensors: elements of ", t.element_size(), " bytes are not supported");
+  }
+}
+
+// visit(first, count, places) for all entries of the tensors in blocks; places is where they lie.
+template <class Visit>
+void for_each_block(at::TensorList tensors, const EntriesView& entries, const Visit& visit) {
+  at::parallel_for(0, entries.count(), kGrain, [&](int64_t begin, int64_t end) {
+    entries.for_each_segment(begin, end, [&](int64_t j, int64_t first, int64_t last) {
+      const Strided tensor(tensors[j]);
+      for (; first < last; first += kBlock) {
+        const int64_t count = std::min(kBlock, last - first);
+        check_index_range(entries.indices + first, count, tensor.numel, j);
+        with_places(tensor, entries.indices + first, count,
+                    [&](const auto* places) { visit(tensor, first, count, places); });
+      }
+    });
+  });
+}
+
+void check_one_dtype(at::TensorList tensors) {
+  for (size_t j = 0; j < tensors.size(); ++j) {
+    check_on_cpu(item_name("tensors", j), tensors[j]);
+    TORCH_CHECK_VALUE(tensors[j].scalar_type() == tensors[0].scalar_type(), item_name("tensors", j),
+                      ": expected ", tensors[0].scalar_type(), " as tensors[0], got ",
+                      tensors[j].scalar_type());
+  }
+}
+
+at::Tensor gather_cpu(at::TensorList tensors, const at::Tensor& offsets, const at::Tensor& indices) {
+  check_one_dtype(tensors);
+  const EntriesView entries = view_entries("", offsets, indices, tensors.size());
+  if (tensors.empty()) return at::empty({indices.numel()}, at::kFloat);
+  const at::Tensor out = at::empty({indices.numel()}, tensors[0].scalar_type());
+  visit_bits(out, [&](auto bits) {
+    using T = decltype(bits);
+    T* to = static_cast<T*>(out.mutable_data_ptr());
+    for_each_block(tensors, entries, [&](const Strided& tensor, int64_t first, int64_t count, const auto* places) {
+      const T* from = static_cast<const T*>(tensor.data);
+      for (int64_t i = 0; i < count; ++i) to[first + i] = from[places[i]];
+    });
+  });
+  return out;
+}
+
+void scatter_cpu(at::TensorList tensors, const at::Tensor& offsets, const at::Tensor& indices,
+                 const at::Tensor& values) {
+  check_one_dtype(tensors);
+  const EntriesView entries = view_entries("", offsets, indices, tensors.size());
+  if (tensors.empty()) return;
+  check_vector("values", values, tensors[0].scalar_type(), entries.count());
+  visit_bits(values, [&](auto bits) {
+    using T = decltype(bits);
+    const T* from = static_cast<const T*>(values.const_data_ptr());
+    for_each_block(tensors, entries, [&](const Strided& tensor, int64_t first, int64_t count, const auto* places) {
+      T* to = static_cast<T*>(const_cast<void*>(tensor.data));
+      for (int64_t i = 0; i < count; ++i) to[places[i]] = from[first + i];
+    });
+  });
+}
+
+// The squares of one tensor's entries [first, last), added in order.
+template <class Value>
+double add_squares(double sum, const Strided& tensor, const EntriesView& entries, int64_t j, int64_t first,
+                   int64_t last) {
+  for (; first < last; first += kBlock) {
+    const int64_t count = std::min(kBlock, last - first);
+    const int32_t* indices = entries.indices + first;
+    check_index_range(indices, count, tensor.numel, j);
+    visit_dtype<Value>(tensor.dtype, [&](auto stored) {
+      const auto* values = static_cast<const decltype(stored)*>(tensor.data);
+      with_places(tensor, indices, count, [&](const auto* places) {
+        for (int64_t i = 0; i < count; ++i) {
+          const double value = widen(values[places[i]]);
+          sum += value * value;
+        }
+      });
+    });
+  }
+  return sum;
+}
+
+at::Tensor squared_norm_cpu(const OptionalTensors& tensors, const at::Tensor& offsets,
+                            const at::Tensor& indices) {
+  const EntriesView entries = view_entries("", offsets, indices, tensors.size());
+  for (size_t j = 0; j < tensors.size(); ++j) {
+    const std::optional<at::Tensor> tensor = tensors.get(j);
+    if (tensor) check_float_tensor(item_name("tensors", j), *tensor);
+  }
+  std::vector<double> sums((entries.count() + kSumBlock - 1) / kSumBlock);
+  at::parallel_for(0, sums.size(), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t block = begin; block < end; ++block) {
+      const int64_t stop = std::min((block + 1) * kSumBlock, entries.count());
+      entries.for_each_segment(block * kSumBlock, stop, [&](int64_t j, int64_t first, int64_t last) {
+        const std::optional<at::Tensor> tensor = tensors.get(j);
+        if (!tensor) return;
+        const auto add = tensor->scalar_type() == at::kDouble ? add_squares<double> : add_squares<float>;
+        sums[block] = add(sums[block], Strided(*tensor), entries, j, first, last);
+      });
+    }
+  });
+  return at::scalar_tensor(std::accumulate(sums.begin(), sums.end(), 0.0), at::kDouble);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(id3, CPU, m) {
+  m.impl("union", &union_cpu);
+  m.impl("join_", &join_cpu);
+  m.impl("gather", &gather_cpu);
+  m.impl("scatter_", &scatter_cpu);
+  m.impl("squared_norm", &squared_norm_cpu);
+}
+
+}  // namespace id3::cpu

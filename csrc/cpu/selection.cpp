@@ -1,0 +1,221 @@
+#include <ATen/Functions.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "checks.h"
+#include "cpu/cut.h"
+#include "cpu/entries.h"
+#include "cpu/tiles.h"
+
+// Exact top-k in one streaming pass (kernels.md 3.1: the delegates of Dr. Top-k, arXiv 2109.08219). The pass
+// keeps one maximum per tile. The k-th largest maximum is a lower bound of the k-th best score, so that all
+// winners lie in the tiles above it and, for ties, in the first tiles at it: k tiles, which are scored again.
+
+namespace id3::cpu {
+namespace {
+
+// Tiles, and keys, per thread below which starting a thread costs more than it saves: a machine that has other
+// work to do may take milliseconds to start one.
+constexpr int64_t kTileGrain = 256, kKeyGrain = 1 << 18;
+
+using Selection = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
+
+// The candidates of one call. Tiles are numbered through all tensors; a tensor without gradient has none.
+template <class Value>
+class Candidates {
+ public:
+  Candidates(at::TensorList params, const OptionalTensors& grads, EntriesView active, ScoreRule<Value> rule)
+      : params_(params), grads_(grads), active_(active), rule_(rule), tile_begin_(grads.size() + 1) {
+    for (size_t j = 0; j < grads.size(); ++j) {
+      const std::optional<at::Tensor> grad = grads.get(j);
+      tile_begin_[j + 1] = tile_begin_[j] + (grad ? (grad->numel() + kTile - 1) / kTile : 0);
+    }
+  }
+
+  int64_t tensors() const { return static_cast<int64_t>(grads_.size()); }
+  int64_t tiles() const { return tile_begin_.back(); }
+  int64_t tile_begin(int64_t tensor) const { return tile_begin_[tensor]; }
+
+  int64_t tensor_of(int64_t tile) const {
+    return std::upper_bound(tile_begin_.begin(), tile_begin_.end(), tile) - tile_begin_.begin() - 1;
+  }
+
+  ScoredTensor<Value> tensor(int64_t j) const {
+    ScoredTensor<Value> t;
+    if (!params_.empty()) t.param = Strided(params_[j]);
+    const at::Tensor& grad = *grads_.get(j);
+    t.grad = Strided(grad);
+    t.rule = rule_;
+    t.numel = t.grad.numel;
+    t.active = active_.indices + active_.offsets[j];
+    t.active_end = active_.indices + active_.offsets[j + 1];
+    return t;
+  }
+
+ private:
+  at::TensorList params_;
+  const OptionalTensors& grads_;
+  EntriesView active_;
+  ScoreRule<Value> rule_;
+  std::vector<int64_t> tile_begin_;
+};
+
+// Scores single tiles, in ascending order.
+template <class Value>
+class TileScorer {
+ public:
+  explicit TileScorer(const Candidates<Value>& candidates) : candidates_(candidates) {}
+
+  const Key<Value>* keys(int64_t tile) {
+    if (tile >= end_) {
+      tensor_ = candidates_.tensor_of(tile);
+      end_ = candidates_.tile_begin(tensor_ + 1);
+      scored_ = candidates_.tensor(tensor_);
+    }
+    first_ = (tile - candidates_.tile_begin(tensor_)) * kTile;
+    run_simd<TileKeys>(scored_, first_, keys_);
+    return keys_;
+  }
+
+  int64_t tensor() const { return tensor_; }  // of the tile last scored
+  int64_t first() const { return first_; }    // the flat index of its first entry
+
+ private:
+  const Candidates<Value>& candidates_;
+  ScoredTensor<Value> scored_;
+  int64_t tensor_ = -1, end_ = 0, first_ = 0;
+  alignas(64) Key<Value> keys_[kTile];
+};
+
+// The tiles that can hold winners, ascending, and a key that no winner's lies below.
+template <class Value>
+struct Shortlist {
+  bool all = true;
+  std::vector<int64_t> tiles;  // unless all
+  Key<Value> floor = 1;
+
+  int64_t tile(int64_t item) const { return all ? item : tiles[item]; }
+};
+
+template <class Value>
+void stream_maxima(const Candidates<Value>& candidates, Key<Value>* maxima) {
+  const Parts parts(candidates.tiles(), kTileGrain);
+  parts.run([&](int64_t part) {
+    const int64_t end = parts.begin(part + 1);
+    for (int64_t tile = parts.begin(part); tile < end;) {
+      const int64_t j = candidates.tensor_of(tile);
+      const int64_t stop = std::min(end, candidates.tile_begin(j + 1));
+      const ScoredTensor<Value> tensor = candidates.tensor(j);
+      run_simd<TileMaxima>(tensor, (tile - candidates.tile_begin(j)) * kTile, stop - tile, maxima + tile);
+      tile = stop;
+    }
+  });
+}
+
+template <class Value>
+Shortlist<Value> shortlist(const Candidates<Value>& candidates, int64_t k) {
+  // With as many winners as tiles the maxima bound nothing, and the list would be all tiles anyway.
+  if (k > candidates.tiles() / 2) return {};
+  const at::Tensor storage = at::empty({candidates.tiles()}, at::CppTypeToScalarType<Key<Value>>::value);
+  auto* maxima = storage.template mutable_data_ptr<Key<Value>>();
+  stream_maxima(candidates, maxima);
+  const Parts parts(candidates.tiles(), kKeyGrain);
+  const auto cut = cut_at<Key<Value>>(k, 1, parts, [&](int64_t part, const auto& visit) {
+    visit(maxima + parts.begin(part), parts.begin(part + 1) - parts.begin(part));
+  });
+  Shortlist<Value> list{false, std::vector<int64_t>(cut.total), std::max<Key<Value>>(cut.threshold, 1)};
+  parts.run([&](int64_t part) {
+    auto [out, ties] = cut.parts[part];
+    const int64_t end = parts.begin(part + 1);
+    for (int64_t tile = parts.begin(part); tile < end; ++tile)
+      if (cut.takes(maxima[tile], ties)) list.tiles[out++] = tile;
+  });
+  return list;
+}
+
+template <class Value>
+Selection select(const Candidates<Value>& candidates, int64_t k) {
+  TORCH_CHECK_VALUE(k >= 0, "k: expected an int of at least 0, got ", k);
+  const int64_t tensors = candidates.tensors();
+  const at::Tensor offsets = at::zeros({tensors + 1}, at::kLong), indices = at::empty({k}, at::kInt),
+                   scores = at::empty({k}, at::CppTypeToScalarType<Value>::value);
+  if (k == 0) return {offsets, indices, scores};
+  const Shortlist<Value> list = shortlist(candidates, k);
+  const Parts parts(list.all ? candidates.tiles() : list.tiles.size(), kTileGrain);
+  const auto cut = cut_at<Key<Value>>(k, list.floor, parts, [&](int64_t part, const auto& visit) {
+    TileScorer<Value> scorer(candidates);
+    for (int64_t item = parts.begin(part); item < parts.begin(part + 1); ++item)
+      visit(scorer.keys(list.tile(item)), kTile);
+  });
+  auto* offset = offsets.mutable_data_ptr<int64_t>();
+  auto* index = indices.mutable_data_ptr<int32_t>();
+  auto* score = scores.template mutable_data_ptr<Value>();
+  parts.run([&](int64_t part) {
+    auto [out, ties] = cut.parts[part];
+    TileScorer<Value> scorer(candidates);
+    // Tensor `begun` is the last whose offset is written: by this part, or by those before it.
+    int64_t begun = part == 0 ? -1 : candidates.tensor_of(list.tile(parts.begin(part) - 1));
+    for (int64_t item = parts.begin(part); item < parts.begin(part + 1); ++item) {
+      const Key<Value>* keys = scorer.keys(list.tile(item));
+      while (begun < scorer.tensor()) offset[++begun] = out;
+      for (int64_t i = 0; i < kTile; ++i) {
+        if (!cut.takes(keys[i], ties)) continue;
+        index[out] = static_cast<int32_t>(scorer.first() + i);
+        score[out++] = score_of<Value>(keys[i]);
+      }
+    }
+    while (part + 1 == parts.count && begun < tensors) offset[++begun] = out;
+  });
+  return {offsets, indices, scores};
+}
+
+template <class Value>
+Selection select_by_d3(at::TensorList params, const OptionalTensors& grads, EntriesView active, int64_t k,
+                       double eps, double exp) {
+  const ScoreRule<Value> rule{exponent_of(exp), static_cast<Value>(eps), exp};
+  return select(Candidates<Value>(params, grads, active, rule), k);
+}
+
+template <class Value>
+Selection select_by_given(const OptionalTensors& scores, EntriesView active, int64_t k) {
+  const ScoreRule<Value> rule{Exponent::zero, 0, 0, true};
+  return select(Candidates<Value>({}, scores, active, rule), k);
+}
+
+Selection select_topk_cpu(at::TensorList params, const OptionalTensors& grads, const at::Tensor& offsets,
+                          const at::Tensor& indices, int64_t k, double eps, double exp) {
+  check_params(params);
+  check_grads(grads, params);
+  const EntriesView active = view_entries("active.", offsets, indices, params.size());
+  if (!params.empty() && params[0].scalar_type() == at::kDouble)
+    return select_by_d3<double>(params, grads, active, k, eps, exp);
+  return select_by_d3<float>(params, grads, active, k, eps, exp);
+}
+
+Selection select_topk_by_score_cpu(const OptionalTensors& scores, const at::Tensor& offsets,
+                                   const at::Tensor& indices, int64_t k) {
+  const EntriesView active = view_entries("active.", offsets, indices, scores.size());
+  std::optional<at::ScalarType> dtype;
+  for (size_t j = 0; j < scores.size(); ++j) {
+    const std::optional<at::Tensor> score = scores.get(j);
+    if (!score) continue;
+    check_float_tensor(item_name("scores", j), *score);
+    if (!dtype) dtype = score->scalar_type();
+    TORCH_CHECK_VALUE(score->scalar_type() == *dtype && (*dtype == at::kFloat || *dtype == at::kDouble),
+                      item_name("scores", j), ": expected all float32 or all float64, got ",
+                      score->scalar_type());
+  }
+  return dtype == at::kDouble ? select_by_given<double>(scores, active, k)
+                              : select_by_given<float>(scores, active, k);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(id3, CPU, m) {
+  m.impl("select_topk", &select_topk_cpu);
+  m.impl("select_topk_by_score", &select_topk_by_score_cpu);
+}
+
+}  // namespace id3::cpu

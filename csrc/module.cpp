@@ -1,0 +1,40 @@
+#include <ATen/Parallel.h>
+#include <torch/extension.h>
+
+#include <mutex>
+#include <set>
+#include <string>
+#include <thread>
+
+#include "cpu/simd.h"
+
+namespace {
+
+// How many threads at::parallel_for really uses here: an extension compiled without OpenMP is silently serial.
+size_t threads_in_parallel_for() {
+  std::mutex mutex;
+  std::set<std::thread::id> seen;
+  at::parallel_for(0, at::get_num_threads(), 1, [&](int64_t, int64_t) {
+    const std::lock_guard<std::mutex> lock(mutex);
+    seen.insert(std::this_thread::get_id());
+  });
+  return seen.size();
+}
+
+pybind11::dict build_info() {
+  pybind11::dict info;
+  info["compiler"] = std::string(__VERSION__);
+  info["simd_levels"] = id3::cpu::simd_levels_here();
+  info["simd_level"] = id3::cpu::simd_level_name();
+  info["threads"] = threads_in_parallel_for();
+  return info;
+}
+
+}  // namespace
+
+// Importing the module registers the kernels; the functions are for tests and for `id3-optim env`.
+PYBIND11_MODULE(_C, m) {
+  m.def("build_info", &build_info, "compiler, simd_levels (that run here), simd_level, threads");
+  m.def("set_simd_level", &id3::cpu::set_simd_level, pybind11::arg("name"),
+        "Forces an instruction set of build_info()['simd_levels'] and returns the previous one. For tests.");
+}

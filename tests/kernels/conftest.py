@@ -1,0 +1,105 @@
+"""The `backend` fixture: each test that takes it runs on every backend."""
+
+import importlib.util
+import shutil
+
+import pytest
+import torch
+from hypothesis import settings
+
+import id3_kernels
+from id3_kernels.backend import available_backends, kernels_for
+
+
+class Backend:
+    """The public functions of id3_kernels (as attributes) and the op table, run by one backend."""
+
+    def __init__(self, name: str):
+        self.name = name
+        self.device = torch.device("cuda" if name == "triton" and torch.cuda.is_available() else "cpu")
+        self.has_float64 = name != "triton"
+        self.is_slow = name == "triton" and self.device.type == "cpu"  # interpreted
+
+    @property
+    def table(self):
+        """The unchecked ops, as an optimizer calls them."""
+        return kernels_for(self.device, self.name)
+
+    def __getattr__(self, function: str):
+        def call(*args, **kwargs):
+            with id3_kernels.use_backend(self.name):
+                return getattr(id3_kernels, function)(*args, **kwargs)
+
+        return call
+
+    def here(self, value):
+        """A tensor, None, Entries or list of them, on this backend's device."""
+        if isinstance(value, torch.Tensor):
+            return value.to(self.device)
+        if isinstance(value, id3_kernels.Entries):
+            return id3_kernels.Entries(*map(self.here, value))
+        return [self.here(v) for v in value] if isinstance(value, list | tuple) else value
+
+    def examples(self, count: int, interpreted: int) -> settings:
+        """Hypothesis settings: so many examples, or so many where Triton is interpreted."""
+        return settings(max_examples=interpreted if self.is_slow else count)
+
+
+def _unavailable(name: str) -> None:
+    """Skips where the backend can not be had on this machine; fails where it could be but does not work."""
+    if name == "reference":
+        return
+    reason = available_backends()[name]
+    could_be_had = {
+        "cpu": shutil.which("c++") or shutil.which("g++"),
+        "triton": importlib.util.find_spec("triton"),
+    }
+    if reason and could_be_had[name]:
+        pytest.fail(reason)
+    if reason:
+        pytest.skip(reason)
+
+
+@pytest.fixture(params=["reference", "cpu", "triton"])
+def backend(request) -> Backend:
+    _unavailable(request.param)
+    return Backend(request.param)
+
+
+@pytest.fixture
+def cpu() -> Backend:
+    """The C++ backend, for what only it promises."""
+    _unavailable("cpu")
+    return Backend("cpu")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def poisoned_memory():
+    """torch.empty gives NaN and the largest integer, so that a result never written is seen."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture
+def threads():
+    """Sets how many threads torch uses, until the test ends."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def simd_levels(cpu):
+    """A generator over the instruction sets of this machine, each in use while it is yielded."""
+    native = importlib.import_module("id3_kernels._C")
+    before = native.build_info()["simd_level"]
+
+    def levels():
+        for name in native.build_info()["simd_levels"]:
+            native.set_simd_level(name)
+            yield name
+
+    yield levels
+    native.set_simd_level(before)

@@ -1,0 +1,190 @@
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import id3_kernels
+from id3_kernels.backend import NAMES, kernels_for, wish
+
+PACKAGE = Path(id3_kernels.__file__).parent
+
+
+def python(code: str, *arguments: str, **environment: str) -> str:
+    """What a fresh interpreter prints."""
+    command = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(
+        command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_available_backends_names_all_and_says_why_not():
+    backends = id3_kernels.available_backends()
+    assert tuple(backends) == NAMES == ("reference", "cpu", "triton", "cuda")
+    assert backends["reference"] is None
+    assert all(reason is None or (len(reason) > 20 and "\n" not in reason) for reason in backends.values())
+
+
+def test_use_backend_holds_within_the_block_only(backend):
+    before = wish()
+    with id3_kernels.use_backend(backend.name):
+        assert wish() == backend.name
+        with id3_kernels.use_backend("reference"):
+            assert wish() == "reference"
+        assert wish() == backend.name
+    assert wish() == before
+
+
+def test_use_backend_is_undone_by_an_exception():
+    before = wish()
+    with pytest.raises(KeyError), id3_kernels.use_backend("reference"):
+        raise KeyError
+    assert wish() == before
+
+
+def test_use_backend_decides_who_computes(monkeypatch):
+    from id3_kernels import reference
+
+    calls = []
+    monkeypatch.setattr(reference, "d3_score", lambda *args: calls.append(args) or torch.zeros(2))
+    ones = torch.ones(2)
+    with id3_kernels.use_backend("reference"):
+        id3_kernels.d3_score(ones, ones, eps=1.0, exp=1.0)
+    assert len(calls) == 1
+
+
+def test_unknown_backend():
+    expected = "backend: expected one of reference, cpu, triton, cuda, got 'gpu'"
+    with pytest.raises(ValueError, match=expected), id3_kernels.use_backend("gpu"):
+        pass
+
+
+def test_unavailable_backend_says_why():
+    reason = id3_kernels.available_backends()["cuda"]
+    with pytest.raises(ValueError, match="backend: 'cuda' can not run here") as error:
+        kernels_for(torch.device("cpu"), "cuda")
+    assert reason in str(error.value)
+
+
+def test_backend_on_the_wrong_device(backend):
+    if backend.name == "cpu":
+        with pytest.raises(ValueError, match="'cpu' runs on CPU tensors, got tensors on cuda"):
+            kernels_for(torch.device("cuda"), "cpu")
+    elif backend.name == "triton":
+        code = (
+            "import torch, id3_kernels\n"
+            "from id3_kernels.backend import kernels_for\n"
+            "try: kernels_for(torch.device('cpu'), 'triton')\n"
+            "except ValueError as e: print(e)"
+        )
+        message = python(code, TRITON_INTERPRET="0")
+        assert message.startswith("backend: 'triton'")
+        assert "TRITON_INTERPRET=1" in message or "GPU" in message
+    else:
+        assert kernels_for(torch.device("cuda"), "reference").__name__ == "id3_kernels.reference"
+
+
+@pytest.mark.parametrize("name", ["reference", ""])
+def test_environment_variable(name):
+    assert python("from id3_kernels.backend import wish; print(wish())", ID3_BACKEND=name).strip() == str(
+        name or None
+    )
+
+
+def test_environment_variable_is_checked_at_the_first_call():
+    code = (
+        "import torch, id3_kernels\n"
+        "t = torch.ones(2)\n"
+        "try: id3_kernels.d3_score(t, t, eps=1.0, exp=1.0)\n"
+        "except ValueError as e: print(e)"
+    )
+    assert "expected one of reference, cpu, triton, cuda, got 'fast'" in python(code, ID3_BACKEND="fast")
+
+
+def test_importing_stays_light():
+    """No optimizer, and Triton (slow to import) only when it is called."""
+    loaded = python("import sys, id3_kernels; print('id3_optim' in sys.modules, 'triton' in sys.modules)")
+    assert loaded.split() == ["False", "False"]
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_kernels_never_import_the_optimizer(path):
+    imported = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            imported.add(node.module.split(".")[0])
+    assert "id3_optim" not in imported
+
+
+THREADS = """
+import os, torch, id3_kernels
+torch.set_num_threads(2)
+p, g = (torch.ones(8_000_000).uniform_() for _ in range(2))
+def seconds():
+    tick = os.sysconf("SC_CLK_TCK")
+    stats = {t: open(f"/proc/self/task/{t}/stat").read() for t in os.listdir("/proc/self/task")}
+    fields = {t: stat.rsplit(")", 1)[1].split() for t, stat in stats.items()}
+    return {t: (int(f[11]) + int(f[12])) / tick for t, f in fields.items()}
+def gained(before):
+    return sorted((t - before.get(i, 0) for i, t in seconds().items()), reverse=True)
+before = seconds()
+while sum(gained(before)) < 1.0:
+    for _ in range(5):
+        id3_kernels.select_topk([p], [g], None, 10, eps=1.0, exp=2.0)
+print(gained(before)[1])
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="needs Linux's CPU time per thread")
+def test_the_extension_really_uses_two_threads(cpu):
+    """Compiled without -fopenmp, at::parallel_for is silently a serial loop, and one thread does it all."""
+    second_busiest = float(python(THREADS, ID3_BACKEND="cpu"))
+    assert second_busiest > 0.3  # of a second of CPU time in all
+
+
+MEMORY = """
+import mmap, sys, torch
+from id3_kernels.backend import kernels_for
+table = kernels_for(torch.device("cpu"), "cpu")
+def status(name):
+    lines = dict(line.split(":", 1) for line in open("/proc/self/status"))
+    return 1024 * int(lines[name].split()[0])
+def step(params, grads, n_active, k):
+    each = n_active // len(params)
+    row = torch.arange(each, dtype=torch.int32) * (params[0].numel() // each)
+    index = torch.cat([row] * len(params) + [torch.zeros(k, dtype=torch.int32)])
+    offsets, steps = torch.arange(len(params) + 1) * each, torch.ones(len(params), dtype=torch.int64)
+    m, v = (torch.zeros(n_active + k).fill_(0.1) for _ in range(2))
+    ballast = mmap.mmap(-1, status("VmPeak") - status("VmSize") + mmap.PAGESIZE)  # so that now is the peak
+    before = status("VmPeak")
+    new = table.select_topk(params, grads, offsets, index[:n_active], k, 1.0, 2.0)
+    table.join_([index, m, v], offsets, new[0], new[1])
+    numbers = (1e-3, 0.9, 0.999, 1e-8, 0.0)
+    table.adamw_(params, grads, offsets, index, m, v, None, None, steps, *numbers, False, None, None, None)
+    return status("VmPeak") - before
+def tensors(size):
+    return [torch.empty(size).normal_() for _ in range(4)]
+step(tensors(1 << 16), tensors(1 << 16), 64, 8)  # starts the threads
+print(step(tensors(1 << 24), tensors(1 << 24), int(sys.argv[1]), 1000))
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs Linux's account of memory")
+@pytest.mark.parametrize("n_active", [20_000, 2_000_000])
+def test_memory_a_step_allocates(cpu, n_active):
+    """At most N/64 + 8·M + 32·|Λ| bytes + O(k), of 67M entries; an N-bit mask would take 8 MiB.
+
+    One heap for all threads, and each large block in pages of its own, so that the peak is exact up to the
+    heap's growth in steps: 512 KiB for that.
+    """
+    n_entries, n_tensors, k = 4 << 24, 4, 1000
+    bar = n_entries // 64 + 8 * n_tensors + 32 * n_active + 64 * k
+    allocator = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    assert 0 < int(python(MEMORY, str(n_active), **allocator)) <= bar + 2**19

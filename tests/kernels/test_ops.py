@@ -1,0 +1,164 @@
+"""The table as torch sees it: schemas, fakes, mutation, compilation."""
+
+import inspect
+
+import oracle
+import pytest
+import torch
+
+import id3_kernels
+from id3_kernels import Entries
+from id3_kernels.ops import FAKES, SCHEMAS
+
+ONE = torch.ones(())
+
+
+def two_tensors():
+    """A float32 matrix that is not contiguous and a vector, with gradients that have no equal scores."""
+    params = [torch.linspace(-1, 1, 30).reshape(6, 5).t(), torch.linspace(2, 3, 9)]
+    return params, [torch.linspace(1, 7, 30).reshape(5, 6), torch.linspace(-3, -2, 9)]
+
+
+def held() -> Entries:
+    return Entries.from_lists([[0, 7, 29], [1, 8]])
+
+
+def adamw_arguments(gradient):
+    params, _ = two_tensors()
+    moments = [torch.full((5,), 0.1), torch.full((5,), 0.2)]
+    step, age = torch.tensor([3, 4]), torch.zeros(5, dtype=torch.int32)
+    numbers = (1e-3, 0.9, 0.999, 1e-8, 0.01, False)
+    return (params, gradient, *held(), *moments, None, age, step, *numbers, ONE * 2, ONE * 0, ONE * 0.5)
+
+
+# Per op: arguments that use each input, with results that fill their capacity (behind it anything may stand).
+SAMPLES = {
+    "d3_score": lambda: (two_tensors()[0][0], two_tensors()[1][0], 1.0, 2.0),
+    "select_topk": lambda: (*two_tensors(), *held(), 4, 1.0, 2.0),
+    "select_topk_by_score": lambda: ([two_tensors()[1][0], None], *held(), 4),
+    "union": lambda: (*held(), *Entries.from_lists([[1], [0, 2]])),
+    "join_": lambda: (
+        [torch.cat([held().indices, torch.zeros(3, dtype=torch.int32)]), torch.arange(8.0)],
+        held().offsets,
+        *Entries.from_lists([[1], [0, 2]]),
+    ),
+    "gather": lambda: (two_tensors()[0], *held()),
+    "scatter_": lambda: (two_tensors()[0], *held(), torch.arange(5.0)),
+    "squared_norm": lambda: ([two_tensors()[1][0], None], *held()),
+    "adamw_": lambda: adamw_arguments([two_tensors()[1][0], None]),
+    "adamw_compact_": lambda: adamw_arguments(torch.linspace(-1, 1, 5)),
+}
+MUTATING = {"join_", "scatter_", "adamw_", "adamw_compact_"}
+
+
+@pytest.fixture(autouse=True)
+def no_graphs_of_other_tests():
+    """Dynamo counts recompilations of a function over the whole process, and gives up at eight."""
+    torch.compiler.reset()
+
+
+def flat(values) -> list[torch.Tensor]:
+    if isinstance(values, torch.Tensor):
+        return [values]
+    return [t for v in values for t in flat(v)] if isinstance(values, list | tuple) else []
+
+
+def test_table_is_complete():
+    """A new op fails here until it has a fake, a reference, a C++ and a Triton kernel, and a sample."""
+    from id3_kernels import reference, triton
+
+    assert set(FAKES) == set(SAMPLES) == set(SCHEMAS)
+    for name in SCHEMAS:
+        assert callable(getattr(reference, name)), name
+        assert callable(getattr(triton, name)), name
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"id3::{name}", "CPU"), name
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"id3::{name}", "CUDA"), name
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"id3::{name}", "CompositeExplicitAutograd"), (
+            name
+        )
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_mutation_is_in_the_name_and_the_schema(name):
+    op = getattr(torch.ops.id3, name).default
+    assert op._schema.is_mutable == name.endswith("_") == (name in MUTATING)
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_opcheck(cpu, name):
+    torch.library.opcheck(getattr(torch.ops.id3, name).default, SAMPLES[name]())
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_backend_agrees_with_the_reference(backend, name):
+    """Results and mutated arguments of the sample, bit for bit."""
+    from id3_kernels import reference
+
+    want_arguments, arguments = SAMPLES[name](), SAMPLES[name]()
+    want = getattr(reference, name)(*want_arguments)
+    arguments = backend.here(list(arguments))
+    got = getattr(backend.table, name)(*arguments)
+    for a, b in zip(flat([got, *arguments]), flat([want, *want_arguments]), strict=True):
+        oracle.check_bits(a, b, name)
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_compiles_into_one_graph(cpu, name):
+    op = getattr(torch.ops.id3, name)
+    compiled = torch.compile(lambda *args: op(*args), fullgraph=True, backend="aot_eager")
+    eager_arguments, arguments = SAMPLES[name](), SAMPLES[name]()
+    want, got = op(*eager_arguments), compiled(*arguments)
+    for a, b in zip(flat([got, *arguments]), flat([want, *eager_arguments]), strict=True):
+        oracle.check_bits(a, b, name)
+
+
+def every_public_function(params, grads, active, state):
+    """A step in the terms of another trainer, and the rest of the public functions."""
+    score = id3_kernels.d3_score(params[0], grads[0], eps=1.0, exp=1.0)
+    new, _ = id3_kernels.select_topk(params, grads, active, 3, eps=1.0, exp=2.0)
+    best, _ = id3_kernels.select_topk_by_score([score, None], None, 2)
+    entries, at_old, at_new = id3_kernels.union(active, new)
+    m, v = (torch.zeros(entries.indices.numel()).index_copy(0, at_old, s) for s in state)
+    numbers = {"step": 1, "lr": 0.1, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.1}
+    id3_kernels.adamw_(params, grads, entries, m, v, None, **numbers)
+    values = id3_kernels.gather(grads, entries)
+    id3_kernels.adamw_compact_(params, values, entries, m, v, None, **numbers)
+    id3_kernels.scatter_(grads, best, torch.zeros(2))
+    sparse = id3_kernels.to_sparse_coo(entries, values, [p.shape for p in params])
+    again, same = id3_kernels.from_sparse_coo(sparse)
+    return [score, *new, *best, *entries, at_new, m, v, values, *again, same, *params, *grads]
+
+
+def test_every_public_function_is_in_the_example():
+    used = inspect.getsource(every_public_function)
+    not_kernels = {"Entries", "available_backends", "use_backend"}
+    assert {n for n in id3_kernels.__all__ if f"id3_kernels.{n}(" not in used} == not_kernels
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace:UserWarning")
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+def test_public_functions_under_compile(cpu, compiler):
+    """Their exact sizes break the graph, as int(tensor) does; the results are the same."""
+
+    def arguments():
+        return *two_tensors(), held(), [torch.full((5,), 0.1), torch.full((5,), 0.2)]
+
+    want = every_public_function(*arguments())
+    got = torch.compile(every_public_function, backend=compiler)(*arguments())
+    for a, b in zip(got, want, strict=True):
+        oracle.check_bits(a, b)
+
+
+def test_public_score_compiles_into_one_graph(cpu):
+    def mean_score(param, grad):
+        return id3_kernels.d3_score(param * 2, grad, eps=1.0, exp=0.5).mean()
+
+    params, grads = two_tensors()
+    compiled = torch.compile(mean_score, fullgraph=True, backend="aot_eager")
+    oracle.check_bits(compiled(params[1], grads[1]), mean_score(params[1], grads[1]))
+
+
+def test_meta_tensors_give_shapes():
+    param = torch.empty(3, 4, device="meta", dtype=torch.bfloat16)
+    score = torch.ops.id3.d3_score(param, param, 1.0, 2.0)
+    assert (score.shape, score.dtype, score.device.type) == ((3, 4), torch.float32, "meta")

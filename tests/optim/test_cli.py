@@ -1,0 +1,163 @@
+"""The command `id3-optim`, run as a function: what it writes, what it prints, how it refuses."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from id3_optim.cli import budget, main
+from tiny_models import save_bert, save_llama, write_completions, write_reviews
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("files")
+    save_bert(folder / "bert")
+    save_llama(folder / "llama")
+    write_reviews(folder / "reviews.tsv")
+    write_completions(folder / "facts.jsonl")
+    return folder
+
+
+def command(files, output, *more, model="bert", data="reviews.tsv"):
+    paths = ["--model", files / model, "--train", files / data, "--eval", files / data, "--output", output]
+    return [
+        "train",
+        *map(str, paths),
+        "--steps",
+        "4",
+        "--batch-size",
+        "8",
+        "--cpu",
+        "--log-every",
+        "1",
+        *more,
+    ]
+
+
+def test_train_writes_model_report_and_plots(files, tmp_path, capsys):
+    pytest.importorskip("matplotlib", reason="--save-plots needs matplotlib")
+    output, report = tmp_path / "out", tmp_path / "report.json"
+    assert main(command(files, output, "--budget", "5%", "--save-plots", "--report", str(report))) == 0
+    printed = capsys.readouterr().out
+    assert "trained whole (dense): classifier.bias, classifier.weight" in printed
+    for row in ("accuracy", "entries changed", "optimizer state", "forward, backward", "select", "update"):
+        assert row in printed
+    numbers = json.loads(report.read_text())
+    assert numbers["entries"]["active"] == int(0.05 * numbers["entries"]["total"])
+    assert numbers["optimizer"]["heuristic"]["eps"] == 1.0
+    assert AutoModelForSequenceClassification.from_pretrained(output).config.num_labels == 2
+    assert AutoTokenizer.from_pretrained(output)("good")["input_ids"]
+    assert (output / "plots.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_delta_inspect_apply(files, tmp_path, capsys):
+    whole, delta, applied = tmp_path / "whole", tmp_path / "delta", tmp_path / "applied"
+    assert main(command(files, whole, "--budget", "50")) == 0
+    assert main(command(files, delta, "--budget", "50", "--delta-only")) == 0
+    capsys.readouterr()
+    assert main(["inspect", str(delta), "--json"]) == 0
+    contents = json.loads(capsys.readouterr().out)
+    assert (contents["entries"], contents["dense_entries"]) == (50, 34)
+    assert main(["inspect", str(delta / "delta.safetensors")]) == 0
+    assert "classifier.weight" in capsys.readouterr().out
+    assert main(["apply", str(delta), "--model", str(files / "bert"), "--output", str(applied)]) == 0
+    tuned = AutoModelForSequenceClassification.from_pretrained(whole).state_dict()
+    again = AutoModelForSequenceClassification.from_pretrained(applied).state_dict()
+    assert all(torch.equal(value, again[name]) for name, value in tuned.items())
+    assert AutoTokenizer.from_pretrained(applied)("good")["input_ids"]
+
+
+def test_a_delta_refuses_another_base(files, tmp_path, capsys):
+    assert main(command(files, tmp_path / "tuned", "--budget", "50")) == 0
+    assert main(command(files, tmp_path / "delta", "--budget", "50", "--delta-only")) == 0
+    capsys.readouterr()
+    wrong = [
+        "apply",
+        str(tmp_path / "delta"),
+        "--model",
+        str(tmp_path / "tuned"),
+        "--output",
+        str(tmp_path / "out"),
+    ]
+    assert main(wrong) == 2
+    assert "fingerprint" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_causal_lm(files, tmp_path, capsys):
+    assert main(command(files, tmp_path / "out", "--budget", "100", model="llama", data="facts.jsonl")) == 0
+    printed = capsys.readouterr().out
+    assert "perplexity" in printed and "trained whole" not in printed
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--text-column", "sentence"], "no column 'sentence'; the columns are 'text', 'label'"),
+        (["--label-column", "class"], "no column 'class'; the columns are 'text', 'label'"),
+        (["--text-column", "a", "b", "c"], "--text-column: expected one or two columns, got 3"),
+        (["--eval", "missing.tsv"], "no such file: missing.tsv"),
+        (["--budget", "999999999"], "budget: expected 0 to"),
+        (["--budget", "0.0"], "budget: expected"),
+        (["--schedule", "linear"], "schedule: expected one of"),
+        (["--backend", "metal"], "backend"),
+        (["--steps", "0"], "--steps: expected at least 1, got 0"),
+        (["--lr", "nan"], "--lr: expected more than 0, got nan"),
+        (["--optimizer", "adamw", "--delta-only"], "--delta-only: needs --optimizer id3"),
+        (["--task", "causal-lm"], "reviews.tsv:1: not JSON"),
+    ],
+)
+def test_a_mistake_is_one_line_and_code_2(files, tmp_path, capsys, more, message):
+    assert main(command(files, tmp_path / "out", *more)) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("id3-optim: error: ") and message in error
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_an_unknown_model_is_one_line(files, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert main(command(files, tmp_path / "out", model="nowhere")) == 2
+    errors = capsys.readouterr().err
+    assert "Traceback" not in errors and "nowhere" in errors.splitlines()[-1]
+
+
+def test_debug_shows_the_traceback(files, tmp_path):
+    with pytest.raises(ValueError, match="no column"):
+        main(["--debug", *command(files, tmp_path / "out", "--label-column", "class")])
+
+
+def test_env_lists_versions_and_backends(capsys):
+    assert main(["env"]) == 0
+    printed = capsys.readouterr().out
+    assert f"torch {torch.__version__}" in printed
+    for name in ("reference", "cpu", "triton", "cuda"):
+        assert f"backend {name}: " in printed
+    assert "backend reference: available" in printed
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("320000", 320000), ("320_000", 320000), ("0.5%", 0.005), ("0.01", 0.01), ("1", 1), ("1.0", 1.0)],
+)
+def test_budget(text, value):
+    assert budget(text) == value and type(budget(text)) is type(value)
+
+
+def test_budget_in_words_is_refused(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", "--budget", "some", "--model", "m", "--train", "t", "--eval", "e", "--output", "o"])
+    assert stopped.value.code == 2
+    assert "expected entries (320000) or a share (0.5%), got 'some'" in capsys.readouterr().err
+
+
+def test_importing_the_package_stays_light():
+    """transformers takes seconds to import, and neither it nor matplotlib is a hard dependency."""
+    code = "import sys, id3_optim, id3_optim.cli, id3_optim.analysis; print(*sys.modules)"
+    modules = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert "id3_optim.optimizer" in modules
+    assert not {"transformers", "matplotlib", "accelerate"} & set(modules)

@@ -1,0 +1,293 @@
+"""`id3_optim.train` and the data it reads: from files to a tuned model, with models made on the spot."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from id3_optim import tasks
+from id3_optim.delta import load_delta
+from id3_optim.integrations.huggingface import ID3Callback
+from id3_optim.report import table, write_report
+from id3_optim.train import Settings, build_optimizer, fit, load_base, load_start, train
+from tiny_models import save_bert, save_llama, word_tokenizer, write_completions, write_reviews
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BertForSequenceClassification,
+)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("files")
+    save_bert(folder / "bert")
+    save_llama(folder / "llama")
+    write_reviews(folder / "reviews.csv")
+    write_completions(folder / "facts.jsonl")
+    return folder
+
+
+@pytest.fixture
+def settings(files, tmp_path):
+    return Settings(
+        model=str(files / "bert"),
+        train=str(files / "reviews.csv"),
+        eval=str(files / "reviews.csv"),
+        output=str(tmp_path / "out"),
+        budget=300,
+        steps=30,
+        batch_size=8,
+        lr=1e-2,
+        log_every=5,
+        cpu=True,
+    )
+
+
+@pytest.fixture
+def causal(settings, files):
+    facts = str(files / "facts.jsonl")
+    return replace(settings, model=str(files / "llama"), train=facts, eval=facts, batch_size=6)
+
+
+def bits(model):
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def test_classification_learns_within_the_budget(settings):
+    report, start, optimizer = train(replace(settings, budget=2500, steps=60))
+    assert report["metrics"]["eval_accuracy"] == 1.0
+    assert start.fresh == {"classifier.weight", "classifier.bias"}
+    assert report["entries"]["dense"] == 2 * 16 + 2
+    assert optimizer.n_active == report["entries"]["active"] == 2500
+    assert report["entries"]["changed"] == 2500
+    assert report["optimizer"]["total_steps"] == report["steps"] == 60
+    base = BertForSequenceClassification.from_pretrained(settings.model)
+    pretrained = dict(base.named_parameters())
+    changed = sum(
+        int((value != pretrained[name]).sum())
+        for name, value in start.model.named_parameters()
+        if name not in start.fresh
+    )
+    assert changed == 2500
+
+
+def test_a_static_budget_of_everything_is_adamw(settings):
+    """Same batches, dropout and learning rates. Losses are compared, not weights: a key's bias has no
+    effect on attention, so its gradient is rounding noise, of which Adam makes whole steps."""
+    short = replace(settings, steps=10, max_grad_norm=0.0)
+    all_active, _, _ = train(replace(short, budget=1.0, strategy="static"))
+    dense, _, _ = train(replace(short, optimizer="adamw"))
+    assert all_active["metrics"]["eval_loss"] == pytest.approx(dense["metrics"]["eval_loss"], rel=1e-4)
+
+
+def test_the_written_model_is_the_tuned_one(settings):
+    _, start, _ = train(settings)
+    again = AutoModelForSequenceClassification.from_pretrained(settings.output)
+    assert again.config.label2id == {"blame": 0, "praise": 1}
+    assert all(
+        torch.equal(value, start.model.state_dict()[name]) for name, value in again.state_dict().items()
+    )
+
+
+def test_the_seed_gives_the_run(settings):
+    short = replace(settings, steps=6)
+    runs = [bits(train(s)[1].model) for s in (short, short, replace(short, seed=7))]
+    assert all(torch.equal(value, runs[1][name]) for name, value in runs[0].items())
+    assert not torch.equal(runs[0]["classifier.weight"], runs[2]["classifier.weight"])
+
+
+@pytest.mark.parametrize(
+    ("batch", "accumulate", "epochs", "steps"), [(7, 2, 2, 6), (16, 1, 1.5, 5), (40, 3, 2, 2)]
+)
+def test_total_steps_are_those_the_trainer_takes(settings, batch, accumulate, epochs, steps):
+    uneven = replace(settings, steps=None, batch_size=batch, accumulate=accumulate, epochs=epochs)
+    _, _, optimizer = train(uneven)
+    assert optimizer.total_steps == optimizer.steps_done == steps
+    assert optimizer.n_active == 300
+
+
+def test_total_steps_given_before_stay(settings):
+    task = tasks.read_task(settings.train, settings.eval)
+    start = load_start(settings, task)
+    optimizer = build_optimizer(settings, start)
+    optimizer.set_total_steps(60)
+    run = fit(start, task, optimizer, settings, [ID3Callback()])
+    assert (optimizer.total_steps, optimizer.n_active) == (60, 150)
+    counts = [entry["n_active"] for entry in run.history if "loss" in entry]
+    assert counts == [25, 50, 75, 100, 125, 150]
+    assert all(entry["threshold"] > 0 for entry in run.history if "loss" in entry)
+
+
+def test_a_head_of_another_size_is_fresh(settings, tmp_path):
+    """A classifier with three classes is tuned for two: its head has no use, its encoder has."""
+    old = BertForSequenceClassification.from_pretrained(settings.model, num_labels=3)
+    old.save_pretrained(tmp_path / "three")
+    word_tokenizer(pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]").save_pretrained(
+        tmp_path / "three"
+    )
+    task = tasks.read_task(settings.train, settings.eval)
+    start = load_start(replace(settings, model=str(tmp_path / "three")), task)
+    assert start.fresh == {"classifier.weight", "classifier.bias"}
+    assert start.model.classifier.out_features == 2
+
+
+def test_causal_lm_learns_the_completions(causal):
+    before, _, _ = train(replace(causal, steps=1, lr=1e-9))
+    report, start, optimizer = train(replace(causal, budget=0.2, steps=60))
+    assert report["metrics"]["eval_token_loss"] < 0.5 < before["metrics"]["eval_token_loss"]
+    assert start.fresh == set()
+    assert optimizer.n_active == int(0.2 * sum(p.numel() for p in start.model.parameters()))
+    again = AutoModelForCausalLM.from_pretrained(causal.output)
+    assert all(
+        torch.equal(value, start.model.state_dict()[name]) for name, value in again.state_dict().items()
+    )
+
+
+def test_token_loss_is_the_mean_over_the_tokens_of_all_batches(causal):
+    """Batches of unequal length must not count alike."""
+    report, start, _ = train(replace(causal, steps=1, batch_size=1))
+    losses = []
+    for row in tasks.encode(
+        tasks.read_task(causal.train, causal.eval).eval,
+        tasks.Task("causal-lm", [], [], []),
+        start.tokenizer,
+        32,
+    ):
+        logits = start.model(torch.tensor([row["input_ids"]])).logits[0]
+        losses += [
+            torch.nn.functional.cross_entropy(logits[i - 1], torch.tensor(token)).item()
+            for i, token in enumerate(row["labels"])
+            if token != tasks.IGNORED
+        ]
+    assert report["metrics"]["eval_token_loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+
+
+def test_the_loss_sees_the_completion_alone():
+    tokenizer = word_tokenizer(eos_token="</s>")
+    row = tasks.encode_completion(tasks.Completion("the film is", "one two"), tokenizer, 32)
+    words = tokenizer.convert_ids_to_tokens(row["input_ids"])
+    assert words == ["the", "film", "is", "one", "two", "</s>"]
+    assert row["labels"] == [tasks.IGNORED] * 3 + row["input_ids"][3:]
+    cut = tasks.encode_completion(tasks.Completion("the film is", "one two"), tokenizer, 4)
+    assert tokenizer.convert_ids_to_tokens(cut["input_ids"]) == ["is", "one", "two", "</s>"]
+    assert cut["labels"][0] == tasks.IGNORED and tasks.IGNORED not in cut["labels"][1:]
+
+
+def test_padding_without_a_padding_token():
+    tokenizer = word_tokenizer(eos_token="</s>")
+    rows = [{"input_ids": [5, 6, 7], "attention_mask": [1, 1, 1], "labels": [-100, 6, 7]}]
+    rows.append({"input_ids": [8], "attention_mask": [1], "labels": [8]})
+    batch = tasks.collate(rows, tasks.padding_token(tokenizer))
+    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 4, 4]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert batch["labels"].tolist() == [[-100, 6, 7], [8, -100, -100]]
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_delta_on_its_base_is_the_tuned_model(settings, bf16):
+    tuned = replace(settings, delta_only=True, bf16=bf16, steps=8)
+    _, start, _ = train(tuned)
+    path = Path(tuned.output) / "delta.safetensors"
+    assert not (path.parent / "model.safetensors").exists()
+    model = load_base(path, settings.model)
+    load_delta(path).apply(model, strict=True)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, start.model.state_dict()[name]), name
+    assert start.model.bert.pooler.dense.weight.dtype == (torch.bfloat16 if bf16 else torch.float32)
+    assert start.model.classifier.weight.dtype == torch.float32
+
+
+def test_adamw_trains_everything(settings):
+    report, start, _ = train(replace(settings, optimizer="adamw", lr=5e-3))
+    total = sum(p.numel() for p in start.model.parameters())
+    assert report["metrics"]["eval_accuracy"] == 1.0
+    assert report["entries"]["active"] + report["entries"]["dense"] == total
+    assert report["optimizer_bytes"] >= 8 * total
+    with pytest.raises(ValueError, match="--delta-only: needs --optimizer id3"):
+        train(replace(settings, optimizer="adamw", delta_only=True))
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        {"heuristic": "magnitude"},
+        {"heuristic": "random"},
+        {"heuristic": "bias", "budget": 20},
+        {"strategy": "static"},
+        {"strategy": "repeat"},
+        {"schedule": "exponential:3"},
+        {"bias_correction": "entry"},
+    ],
+)
+def test_every_way_to_choose_keeps_the_budget(settings, choice):
+    _, _, optimizer = train(replace(settings, steps=4, **choice))
+    assert optimizer.n_active == choice.get("budget", 300)
+
+
+def test_report_is_json_and_a_table(settings, tmp_path):
+    report, _, _ = train(replace(settings, steps=5))
+    write_report(tmp_path / "new" / "report.json", report | {"odd": float("nan")})
+    read = json.loads((tmp_path / "new" / "report.json").read_text())
+    assert read["odd"] is None and read["settings"]["budget"] == 300
+    step = read["step_ms"]
+    assert step["forward_backward"] + step["select"] + step["update"] == pytest.approx(step["total"])
+    text = table(report)
+    for word in (
+        "accuracy",
+        "entries changed",
+        "300 of",
+        "optimizer state",
+        "forward, backward",
+        "select",
+        "update",
+    ):
+        assert word in text
+
+
+def test_tsv_has_no_quoting(tmp_path):
+    path = tmp_path / "pairs.tsv"
+    path.write_text('one\ttwo\tlabel\n"The film\twas "good"\t10\n', encoding="utf-8-sig")
+    assert tasks.read_labelled(path, ["one", "two"], "label") == [(('"The film', 'was "good"'), "10")]
+
+
+def test_csv_is_quoted(tmp_path):
+    path = tmp_path / "reviews.csv"
+    path.write_text('text,label\n"good, and ""fine""\nfilm",praise\n')
+    assert tasks.read_labelled(path, ["text"], "label") == [(('good, and "fine"\nfilm',), "praise")]
+
+
+def test_labels_are_ordered_by_number_where_they_are_numbers():
+    assert tasks.sorted_labels({"10", "9", "-1"}) == ["-1", "9", "10"]
+    assert tasks.sorted_labels({"10", "9", "b"}) == ["10", "9", "b"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", "text,label\n", "a.csv: no rows"),
+        ("a.csv", "", "a.csv: no rows"),
+        ("a.csv", "words,label\nx,1\n", r"a.csv: no column 'text'; the columns are 'words', 'label'"),
+        ("a.csv", "text,label\nx\n", r"a.csv:2: expected 2 fields"),
+        ("a.csv", "text,label\nx,1,2\n", r"a.csv:2: expected 2 fields"),
+        ("a.csv", "text,label\nx,1\ny,1\n", r"a.csv: column 'label' has one label only \('1'\)"),
+        ("a.jsonl", "\n", "a.jsonl: no rows"),
+        ("a.jsonl", '{"prompt": "x", "completion": "y"}\n{', r"a.jsonl:2: not JSON"),
+        ("a.jsonl", '{"prompt": "x"}\n', r"a.jsonl:1: expected an object with the string 'completion'"),
+        ("a.jsonl", '["x"]\n', r"a.jsonl:1: expected an object with the string 'prompt'"),
+        ("a.jsonl", '{"prompt": "x", "completion": ""}\n', r"a.jsonl:1: the completion is empty"),
+        ("a.txt", "x", r"--task: can not be told from .*a.txt"),
+    ],
+)
+def test_mistakes_in_a_file(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        tasks.read_task(str(tmp_path / name), str(tmp_path / name))
+
+
+def test_a_label_that_training_never_saw(tmp_path):
+    (tmp_path / "train.csv").write_text("text,label\nx,1\ny,2\n")
+    (tmp_path / "eval.csv").write_text("text,label\nx,1\ny,3\n")
+    with pytest.raises(ValueError, match=r"eval.csv: label '3' does not occur in .*train.csv"):
+        tasks.read_task(str(tmp_path / "train.csv"), str(tmp_path / "eval.csv"))
