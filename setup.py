@@ -31,7 +31,15 @@ def native_extension() -> dict:
     # which loops get one would depend on the instruction set; without it all machines give the same bits.
     # -fopenmp: at::parallel_for is a serial loop in an extension compiled without it.
     # The math flags change no result: they let loops with a square root or a select become vector code.
-    flags = ["-O3", "-g0", "-std=c++20", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
+    flags = [
+        "-O3",
+        "-g0",
+        "-std=c++20",
+        "-fvisibility=hidden",
+        "-ffp-contract=off",
+        "-fno-math-errno",
+        "-fno-trapping-math",
+    ]
     openmp = [] if sys.platform == "darwin" else ["-fopenmp"]
     extension = CppExtension(
         "id3_kernels._C",

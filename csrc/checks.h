@@ -32,8 +32,9 @@ inline void check_on_cpu(const std::string& name, const at::Tensor& t) {
 inline void check_float_tensor(const std::string& name, const at::Tensor& t) {
   check_on_cpu(name, t);
   const auto dtype = t.scalar_type();
-  TORCH_CHECK_VALUE(dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf || dtype == at::kDouble,
-                    name, ": expected float32, bfloat16, float16 or float64, got ", dtype);
+  TORCH_CHECK_VALUE(
+      dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf || dtype == at::kDouble, name,
+      ": expected float32, bfloat16, float16 or float64, got ", dtype);
   TORCH_CHECK_VALUE(t.numel() <= std::numeric_limits<int32_t>::max(), name,
                     ": 2^31 entries or more are not supported, got ", t.numel());
 }
@@ -67,9 +68,9 @@ inline void check_grads(const OptionalTensors& grads, at::TensorList params) {
 // A contiguous vector on the CPU of at least `length` elements.
 inline void check_vector(const std::string& name, const at::Tensor& t, at::ScalarType dtype, int64_t length) {
   check_on_cpu(name, t);
-  TORCH_CHECK_VALUE(t.scalar_type() == dtype && t.dim() == 1 && t.is_contiguous() && t.numel() >= length, name,
-                    ": expected a contiguous vector of ", length, " ", dtype, ", got ", t.scalar_type(), " ",
-                    shape_text(t.sizes()));
+  TORCH_CHECK_VALUE(t.scalar_type() == dtype && t.dim() == 1 && t.is_contiguous() && t.numel() >= length,
+                    name, ": expected a contiguous vector of ", length, " ", dtype, ", got ", t.scalar_type(),
+                    " ", shape_text(t.sizes()));
 }
 
 }  // namespace id3

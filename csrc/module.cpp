@@ -10,7 +10,8 @@
 
 namespace {
 
-// How many threads at::parallel_for really uses here: an extension compiled without OpenMP is silently serial.
+// How many threads at::parallel_for really uses here: an extension compiled without OpenMP is silently
+// serial.
 size_t threads_in_parallel_for() {
   std::mutex mutex;
   std::set<std::thread::id> seen;

@@ -17,9 +17,7 @@ namespace id3::cpu {
 ID3_INLINE float widen(float x) { return x; }
 ID3_INLINE double widen(double x) { return x; }
 
-ID3_INLINE float widen(c10::BFloat16 x) {
-  return reinterpret_bits<float>(static_cast<uint32_t>(x.x) << 16);
-}
+ID3_INLINE float widen(c10::BFloat16 x) { return reinterpret_bits<float>(static_cast<uint32_t>(x.x) << 16); }
 
 ID3_INLINE float widen(c10::Half x) {
   constexpr uint32_t kRebias = (127 - 15) << 23;

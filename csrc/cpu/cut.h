@@ -59,8 +59,8 @@ template <class Key, class ForEachBlock>
 Cut<Key> cut_at(int64_t k, Key floor, const Parts& parts, const ForEachBlock& for_each_block) {
   constexpr int kDigitBits = 11, kBins = 1 << kDigitBits;
   std::vector<int64_t> histograms(parts.count * kBins), above(parts.count), equal(parts.count);
-  Key prefix = 0;         // the threshold's digits known so far
-  int64_t missing = k;    // how many of the k share that prefix
+  Key prefix = 0;                   // the threshold's digits known so far
+  int64_t missing = k;              // how many of the k share that prefix
   int known = 8 * sizeof(Key) - 1;  // lowest known bit; keys are not negative
   while (known > 0) {
     const int shift = std::max(0, known - kDigitBits);
@@ -77,8 +77,7 @@ Cut<Key> cut_at(int64_t k, Key floor, const Parts& parts, const ForEachBlock& fo
     for (;; --bin) {
       if (bin < 0) return take_all(floor, above);
       int64_t here = 0;
-      for (int64_t part = 0; part < parts.count; ++part)
-        here += equal[part] = histograms[part * kBins + bin];
+      for (int64_t part = 0; part < parts.count; ++part) here += equal[part] = histograms[part * kBins + bin];
       if (here >= missing) break;
       missing -= here;
       for (int64_t part = 0; part < parts.count; ++part) above[part] += equal[part];

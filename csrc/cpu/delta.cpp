@@ -15,8 +15,9 @@
 namespace id3::cpu {
 namespace {
 
-constexpr int64_t kGrain = 4096;     // entries per thread below which starting a thread costs more
-constexpr int64_t kSumBlock = 4096;  // entries summed in sequence: fixed, so that threads do not change the sum
+constexpr int64_t kGrain = 4096;  // entries per thread below which starting a thread costs more
+constexpr int64_t kSumBlock =
+    4096;  // entries summed in sequence: fixed, so that threads do not change the sum
 
 // One walk through two ascending lists of a tensor. Writes the union from `out` on and where the entries of
 // both stand in it, or nothing where `out` is null. Returns the size of the union.
@@ -142,10 +143,11 @@ at::Tensor gather_cpu(at::TensorList tensors, const at::Tensor& offsets, const a
   visit_bits(out, [&](auto bits) {
     using T = decltype(bits);
     T* to = static_cast<T*>(out.mutable_data_ptr());
-    for_each_block(tensors, entries, [&](const Strided& tensor, int64_t first, int64_t count, const auto* places) {
-      const T* from = static_cast<const T*>(tensor.data);
-      for (int64_t i = 0; i < count; ++i) to[first + i] = from[places[i]];
-    });
+    for_each_block(tensors, entries,
+                   [&](const Strided& tensor, int64_t first, int64_t count, const auto* places) {
+                     const T* from = static_cast<const T*>(tensor.data);
+                     for (int64_t i = 0; i < count; ++i) to[first + i] = from[places[i]];
+                   });
   });
   return out;
 }
@@ -159,10 +161,11 @@ void scatter_cpu(at::TensorList tensors, const at::Tensor& offsets, const at::Te
   visit_bits(values, [&](auto bits) {
     using T = decltype(bits);
     const T* from = static_cast<const T*>(values.const_data_ptr());
-    for_each_block(tensors, entries, [&](const Strided& tensor, int64_t first, int64_t count, const auto* places) {
-      T* to = static_cast<T*>(const_cast<void*>(tensor.data));
-      for (int64_t i = 0; i < count; ++i) to[places[i]] = from[first + i];
-    });
+    for_each_block(tensors, entries,
+                   [&](const Strided& tensor, int64_t first, int64_t count, const auto* places) {
+                     T* to = static_cast<T*>(const_cast<void*>(tensor.data));
+                     for (int64_t i = 0; i < count; ++i) to[places[i]] = from[first + i];
+                   });
   });
 }
 

@@ -16,8 +16,8 @@
 namespace id3::cpu {
 namespace {
 
-// Tiles, and keys, per thread below which starting a thread costs more than it saves: a machine that has other
-// work to do may take milliseconds to start one.
+// Tiles, and keys, per thread below which starting a thread costs more than it saves: a machine that has
+// other work to do may take milliseconds to start one.
 constexpr int64_t kTileGrain = 256, kKeyGrain = 1 << 18;
 
 using Selection = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
@@ -62,41 +62,53 @@ class Candidates {
   std::vector<int64_t> tile_begin_;
 };
 
-// Scores single tiles, in ascending order.
-template <class Value>
-class TileScorer {
- public:
-  explicit TileScorer(const Candidates<Value>& candidates) : candidates_(candidates) {}
-
-  const Key<Value>* keys(int64_t tile) {
-    if (tile >= end_) {
-      tensor_ = candidates_.tensor_of(tile);
-      end_ = candidates_.tile_begin(tensor_ + 1);
-      scored_ = candidates_.tensor(tensor_);
-    }
-    first_ = (tile - candidates_.tile_begin(tensor_)) * kTile;
-    run_simd<TileKeys>(scored_, first_, keys_);
-    return keys_;
-  }
-
-  int64_t tensor() const { return tensor_; }  // of the tile last scored
-  int64_t first() const { return first_; }    // the flat index of its first entry
-
- private:
-  const Candidates<Value>& candidates_;
-  ScoredTensor<Value> scored_;
-  int64_t tensor_ = -1, end_ = 0, first_ = 0;
-  alignas(64) Key<Value> keys_[kTile];
-};
-
 // The tiles that can hold winners, ascending, and a key that no winner's lies below.
 template <class Value>
 struct Shortlist {
   bool all = true;
   std::vector<int64_t> tiles;  // unless all
   Key<Value> floor = 1;
+  at::Tensor kept_keys;    // where the maxima were: the keys of the list's first tiles
+  int64_t kept_tiles = 0;  // how many tiles these are
 
   int64_t tile(int64_t item) const { return all ? item : tiles[item]; }
+};
+
+// Gives the keys of listed tiles, in ascending order: kept ones, or scored again.
+template <class Value>
+class TileScorer {
+ public:
+  TileScorer(const Candidates<Value>& candidates, const Shortlist<Value>& list)
+      : candidates_(candidates), list_(list) {
+    if (list.kept_tiles) kept_ = list.kept_keys.template const_data_ptr<Key<Value>>();
+  }
+
+  const Key<Value>* keys(int64_t item) {
+    seek(list_.tile(item));
+    if (item < list_.kept_tiles) return kept_ + item * kTile;
+    run_simd<TileKeys>(scored_, first_, keys_);
+    return keys_;
+  }
+
+  int64_t tensor() const { return tensor_; }  // of the tile last asked for
+  int64_t first() const { return first_; }    // the flat index of its first entry
+
+ private:
+  void seek(int64_t tile) {
+    if (tile >= end_) {
+      tensor_ = candidates_.tensor_of(tile);
+      end_ = candidates_.tile_begin(tensor_ + 1);
+      scored_ = candidates_.tensor(tensor_);
+    }
+    first_ = (tile - candidates_.tile_begin(tensor_)) * kTile;
+  }
+
+  const Candidates<Value>& candidates_;
+  const Shortlist<Value>& list_;
+  const Key<Value>* kept_ = nullptr;
+  ScoredTensor<Value> scored_;
+  int64_t tensor_ = -1, end_ = 0, first_ = 0;
+  alignas(64) Key<Value> keys_[kTile];
 };
 
 template <class Value>
@@ -125,7 +137,8 @@ Shortlist<Value> shortlist(const Candidates<Value>& candidates, int64_t k) {
   const auto cut = cut_at<Key<Value>>(k, 1, parts, [&](int64_t part, const auto& visit) {
     visit(maxima + parts.begin(part), parts.begin(part + 1) - parts.begin(part));
   });
-  Shortlist<Value> list{false, std::vector<int64_t>(cut.total), std::max<Key<Value>>(cut.threshold, 1)};
+  Shortlist<Value> list{false, std::vector<int64_t>(cut.total), std::max<Key<Value>>(cut.threshold, 1),
+                        storage};
   parts.run([&](int64_t part) {
     auto [out, ties] = cut.parts[part];
     const int64_t end = parts.begin(part + 1);
@@ -135,6 +148,23 @@ Shortlist<Value> shortlist(const Candidates<Value>& candidates, int64_t k) {
   return list;
 }
 
+// The maxima have done their work: their memory takes the keys of the list's first tiles, for most lists of
+// all, which spares the passes below from scoring them once each.
+template <class Value>
+void keep_keys(const Candidates<Value>& candidates, Shortlist<Value>& list) {
+  if (list.all) return;
+  auto* kept = list.kept_keys.template mutable_data_ptr<Key<Value>>();
+  const int64_t tiles = std::min<int64_t>(list.tiles.size(), list.kept_keys.numel() / kTile);
+  const Parts parts(tiles, kTileGrain);
+  parts.run([&](int64_t part) {
+    TileScorer<Value> scorer(candidates, list);
+    const int64_t end = parts.begin(part + 1);
+    for (int64_t item = parts.begin(part); item < end; ++item)
+      std::copy_n(scorer.keys(item), kTile, kept + item * kTile);
+  });
+  list.kept_tiles = tiles;
+}
+
 template <class Value>
 Selection select(const Candidates<Value>& candidates, int64_t k) {
   TORCH_CHECK_VALUE(k >= 0, "k: expected an int of at least 0, got ", k);
@@ -142,23 +172,25 @@ Selection select(const Candidates<Value>& candidates, int64_t k) {
   const at::Tensor offsets = at::zeros({tensors + 1}, at::kLong), indices = at::empty({k}, at::kInt),
                    scores = at::empty({k}, at::CppTypeToScalarType<Value>::value);
   if (k == 0) return {offsets, indices, scores};
-  const Shortlist<Value> list = shortlist(candidates, k);
+  Shortlist<Value> list = shortlist(candidates, k);
+  keep_keys(candidates, list);
   const Parts parts(list.all ? candidates.tiles() : list.tiles.size(), kTileGrain);
   const auto cut = cut_at<Key<Value>>(k, list.floor, parts, [&](int64_t part, const auto& visit) {
-    TileScorer<Value> scorer(candidates);
-    for (int64_t item = parts.begin(part); item < parts.begin(part + 1); ++item)
-      visit(scorer.keys(list.tile(item)), kTile);
+    TileScorer<Value> scorer(candidates, list);
+    const int64_t end = parts.begin(part + 1);
+    for (int64_t item = parts.begin(part); item < end; ++item) visit(scorer.keys(item), kTile);
   });
   auto* offset = offsets.mutable_data_ptr<int64_t>();
   auto* index = indices.mutable_data_ptr<int32_t>();
   auto* score = scores.template mutable_data_ptr<Value>();
   parts.run([&](int64_t part) {
     auto [out, ties] = cut.parts[part];
-    TileScorer<Value> scorer(candidates);
+    TileScorer<Value> scorer(candidates, list);
+    const int64_t end = parts.begin(part + 1);
     // Tensor `begun` is the last whose offset is written: by this part, or by those before it.
     int64_t begun = part == 0 ? -1 : candidates.tensor_of(list.tile(parts.begin(part) - 1));
-    for (int64_t item = parts.begin(part); item < parts.begin(part + 1); ++item) {
-      const Key<Value>* keys = scorer.keys(list.tile(item));
+    for (int64_t item = parts.begin(part); item < end; ++item) {
+      const Key<Value>* keys = scorer.keys(item);
       while (begun < scorer.tensor()) offset[++begun] = out;
       for (int64_t i = 0; i < kTile; ++i) {
         if (!cut.takes(keys[i], ties)) continue;

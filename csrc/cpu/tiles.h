@@ -66,7 +66,8 @@ ID3_INLINE const Value* tile_values(const Strided& t, int64_t first, int64_t cou
 }
 
 // Asks for what lies some way ahead. The processor's own prefetcher stops at each page; that shows where one
-// stream is read (a third of the time of a pass with exp = 0), while with two streams it hides and asking costs.
+// stream is read (a third of the time of a pass with exp = 0), while with two streams it hides and asking
+// costs.
 ID3_INLINE void prefetch_ahead(const Strided& t, int64_t first) {
   constexpr int64_t kAhead = 4096, kLine = 64;  // bytes
   if (!t.contiguous) return;
@@ -128,15 +129,14 @@ const int32_t* first_active(const ScoredTensor<Value>& t, int64_t first) {
   return std::lower_bound(t.active, t.active_end, first);
 }
 
-// The tile's scores to be ordered, 0 for active entries. `active` stands at the tile's first active entry and
-// is moved behind its last.
+// Stores 0 for the active among the `count` entries from `first` on. `active` stands at the first of them and
+// is moved behind the last.
 template <class Value>
-ID3_INLINE void selectable_scores(const ScoredTensor<Value>& t, int64_t first, const int32_t*& active,
-                                  Value* __restrict scores) {
-  tile_scores<Form::ordered>(t, first, scores);
-  for (; active < t.active_end && *active < first + kTile; ++active) {
+ID3_INLINE void exclude_active(const ScoredTensor<Value>& t, int64_t first, int64_t count,
+                               const int32_t*& active, Value* scores) {
+  for (; active < t.active_end && *active < first + count; ++active) {
     const uint64_t i = static_cast<uint64_t>(*active - first);
-    if (i < static_cast<uint64_t>(kTile)) scores[i] = 0;  // indices out of order must not write elsewhere
+    if (i < static_cast<uint64_t>(count)) scores[i] = 0;  // indices out of order must not write elsewhere
   }
 }
 
@@ -153,7 +153,8 @@ struct TileKeys {
   ID3_INLINE static void run(const ScoredTensor<Value>& t, int64_t first, Key<Value>* keys) {
     alignas(64) Value scores[kTile];
     const int32_t* active = first_active(t, first);
-    selectable_scores(t, first, active, scores);
+    tile_scores<Form::ordered>(t, first, scores);
+    exclude_active(t, first, kTile, active, scores);
     for (int64_t i = 0; i < kTile; ++i) keys[i] = key_of(scores[i]);
   }
 };
@@ -162,13 +163,20 @@ struct TileKeys {
 struct TileMaxima {
   template <class Value>
   ID3_INLINE static void run(const ScoredTensor<Value>& t, int64_t first, int64_t count, Key<Value>* maxima) {
-    alignas(64) Value scores[kTile];
+    // A few tiles at a time: the loop over active entries costs a mispredicted branch at its end, and a
+    // vector load of a zero just stored stalls.
+    constexpr int64_t kTogether = 4;
+    alignas(64) Value scores[kTogether * kTile];
     const int32_t* active = first_active(t, first);
     const bool reads_param = !t.rule.given && t.rule.exponent != Exponent::zero;
-    for (int64_t tile = 0; tile < count; ++tile, first += kTile) {
-      if (!reads_param) prefetch_ahead(t.grad, first);
-      selectable_scores(t, first, active, scores);
-      maxima[tile] = largest_key(scores);
+    for (int64_t tile = 0; tile < count; tile += kTogether, first += kTogether * kTile) {
+      const int64_t together = std::min(kTogether, count - tile);
+      for (int64_t i = 0; i < together; ++i) {
+        if (!reads_param) prefetch_ahead(t.grad, first + i * kTile);
+        tile_scores<Form::ordered>(t, first + i * kTile, scores + i * kTile);
+      }
+      exclude_active(t, first, together * kTile, active, scores);
+      for (int64_t i = 0; i < together; ++i) maxima[tile + i] = largest_key(scores + i * kTile);
     }
   }
 

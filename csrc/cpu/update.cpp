@@ -1,3 +1,5 @@
+#include "formulas/update.h"
+
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
@@ -10,7 +12,6 @@
 #include "cpu/entries.h"
 #include "cpu/simd.h"
 #include "cpu/strided.h"
-#include "formulas/update.h"
 
 namespace id3::cpu {
 namespace {
@@ -115,8 +116,8 @@ class Update {
     }
   }
 
-  // The gradient of a block, widened; meanwhile asks for the gradients and the parameters some way ahead, most of
-  // which are a cache and a page miss.
+  // The gradient of a block, widened; meanwhile asks for the gradients and the parameters some way ahead,
+  // most of which are a cache and a page miss.
   void load_gradient(const Strided& grad, bool gathered, const Strided& param, int64_t first, int64_t last,
                      Value* out) const {
     const int32_t* indices = entries_.indices + first;
@@ -198,9 +199,7 @@ class Update {
 
 bool overflowed(const Arguments& a) { return a.found_inf && a.found_inf->item<double>() != 0; }
 
-bool is_double(const Arguments& a) {
-  return !a.params.empty() && a.params[0].scalar_type() == at::kDouble;
-}
+bool is_double(const Arguments& a) { return !a.params.empty() && a.params[0].scalar_type() == at::kDouble; }
 
 template <class Value>
 void update_from_grads(const Arguments& a, const OptionalTensors& grads) {
@@ -222,9 +221,10 @@ void adamw_cpu(at::TensorList params, const OptionalTensors& grads, const at::Te
                const at::Tensor& indices, const at::Tensor& exp_avg, const at::Tensor& exp_avg_sq,
                const OptionalTensor& master, const OptionalTensor& age, const at::Tensor& step, double lr,
                double beta1, double beta2, double eps, double weight_decay, bool maximize,
-               const OptionalTensor& grad_scale, const OptionalTensor& found_inf, const OptionalTensor& clip) {
-  const Arguments a{params, offsets, indices, exp_avg,  exp_avg_sq,   master,   age,        step,     lr,
-                    beta1,  beta2,   eps,     weight_decay, maximize, grad_scale, found_inf, clip};
+               const OptionalTensor& grad_scale, const OptionalTensor& found_inf,
+               const OptionalTensor& clip) {
+  const Arguments a{params, offsets, indices, exp_avg,      exp_avg_sq, master,     age,       step, lr,
+                    beta1,  beta2,   eps,     weight_decay, maximize,   grad_scale, found_inf, clip};
   if (overflowed(a)) return;
   check_params(params);
   check_grads(grads, params);
@@ -237,13 +237,13 @@ void adamw_compact_cpu(at::TensorList params, const at::Tensor& values, const at
                        double lr, double beta1, double beta2, double eps, double weight_decay, bool maximize,
                        const OptionalTensor& grad_scale, const OptionalTensor& found_inf,
                        const OptionalTensor& clip) {
-  const Arguments a{params, offsets, indices, exp_avg,  exp_avg_sq,   master,   age,        step,     lr,
-                    beta1,  beta2,   eps,     weight_decay, maximize, grad_scale, found_inf, clip};
+  const Arguments a{params, offsets, indices, exp_avg,      exp_avg_sq, master,     age,       step, lr,
+                    beta1,  beta2,   eps,     weight_decay, maximize,   grad_scale, found_inf, clip};
   if (overflowed(a)) return;
   check_params(params);
   check_float_tensor("values", values);
-  TORCH_CHECK_VALUE((values.scalar_type() == at::kDouble) == is_double(a), "values: float64 goes with float64 ",
-                    "parameters, got ", values.scalar_type());
+  TORCH_CHECK_VALUE((values.scalar_type() == at::kDouble) == is_double(a),
+                    "values: float64 goes with float64 ", "parameters, got ", values.scalar_type());
   is_double(a) ? update_from_values<double>(a, values) : update_from_values<float>(a, values);
 }
 
