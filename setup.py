@@ -27,6 +27,19 @@ def why_no_extension() -> str | None:
 def native_extension() -> dict:
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 
+    class BuildOrGoWithout(BuildExtension):
+        """A failed compile leaves a pure-Python install: torch's RuntimeError would end the installation."""
+
+        def build_extensions(self) -> None:
+            try:
+                super().build_extensions()
+            except RuntimeError as error:
+                print(f"id3-optim: installing pure Python: {str(error).splitlines()[0]}", file=sys.stderr)
+                self.extensions = []
+
+        def get_outputs(self) -> list[str]:
+            return [path for path in super().get_outputs() if Path(path).exists()]
+
     # -ffp-contract=off: a fused multiply-add rounds once where the specification rounds twice, and
     # which loops get one would depend on the instruction set; without it all machines give the same bits.
     # -fopenmp: at::parallel_for is a serial loop in an extension compiled without it.
@@ -45,11 +58,12 @@ def native_extension() -> dict:
         "id3_kernels._C",
         sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.cpp")),
         include_dirs=[str(ROOT / "csrc")],
+        depends=sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.h")),
         extra_compile_args=flags + openmp,
         extra_link_args=openmp,
     )
-    extension.optional = True  # a failed compile leaves a pure-Python install
-    return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildExtension}}
+    extension.optional = True  # setuptools then does not miss the file
+    return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildOrGoWithout}}
 
 
 reason = why_no_extension()

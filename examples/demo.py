@@ -22,6 +22,7 @@ import torch
 import transformers
 from dense_masking import DenseMaskedAdamW
 from huggingface_hub import snapshot_download, try_to_load_from_cache
+
 from id3_optim import tasks
 from id3_optim.analysis import allocation, loss_curve, plot_allocation, plot_losses
 from id3_optim.integrations.huggingface import ID3Callback, parameter_groups
@@ -155,7 +156,7 @@ def compare(runs: dict[str, Run], memory: dict[str, int]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=140, help="training steps of each run")
+    parser.add_argument("--steps", type=int, default=120, help="training steps of each run")
     parser.add_argument("--parity-steps", type=int, default=50, help="steps on shared gradients")
     parser.add_argument("--lr", type=float, default=2e-3, help="learning rate; the new head's is 0.01")
     parser.add_argument("--output", type=Path, default=Path("runs/demo"))

@@ -8,6 +8,8 @@ it is installed, and `reference` everywhere else.
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib
 import importlib.util
 import os
 from collections.abc import Iterator
@@ -20,11 +22,20 @@ NAMES = ("reference", "cpu", "triton", "cuda")
 _wish: str | None = os.environ.get("ID3_BACKEND") or None
 
 
-def native() -> ModuleType | None:
-    """The C++ extension, or None where it was not built."""
+@functools.cache
+def _load_native() -> tuple[ModuleType | None, str]:
+    """(the C++ extension, "") or (None, why there is none)."""
     if importlib.util.find_spec("id3_kernels._C") is None:
-        return None
-    return importlib.import_module("id3_kernels._C")
+        return None, "the C++ extension is not built"
+    try:
+        return importlib.import_module("id3_kernels._C"), ""
+    except (ImportError, OSError) as error:  # built for another torch, as a rule
+        return None, f"the C++ extension does not load ({str(error).splitlines()[0]})"
+
+
+def native() -> ModuleType | None:
+    """The C++ extension, or None where it was not built or does not load."""
+    return _load_native()[0]
 
 
 def available_backends() -> dict[str, str | None]:
@@ -34,7 +45,7 @@ def available_backends() -> dict[str, str | None]:
 
 def _why_not(name: str) -> str | None:
     if name == "cpu" and native() is None:
-        return "the C++ extension is not built: install with a C++ compiler and `pip install --no-build-isolation`"
+        return f"{_load_native()[1]}: install with a C++ compiler and `pip install --no-build-isolation`"
     if name == "cuda":
         return "the CUDA C++ kernels do not exist yet: use triton on a GPU"
     if name == "triton":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -115,7 +116,7 @@ def _entry_values(name: str, e: Entries, sizes: Sequence[int] | None) -> None:
 
 def count(k: int) -> None:
     """Checks a number of entries to select."""
-    if isinstance(k, bool) or not isinstance(k, int | torch.SymInt) or k < 0:
+    if isinstance(k, bool) or not isinstance(k, (numbers.Integral, torch.SymInt)) or k < 0:
         raise ValueError(f"k: expected an int of at least 0, got {k!r}")
 
 
@@ -129,3 +130,12 @@ def d3(eps: float, exp: float) -> None:
         raise ValueError(
             f"eps: expected more than 0 with exp > 0 (|g|/|θ|^exp has no value at θ = 0), got {eps}"
         )
+
+
+def adamw_numbers(step: int | Tensor, values: Sequence[float]) -> None:
+    """Checks step and (lr, beta1, beta2, eps, weight_decay) of an AdamW call."""
+    if isinstance(step, int) and step < 1:
+        raise ValueError(f"step: expected at least 1 (it counts this step), got {step}")
+    for name, beta in zip(("beta1", "beta2"), values[1:3], strict=True):
+        if not 0 <= beta < 1:
+            raise ValueError(f"{name}: expected 0 to below 1, got {beta}")

@@ -83,9 +83,17 @@ def _on_triton(name: str) -> Callable:
     """The Triton kernel, imported at the first call, so that importing id3_kernels stays light."""
 
     def call(*args):
+        if _has_float64(args):
+            return getattr(reference, name)(*args)
         return getattr(importlib.import_module("id3_kernels.triton"), name)(*args)
 
     return call
+
+
+def _has_float64(args: tuple) -> bool:
+    """Whether the tensors to work on are float64, which the Triton kernels leave to the reference."""
+    tensors = [t for arg in args[:2] for t in (arg if isinstance(arg, list | tuple) else [arg])]
+    return any(isinstance(t, Tensor) and t.dtype == torch.float64 for t in tensors)
 
 
 _library = torch.library.Library("id3", "DEF")  # lives as long as the module: dropping it unregisters the ops
@@ -321,6 +329,7 @@ def _adamw(op, params, gradient, entries, state, step, numbers, maximize, scalar
             raise ValueError(
                 f"{name}: expected one element on {device}, got {tuple(tensor.shape)} on {tensor.device}"
             )
+    checks.adamw_numbers(step, numbers)
     if isinstance(step, int):
         step = torch.full((len(params),), step, dtype=torch.int64, device=device)
     checks.vector("step", step, torch.int64, len(params), device)

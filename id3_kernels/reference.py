@@ -32,7 +32,7 @@ def d3_score(param: Tensor, grad: Tensor, eps: float, exp: float) -> Tensor:
 
 
 def _divide(g: Tensor, d: Tensor, exp: float) -> Tensor:
-    """|g| / d^exp with every operation rounded once (spec 1.1)."""
+    """|g| / d^exp with every operation rounded once."""
     special = {
         0.5: lambda: g / _sqrt(d),
         1.0: lambda: g / d,
@@ -233,7 +233,7 @@ def _adamw(
 
 
 def _weight(param: Tensor, index: Tensor, master: Tensor | None) -> Tensor:
-    """The weight to update: the master, unless the parameter no longer is its rounding (spec 1.3)."""
+    """The weight to update: the master, unless the parameter no longer is its rounding."""
     stored = _read(param, index)
     w = stored.to(wide_dtype(param.dtype))
     if master is None or param.dtype not in (torch.bfloat16, torch.float16):

@@ -53,6 +53,8 @@ def from_sparse_coo(tensors: Sequence[Tensor]) -> tuple[Entries, Tensor]:
                 f"tensors[{j}]: expected sparse COO without dense dimensions, got {t.layout} with "
                 f"{t.dense_dim() if t.layout == torch.sparse_coo else 'no'} dense dimensions"
             )
+        if t.numel() >= 2**31:
+            raise ValueError(f"tensors[{j}]: expected fewer than 2^31 entries, got {t.numel()}")
         if t.dtype != tensors[0].dtype:
             raise ValueError(f"tensors[{j}]: expected {tensors[0].dtype} as tensors[0], got {t.dtype}")
         t = t.coalesce()

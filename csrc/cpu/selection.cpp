@@ -9,7 +9,7 @@
 #include "cpu/entries.h"
 #include "cpu/tiles.h"
 
-// Exact top-k in one streaming pass (kernels.md 3.1: the delegates of Dr. Top-k, arXiv 2109.08219). The pass
+// Exact top-k in one streaming pass (the delegates of Dr. Top-k, arXiv 2109.08219). The pass
 // keeps one maximum per tile. The k-th largest maximum is a lower bound of the k-th best score, so that all
 // winners lie in the tiles above it and, for ties, in the first tiles at it: k tiles, which are scored again.
 

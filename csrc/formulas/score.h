@@ -21,7 +21,7 @@ inline Exponent exponent_of(double exp) {
   return Exponent::general;
 }
 
-// D3 (equation 3 of the paper): |grad| / (|param| + eps)^exp, each operation rounded once in Value, where a
+// D3 (equation 1 of the paper): |grad| / (|param| + eps)^exp, each operation rounded once in Value, where a
 // subnormal |grad| counts as 0. The result may be subnormal, infinite or NaN: `key_of` orders it. `exp` is
 // read by `general` alone, `param` is not read by `zero`.
 template <Exponent E, class Value>

@@ -1,4 +1,4 @@
-"""The D3 score |g| / (|θ| + ε)^exp (spec 1.1; equation 2 of the ID3 paper), rounded once per operation."""
+"""The D3 score |g| / (|θ| + ε)^exp (equation 1 of the ID3 paper), rounded once per operation."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def key(score, g):
 
 @triton.jit
 def normal_key(key):
-    """The key, or 0 where the score is subnormal and can not be selected (spec 1.1)."""
+    """The key, or 0 where the score is subnormal and can not be selected."""
     return tl.where(key >= LOWEST_KEY, key, 0)
 
 

@@ -1,4 +1,4 @@
-"""AdamW at the entries alone, for all tensors in one launch (spec 1.3).
+"""AdamW at the entries alone, for all tensors in one launch.
 
 torch's order of operations, each rounded once to float32. The bias corrections come from tables over the
 step number, computed in float64 by the host and kept on the device: no step number has to be read back.

@@ -139,6 +139,7 @@ def plot_losses(axes, curves: dict[str, tuple[list[int], list[float]]], title: s
         style = {"linewidth": 2.6, "alpha": 0.75} if i == 0 else {"linewidth": 1.4, "linestyle": (0, (4, 2))}
         axes.plot(steps, losses, label=label, **style)
     axes.set(xlabel="step", ylabel="loss", title=title)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     if len(curves) > 1:
@@ -172,6 +173,7 @@ def plot_spread(axes, history: list[dict]) -> None:
     axes.plot(steps, [entry["tensor_sparsity"] for entry in logged], color="tab:blue")
     right.plot(steps, [entry["sparsity_entropy"] for entry in logged], color="tab:orange")
     axes.set(xlabel="step", title="how the choice spread over the tensors", ylim=(0, 1))
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_ylabel("tensor sparsity", color="tab:blue")
     right.set_ylabel("sparsity entropy, nats", color="tab:orange")
     axes.grid(alpha=0.3)

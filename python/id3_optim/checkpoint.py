@@ -12,7 +12,15 @@ from . import schedules
 if TYPE_CHECKING:
     from .optimizer import ID3AdamW
 
-_MUST_AGREE = ("total_steps", "strategy", "heuristic", "schedule", "bias_correction", "keep_originals")
+_MUST_AGREE = (
+    "total_steps",
+    "strategy",
+    "heuristic",
+    "schedule",
+    "bias_correction",
+    "max_grad_norm",
+    "keep_originals",
+)
 
 
 def state_dict(optimizer: ID3AdamW, torch_state_dict: Callable[[], dict]) -> dict[str, Any]:
@@ -45,18 +53,24 @@ def load_state_dict(
     if strict:
         _check_settings(optimizer, saved)
     begun = saved["n_entries"] is not None
+    _check_dense_states(optimizer, state)
     sparse = _sparse_states(optimizer, state) if begun else {}
     dense = {i: s for i, s in state["state"].items() if i not in sparse}
     groups = [{k: v for k, v in g.items() if k != "id3"} for g in state["param_groups"]]
     torch_load_state_dict({**state, "state": dense, "param_groups": groups})
+    for p, dense_state in optimizer.state.items():
+        dense_state["step"] = dense_state["step"].to(p.device, torch.float32)
     optimizer.steps_done = saved["step"]
     optimizer.total_steps = (
         optimizer.total_steps if optimizer.total_steps is not None else saved["total_steps"]
     )
-    optimizer._targets = []
-    if not begun:
-        optimizer.budget, optimizer.n_entries, optimizer._shards = saved["budget"], None, []
-    else:
+    optimizer._targets, optimizer._shards = [], []
+    optimizer.n_entries = saved["n_entries"]
+    optimizer.budget = optimizer.budget_given
+    if begun:
+        # N and the budget were fixed at the saved run's first step, whatever is frozen now.
+        share = schedules.resolve_budget(optimizer.budget_given, saved["n_entries"])
+        optimizer.budget = saved["budget"] if strict else share
         optimizer._begin()
         for shard in optimizer._shards:
             shard.load([sparse[position] for position in shard.positions])
@@ -68,11 +82,21 @@ def _check_settings(optimizer: ID3AdamW, saved: dict[str, Any]) -> None:
         unset = key == "total_steps" and None in (own[key], saved[key])
         if own[key] != saved[key] and not unset:
             raise ValueError(f"{key}: the optimizer has {own[key]}, the saved state has {saved[key]}")
-    budget = own["budget"]
-    if saved["n_entries"] is not None and own["n_entries"] is None:
-        budget = schedules.resolve_budget(budget, saved["n_entries"])
-    if budget != saved["budget"]:
-        raise ValueError(f"budget: the optimizer has {budget}, the saved state has {saved['budget']}")
+    if not _same_budget(own["budget_given"], saved):
+        raise ValueError(
+            f"budget: the optimizer has {own['budget_given']}, the saved state has {saved['budget']}"
+        )
+
+
+def _same_budget(given: int | float, saved: dict[str, Any]) -> bool:
+    """Given alike, or the same number of entries of the saved run's N. (1 is an entry, 1.0 is all of them.)"""
+    alike = type(given) is type(saved["budget_given"]) and given == saved["budget_given"]
+    if alike or saved["n_entries"] is None:
+        return alike
+    try:
+        return schedules.resolve_budget(given, saved["n_entries"]) == saved["budget"]
+    except ValueError:  # more than N, or a share of nothing
+        return False
 
 
 def _check_groups(optimizer: ID3AdamW, state: dict[str, Any]) -> None:
@@ -110,16 +134,33 @@ def _sparse_states(optimizer: ID3AdamW, state: dict[str, Any]) -> dict[int, dict
     return found
 
 
-def _checked(where: str, state: dict[str, Any], p: torch.Tensor, optimizer: ID3AdamW) -> dict[str, Any]:
-    saved = list(state["shape"])
+def _check_dense_states(optimizer: ID3AdamW, state: dict[str, Any]) -> None:
+    position = 0
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            saved = state["state"].get(position, {}) if group["dense"] else {}
+            for name in ("exp_avg", "exp_avg_sq") if saved else ():
+                _check_shape(f"state[{position}]: {name}", list(saved[name].shape), p)
+            position += 1
+
+
+def _check_shape(where: str, saved: list[int], p: torch.Tensor) -> None:
     if saved != list(p.shape):
         raise ValueError(f"{where}: the parameter has shape {list(p.shape)}, the saved state has {saved}")
+
+
+def _checked(where: str, state: dict[str, Any], p: torch.Tensor, optimizer: ID3AdamW) -> dict[str, Any]:
+    columns = optimizer._layout.columns(p.dtype)
+    for name in ("shape", "step", *columns):
+        if name not in state:
+            raise ValueError(f"{where}: {name}: expected it in the saved state, found none")
+    _check_shape(where, list(state["shape"]), p)
     n = state["indices"].numel()
-    for name in optimizer._layout.columns(p.dtype):
-        column = state.get(name)
-        if column is None or column.dim() != 1 or column.numel() != n:
-            got = None if column is None else tuple(column.shape)
-            raise ValueError(f"{where}: {name}: expected shape ({n},), got {got}")
+    for name, dtype in columns.items():
+        column = state[name]
+        if column.shape != (n,) or column.dtype != dtype:
+            got = f"{column.dtype} {tuple(column.shape)}"
+            raise ValueError(f"{where}: {name}: expected {dtype} of shape ({n},), got {got}")
     for name in ("indices", "ever_indices"):
         rows = state.get(name, state["indices"])
         rising = rows.numel() == 0 or (

@@ -1,4 +1,4 @@
-"""The command `id3-optim`: train, inspect, apply, env.
+"""The command `id3-optim`: train, inspect, apply, revert, env.
 
 What a user got wrong (a file, a column, a number) ends in one line on stderr and exit code 2; `--debug` shows
 where.
@@ -35,11 +35,8 @@ def parser() -> argparse.ArgumentParser:
     main.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = main.add_subparsers(dest="command", required=True, metavar="command")
     add_train(commands.add_parser("train", help="fine-tune a model", formatter_class=Defaults))
-    apply = commands.add_parser("apply", help="write the model that a sparse delta and its base make")
-    apply.add_argument("delta", help="delta file, or the output directory of `train --delta-only`")
-    apply.add_argument("--model", required=True, help="the base: local directory or hub name")
-    apply.add_argument("--output", required=True, help="directory for the tuned model")
-    apply.set_defaults(run=run_apply)
+    add_rewrite(commands, "apply", "write the model that a sparse delta and its base make")
+    add_rewrite(commands, "revert", "write the base again from a tuned model and a delta with originals")
     inspect = commands.add_parser("inspect", help="check a sparse delta and say what it holds")
     inspect.add_argument("delta", help="delta file, or the output directory of `train --delta-only`")
     inspect.add_argument("--json", action="store_true", help="as JSON")
@@ -47,6 +44,15 @@ def parser() -> argparse.ArgumentParser:
     env = commands.add_parser("env", help="versions, and which backends can run here")
     env.set_defaults(run=run_env)
     return main
+
+
+def add_rewrite(commands, name: str, help: str) -> None:
+    command = commands.add_parser(name, help=help)
+    command.add_argument("delta", help="delta file, or the output directory of `train --delta-only`")
+    source = "the base" if name == "apply" else "the tuned model"
+    command.add_argument("--model", required=True, help=f"{source}: local directory or hub name")
+    command.add_argument("--output", required=True, help="directory for the result")
+    command.set_defaults(run=run_rewrite)
 
 
 class Defaults(argparse.ArgumentDefaultsHelpFormatter):
@@ -71,6 +77,7 @@ def add_train(train: argparse.ArgumentParser) -> None:
     add("--model", required=True, help="local directory or hub name")
     add("--output", required=True, metavar="DIR", help="where the tuned model or its delta goes")
     add("--delta-only", action="store_true", help="write the changed entries instead of the model")
+    add("--originals", action="store_true", help="with --delta-only: also what was there before, for revert")
     add("--report", metavar="JSON", help="also write every number of the run to this file")
     add("--save-plots", action="store_true", help="also draw losses and allocation into the output directory")
     add_selection(train.add_argument_group("what is trained"))
@@ -166,6 +173,10 @@ def check_ranges(arguments: argparse.Namespace) -> None:
             raise ValueError(f"--{name.replace('_', '-')}: expected more than 0, got {value}")
     if len(arguments.text_column) > 2:
         raise ValueError(f"--text-column: expected one or two columns, got {len(arguments.text_column)}")
+    if arguments.originals and not arguments.delta_only:
+        raise ValueError("--originals: needs --delta-only")
+    if arguments.report:  # after hours of training would be late to learn that it can not be written
+        Path(arguments.report).parent.mkdir(parents=True, exist_ok=True)
     for path in (arguments.train, arguments.eval):
         if not Path(path).is_file():
             raise FileNotFoundError(f"no such file: {path}")
@@ -176,7 +187,8 @@ def delta_file(path: str) -> Path:
     return Path(path) / "delta.safetensors" if Path(path).is_dir() else Path(path)
 
 
-def run_apply(arguments: argparse.Namespace) -> None:
+def run_rewrite(arguments: argparse.Namespace) -> None:
+    """`apply` and `revert`."""
     require("transformers", extra="hf")
     import transformers
 
@@ -188,7 +200,10 @@ def run_apply(arguments: argparse.Namespace) -> None:
     path = delta_file(arguments.delta)
     delta = load_delta(path)
     model = load_base(path, arguments.model)
-    delta.apply(model, strict=True)
+    if arguments.command == "apply":
+        delta.apply(model, strict=True)
+    else:
+        delta.revert(model)
     model.save_pretrained(arguments.output)
     transformers.AutoTokenizer.from_pretrained(path.parent).save_pretrained(arguments.output)
     print(f"written to {arguments.output}")
@@ -201,8 +216,12 @@ def run_inspect(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print(json.dumps(report, indent=2))
         return
+    tensors = report.pop("tensors")
     for name, value in report.items():
-        print(f"{name}: {value}")
+        print(f"{name}: {json.dumps(value)}")
+    for name, tensor in tensors.items():
+        shape = "×".join(map(str, tensor["shape"]))
+        print(f"  {name} ({tensor['dtype']}, {shape}): {tensor['entries']:,} {tensor['kind']}")
 
 
 def run_env(arguments: argparse.Namespace) -> None:

@@ -98,6 +98,22 @@ class Delta:
         _write(patches)
         return Undo(previous)
 
+    def revert(self, model: nn.Module) -> None:
+        """Puts the originals stored in this delta (`save_delta(originals=True)`) back into a tuned model.
+
+        Parameters stored whole have no originals: they stay as they are. Raises DeltaError, before any weight
+        is touched, where the originals are missing or the model does not hold this delta's values.
+        """
+        sparse = {n: c for n, c in self.changes.items() if c.indices is not None}
+        if any(c.originals is None for c in sparse.values()):
+            raise DeltaError("originals: expected them in the delta (save_delta(originals=True)), got none")
+        targets = self._targets(model, strict=True)
+        held = _read([Patch(targets[n], c.indices, c.values) for n, c in sparse.items()])
+        for (name, change), patch in zip(sparse.items(), held, strict=True):
+            if not _same_bits(patch.values.cpu(), change.values):
+                raise DeltaError(f"{name}: expected the values of this delta in the model, got others")
+        _write([Patch(targets[n], c.indices, c.originals) for n, c in sparse.items()])
+
     @contextmanager
     def applied(self, model: nn.Module, strict: bool = True) -> Iterator[nn.Module]:
         """`with delta.applied(model):` has the delta on the model inside the block, and the base after it."""
@@ -258,6 +274,10 @@ def _write(patches: Sequence[Patch]) -> None:
 
 
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a.view(_BITS[a.element_size()]), b.view(_BITS[b.element_size()]))
 
 
 def fingerprint(rows: Mapping[str, tuple[Tensor, Tensor]]) -> int:

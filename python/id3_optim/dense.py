@@ -31,11 +31,7 @@ def update_dense(
             step = torch.zeros((), dtype=torch.float32, device=p.device)
             moments = [torch.zeros_like(p, memory_format=torch.preserve_format) for _ in range(2)]
             state[p] = {"step": step, "exp_avg": moments[0], "exp_avg_sq": moments[1]}
-    grads = [p.grad for p in params]
-    if scale is not None:
-        grads = [g / scale.to(g) for g in grads]
-    if clip is not None:
-        grads = [g * clip.to(g) for g in grads]
+    grads = [_scaled(p.grad, scale, clip).to(p.dtype) for p in params]
     exp_avgs, exp_avg_sqs, steps = (
         [state[p][key] for p in params] for key in ("exp_avg", "exp_avg_sq", "step")
     )
@@ -56,3 +52,12 @@ def update_dense(
         eps=eps,
         maximize=group["maximize"],
     )
+
+
+def _scaled(grad: Tensor, scale: Tensor | None, clip: Tensor | None) -> Tensor:
+    """grad / scale * clip in float32 at least: GradScaler's first scale is infinite in float16."""
+    if scale is None and clip is None:
+        return grad
+    wide = grad if grad.dtype == torch.float64 else grad.float()
+    wide = wide if scale is None else wide / scale.to(wide)
+    return wide if clip is None else wide * clip.to(wide)

@@ -201,7 +201,7 @@ def _magnitude_scores(param: Tensor) -> Tensor:
 def _bias_scores(param: Tensor, name: str | None) -> Tensor | None:
     if name is None:
         raise ValueError("heuristic Bias: expected named parameters (use named_parameters()), got no name")
-    if name.rpartition(".")[2] != "bias":
+    if not name.endswith("bias"):
         return None
     return torch.ones(param.shape, dtype=_score_dtype(param), device=param.device)
 

@@ -23,8 +23,9 @@ from .state import Layout, Shard
 from .validation import check_choices, check_group, refuse_not_applicable
 
 _OWN_STATE = (
-    "budget", "heuristic", "strategy", "schedule", "total_steps", "bias_correction", "max_grad_norm",
-    "n_entries", "steps_done", "last_selection", "phase_seconds", "_layout", "_shards", "_targets", "_most_at_once",
+    "budget", "budget_given", "heuristic", "strategy", "schedule", "total_steps", "bias_correction",
+    "max_grad_norm", "n_entries", "steps_done", "last_selection", "phase_seconds", "_layout", "_shards",
+    "_targets", "_most_at_once",
 )  # fmt: skip
 
 
@@ -102,7 +103,8 @@ class ID3AdamW(torch.optim.Optimizer):
         backend = backend or backends.wish()
         if backend is not None:
             backends.require(backend)
-        self.budget, self.heuristic, self.strategy, self.schedule = budget, heuristic, strategy, schedule
+        self.budget = self.budget_given = budget  # a share becomes a number of entries at the first step
+        self.heuristic, self.strategy, self.schedule = heuristic, strategy, schedule
         self.total_steps: int | None = None
         self.bias_correction, self.max_grad_norm = bias_correction, max_grad_norm
         self.n_entries: int | None = None
@@ -130,10 +132,11 @@ class ID3AdamW(torch.optim.Optimizer):
         group = self.param_groups[-1]
         try:
             check_group(group, len(self.param_groups) - 1)
-        except ValueError:
+        except (TypeError, ValueError):
             self.param_groups.pop()
             raise
         if self.n_entries is not None and not group["dense"]:
+            self.n_entries += _trainable(group)
             self._adopt(len(self.param_groups) - 1)
 
     def set_total_steps(self, total_steps: int) -> None:
@@ -148,11 +151,10 @@ class ID3AdamW(torch.optim.Optimizer):
     def _begin(self) -> None:
         """Fixes N, the budget and the shards, at the first step or when a state is loaded."""
         if self.n_entries is None:
-            n = sum(
-                p.numel() for g in self.param_groups if not g["dense"] for p in g["params"] if p.requires_grad
-            )
-            self.budget = schedules.resolve_budget(self.budget, n)
-            self.n_entries = 0
+            n_entries = sum(_trainable(group) for group in self.param_groups if not group["dense"])
+            self.budget = schedules.resolve_budget(self.budget_given, n_entries)
+            self.n_entries = n_entries
+        if not self._shards:
             for i, group in enumerate(self.param_groups):
                 if not group["dense"]:
                     self._adopt(i)
@@ -172,7 +174,6 @@ class ID3AdamW(torch.optim.Optimizer):
                 shard = Shard(p.device, p.dtype, self._layout)
                 self._shards.append(shard)
             shard.add(p, position, group)
-            self.n_entries += p.numel() if p.requires_grad else 0
             position += 1
 
     # --- algorithm 1 ---------------------------------------------------------------------------------
@@ -231,7 +232,7 @@ class ID3AdamW(torch.optim.Optimizer):
     def _select_and_join(self, grads: list[list[Tensor | None]]) -> None:
         repeat = self.strategy == "repeat"
         k = self.budget if repeat else self._wanted()
-        if k == 0:
+        if k <= 0:
             return
         names = self._names()
         picked, threshold = select(self._shards, grads, self.heuristic, k, names, fresh=repeat)
@@ -269,6 +270,8 @@ class ID3AdamW(torch.optim.Optimizer):
         ]
         dense = [p.grad for g in self.param_groups if g["dense"] for p in g["params"] if p.grad is not None]
         squares += [torch.linalg.vector_norm(g, dtype=torch.float64).square() for g in dense]
+        if not squares:
+            return None
         norm = torch.stack([s.to(squares[0].device) for s in squares]).sum().sqrt()
         scale = getattr(self, "grad_scale", None)
         if scale is not None:
@@ -300,11 +303,13 @@ class ID3AdamW(torch.optim.Optimizer):
             "step": self.steps_done,
             "total_steps": self.total_steps,
             "budget": self.budget,
+            "budget_given": self.budget_given,
             "n_entries": self.n_entries,
             "strategy": self.strategy,
             "heuristic": heuristics.describe(self.heuristic),
             "schedule": schedules.describe(self.schedule),
             "bias_correction": self.bias_correction,
+            "max_grad_norm": self.max_grad_norm,
             "keep_originals": self._layout.originals,
         }
 
@@ -339,3 +344,7 @@ class ID3AdamW(torch.optim.Optimizer):
     def _name(self, position: int) -> str:
         names = self._names()
         return names[position] if names else f"parameter {position}"
+
+
+def _trainable(group: dict[str, Any]) -> int:
+    return sum(p.numel() for p in group["params"] if p.requires_grad)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
@@ -53,6 +54,9 @@ class Shard:
 
     def __init__(self, device: torch.device, dtype: torch.dtype, layout: Layout):
         self.device, self.dtype, self.layout = device, dtype, layout
+        if device.type == "cpu" and layout.backend is None and backend.native() is None:
+            why = backend.available_backends()["cpu"]
+            warnings.warn(f"id3_optim runs its slow reference kernels: {why}", stacklevel=2)
         self.kernels = backend.kernels_for(device, layout.backend)
         self.params: list[Tensor] = []
         self.positions: list[int] = []
@@ -221,10 +225,12 @@ class Shard:
             for s, (begin, end) in zip(states, pairwise(self.bounds), strict=True):
                 self.arrays[name][begin:end] = s[name]
         if self.layout.repeat:
-            rows = [s["ever_indices"].to(self.device) for s in states]
+            # A state of another strategy (strict=False) has no memory of entries that left: none has.
+            rows = [s.get("ever_indices", s["indices"]).to(self.device) for s in states]
             self.ever = Entries(torch.tensor(_bounds(rows), device=self.device), torch.cat(rows))
             if self.layout.originals:
-                self.ever_originals = torch.cat([s["ever_originals"].to(self.device) for s in states])
+                before = [s["ever_originals" if "ever_originals" in s else "originals"] for s in states]
+                self.ever_originals = torch.cat([values.to(self.device) for values in before])
 
     def bytes_by_kind(self) -> dict[str, int]:
         """Allocated bytes, by what they hold."""

@@ -55,6 +55,7 @@ class Settings:
     backend: str | None = None
     cpu: bool = False
     delta_only: bool = False
+    originals: bool = False
     log_every: int = 10
 
 
@@ -247,7 +248,7 @@ def write_model(settings: Settings, start: Start, optimizer) -> Path:
         start.model.save_pretrained(output)
         return output
     start.model.config.save_pretrained(output)
-    save_delta(output / DELTA_NAME, start.model, optimizer, originals=False)
+    save_delta(output / DELTA_NAME, start.model, optimizer, settings.originals)
     return output / DELTA_NAME
 
 

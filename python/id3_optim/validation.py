@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import numbers
 from typing import Any
+
+import torch
 
 from id3_kernels import checks
 
@@ -45,6 +48,9 @@ def check_choices(strategy: str, bias_correction: str, heuristic: Heuristic) -> 
 def check_group(group: dict[str, Any], i: int) -> None:
     where = f"param_groups[{i}]"
     beta1, beta2 = group["betas"]
+    for name, value in (("lr", group["lr"]), ("eps", group["eps"]), ("weight_decay", group["weight_decay"])):
+        if isinstance(value, bool) or not isinstance(value, numbers.Real | torch.Tensor):
+            raise TypeError(f"{where}: {name}: expected a number, got {value!r}")
     for name, value, fine in (
         ("lr", group["lr"], group["lr"] >= 0),
         ("betas[0]", beta1, 0 <= beta1 < 1),

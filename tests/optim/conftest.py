@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+
 from id3_optim import ID3AdamW
 
 
@@ -16,7 +17,7 @@ def model():
 
 @pytest.fixture
 def give_gradients():
-    """Fills the gradients of parameter lists, the same for each list, heavy-tailed, different at each step."""
+    """Fills the gradients of parameter lists: the same for each list, heavy-tailed, new at each step."""
 
     def give(step, *parameter_lists):
         generator = torch.Generator().manual_seed(1000 + step)

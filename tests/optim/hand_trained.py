@@ -1,8 +1,9 @@
 """A model with parameters of many kinds, and a stand-in for an optimizer that trained some of its entries."""
 
 import torch
-from id3_optim.optimizer import Touched
 from torch import Tensor, nn
+
+from id3_optim.optimizer import Touched
 
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 

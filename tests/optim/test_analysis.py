@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+
 from id3_optim import analysis
 from id3_optim.analysis import Place, locate
 

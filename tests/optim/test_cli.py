@@ -6,9 +6,10 @@ import sys
 
 import pytest
 import torch
-from id3_optim.cli import budget, main
 from tiny_models import save_bert, save_llama, write_completions, write_reviews
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from id3_optim.cli import budget, main
 
 
 @pytest.fixture(scope="module")

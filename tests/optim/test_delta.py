@@ -6,9 +6,10 @@ import json
 import pytest
 import torch
 from hand_trained import BITS, Net, bits, same, train_by_hand
+from torch import nn
+
 from id3_optim import ID3AdamW, delta
 from id3_optim.delta import DeltaError, load_delta, save_delta
-from torch import nn
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
@@ -36,6 +37,23 @@ def test_round_trip(path, dtype, originals):
         assert torch.equal(change.indices, touched.indices)
         assert change.originals is None or torch.equal(change.originals, touched.originals)
         assert (change.originals is not None) == originals
+
+
+def test_revert_from_the_file_alone(path):
+    base, tuned = Net(), Net()
+    head = [p.detach().clone() for p in base.head.parameters()]
+    save_delta(path, tuned, train_by_hand(tuned), originals=True)
+    delta = load_delta(path)
+    kept = [p.detach().clone() for p in tuned.head.parameters()]
+    delta.revert(tuned)
+    for (name, p), q in zip(tuned.named_parameters(), base.parameters(), strict=True):
+        assert name.startswith("head.") or torch.equal(p, q)
+    assert all(map(torch.equal, tuned.head.parameters(), kept)) and not torch.equal(kept[0], head[0])
+    with pytest.raises(DeltaError, match="expected the values of this delta in the model, got others"):
+        delta.revert(tuned)
+    save_delta(path, tuned, train_by_hand(tuned))
+    with pytest.raises(DeltaError, match="originals: expected them in the delta"):
+        load_delta(path).revert(tuned)
 
 
 def odd_conv(dtype):

@@ -9,10 +9,11 @@ import pytest
 import safetensors.torch
 import torch
 from hand_trained import Net, bits, train_by_hand
-from id3_optim.delta import DeltaError, load_delta, save_delta
-from id3_optim.delta_file import KEY
 from safetensors import safe_open
 from torch import nn
+
+from id3_optim.delta import DeltaError, load_delta, save_delta
+from id3_optim.delta_file import KEY
 
 
 @pytest.fixture

@@ -10,9 +10,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from hand_trained import HandTrained
+from torch import nn
+
 from id3_optim.delta import load_delta, save_delta
 from id3_optim.optimizer import Touched
-from torch import nn
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+
 from id3_optim import D3, Bias, ID3AdamW, Random
 
 
@@ -57,7 +58,7 @@ def test_parameters_without_gradient_are_neither_updated_nor_decayed(model, give
     optimizer = ID3AdamW(model.parameters(), budget=1.0, total_steps=1, lr=1e-2, weight_decay=0.5)
     give_gradients(0, model.parameters())
     optimizer.step()
-    first, *others = model.parameters()
+    first = model[0].weight
     kept = first.detach().clone()
     give_gradients(1, model.parameters())
     first.grad = None
@@ -278,14 +279,14 @@ def test_refused_at_the_first_step(model):
     with pytest.raises(ValueError, match="total_steps: expected the number of steps"):
         unset.step()
     large = ID3AdamW([one_parameter()], budget=101, total_steps=1)
-    with pytest.raises(ValueError, match="budget: expected 0 to 100 entries .*, got 101"):
+    with pytest.raises(ValueError, match=r"budget: expected 0 to 100 entries .*, got 101"):
         large.step()
     tiny = ID3AdamW([one_parameter()], budget=0.001, total_steps=1)
     with pytest.raises(ValueError, match="budget: expected a share of at least one"):
         tiny.step()
     late = ID3AdamW([one_parameter()], budget=1, total_steps=3)
     late.step()
-    with pytest.raises(ValueError, match="total_steps: expected 3 as at the first step .*, got 4"):
+    with pytest.raises(ValueError, match=r"total_steps: expected 3 as at the first step .*, got 4"):
         late.set_total_steps(4)
     late.set_total_steps(3)
 
@@ -295,7 +296,7 @@ def test_a_gradient_that_does_not_fit_is_refused_before_anything_changes():
     table(torch.tensor([1, 2])).sum().backward()
     optimizer = ID3AdamW(table.named_parameters(), budget=4, total_steps=2)
     with pytest.raises(
-        ValueError, match="gradient of weight: expected a dense tensor, got layout torch.sparse_coo"
+        ValueError, match=r"gradient of weight: expected a dense tensor, got layout torch.sparse_coo"
     ):
         optimizer.step()
     assert optimizer.steps_done == 0 and optimizer.n_active == 0
@@ -303,10 +304,13 @@ def test_a_gradient_that_does_not_fit_is_refused_before_anything_changes():
     optimizer = ID3AdamW([moved], budget=4, total_steps=2)
     optimizer.step()
     moved.grad, moved.data = None, moved.data.bfloat16()
-    with pytest.raises(ValueError, match="parameter 0: expected torch.float32 on cpu as at the first step"):
+    with pytest.raises(ValueError, match=r"parameter 0: expected torch.float32 on cpu as at the first step"):
         optimizer.step()
 
 
+@pytest.mark.skipif(
+    not hasattr(torch.Tensor, "grad_dtype"), reason="this torch ties a gradient's dtype to its parameter"
+)
 def test_a_float32_gradient_of_a_bfloat16_parameter():
     param = one_parameter(dtype=torch.bfloat16)
     param.grad = None
@@ -316,3 +320,40 @@ def test_a_float32_gradient_of_a_bfloat16_parameter():
     optimizer.step()
     exp_avg = optimizer.state_dict()["state"][0]["exp_avg"]
     torch.testing.assert_close(exp_avg, torch.linspace(-1, 1, 100) * 0.1)
+
+
+def test_a_half_precision_head_under_a_large_loss_scale():
+    head, body = one_parameter(8, torch.float16), one_parameter()
+    start = head.detach().clone()
+    optimizer = ID3AdamW(
+        [{"params": [body]}, {"params": [head], "dense": True}], budget=5, total_steps=2, lr=0.1
+    )
+    head.grad = torch.full_like(head, 65.6)
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(65536.0), torch.tensor(0.0)
+    optimizer.step()
+    assert optimizer.state[head]["exp_avg"].float().mean().item() == pytest.approx(1e-4, rel=0.01)
+    assert not torch.equal(head, start)
+
+
+def test_ddp_ranks_choose_the_same_entries(tmp_path):
+    torch.multiprocessing.spawn(_train_one_rank, args=(str(tmp_path),), nprocs=2)
+    a, b = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    assert all(map(torch.equal, a["indices"], b["indices"])) and all(
+        map(torch.equal, a["params"], b["params"])
+    )
+    assert sum(map(len, a["indices"])) == 50
+
+
+def _train_one_rank(rank, folder):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    net = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(30, 10))
+    optimizer = ID3AdamW(net.parameters(), budget=50, total_steps=5)
+    for step in range(6):
+        torch.manual_seed(10 * step + rank)  # each rank has data of its own
+        net(torch.randn(4, 30)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    indices = [t.indices for t in optimizer.touched()]
+    torch.save({"indices": indices, "params": [p.detach() for p in net.parameters()]}, f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()

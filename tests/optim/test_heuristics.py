@@ -8,9 +8,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
+
 from id3_optim import heuristics
 from id3_optim.heuristics import D3, Bias, Fisher, Magnitude, Random, fisher_scores, scores
-from torch import nn
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
@@ -121,11 +122,12 @@ def test_random_spreads_evenly_and_differs_by_seed_and_tensor():
         assert abs(both.sum().item() - 5_000) < 300  # 8 standard deviations of the hypergeometric law
 
 
-def test_bias_by_the_last_component_of_the_name():
+def test_bias_by_the_end_of_the_name():
     param = torch.zeros(3, dtype=torch.bfloat16)
     assert torch.equal(scores(Bias(), param, param, 0, "encoder.0.bias"), torch.ones(3))
     assert torch.equal(scores(Bias(), param, param, 0, "bias"), torch.ones(3))
-    for name in ("encoder.0.weight", "bias.weight", "encoder.rel_bias"):
+    assert torch.equal(scores(Bias(), param, param, 0, "attention.in_proj_bias"), torch.ones(3))
+    for name in ("encoder.0.weight", "bias.weight", "encoder.bias_scale"):
         assert scores(Bias(), param, param, 0, name) is None
     with pytest.raises(ValueError, match="heuristic Bias: expected named parameters"):
         scores(Bias(), param, param, 0, None)

@@ -7,6 +7,7 @@ import torch
 from dense_masked import DenseMasked
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from id3_kernels import available_backends
 from id3_optim import D3, Bias, Fisher, ID3AdamW, Magnitude, Random
 from id3_optim.schedules import cosine, exponential, one_shot, tabulate, uniform

@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+
 from id3_optim import D3, ID3AdamW
 from id3_optim.schedules import cosine
 
@@ -133,7 +134,7 @@ def test_deepcopy_and_pickle_go_on_alike(model, make, train):
 def test_another_setting_is_refused_with_both_values(model, make, train, change, message):
     begun, first = make(model)
     train(begun, first, 0, 3)
-    twin, second = make(begun, **change)
+    _, second = make(begun, **change)
     before = copy.deepcopy(second.state_dict())
     with pytest.raises(ValueError, match=message):
         second.load_state_dict(first.state_dict())
@@ -185,3 +186,76 @@ def test_a_damaged_state_is_refused_before_anything_changes(model, make, train):
         with pytest.raises(ValueError, match=r"state\[\d\]: (indices|exp_avg|exp_avg_sq): expected"):
             second.load_state_dict(state)
         assert second.n_entries is None and second.steps_done == 0
+
+
+def test_budget_and_n_stay_those_of_the_first_step(model, give_gradients):
+    model[0].weight.requires_grad_(False)
+    options = {"lr": 1e-2, "budget": 0.1, "total_steps": 6}
+    first = ID3AdamW(model.parameters(), **options)
+    give_gradients(0, model.parameters())
+    first.step()
+    model[0].weight.requires_grad_(True)
+    give_gradients(1, model.parameters())
+    first.step()
+    second = ID3AdamW(model.parameters(), **options)
+    second.load_state_dict(first.state_dict())
+    assert (second.budget, second.n_entries) == (first.budget, first.n_entries) == (121, 1217)
+    grown = ID3AdamW(model[2].parameters(), **options)
+    give_gradients(0, model.parameters())
+    grown.step()
+    grown.add_param_group({"params": model[0].parameters()})
+    again = ID3AdamW([{"params": model[2].parameters()}, {"params": model[0].parameters()}], **options)
+    again.load_state_dict(grown.state_dict())
+    assert (again.budget, again.n_entries) == (grown.budget, grown.n_entries) == (103, 3497)
+
+
+def test_a_head_of_another_size_is_refused(model, give_gradients):
+    def build(width):
+        head = torch.nn.Linear(17, width)
+        groups = [{"params": model.parameters()}, {"params": head.parameters(), "dense": True}]
+        return head, ID3AdamW(groups, budget=10, total_steps=3)
+
+    head, first = build(3)
+    give_gradients(0, [*model.parameters(), *head.parameters()])
+    first.step()
+    _, second = build(5)
+    with pytest.raises(
+        ValueError, match=r"state\[6\]: exp_avg: the parameter has shape \[5, 17\], .* \[3, 17\]"
+    ):
+        second.load_state_dict(first.state_dict())
+    assert second.n_entries is None
+
+
+def test_a_state_of_another_dtype_is_refused(model, make, train):
+    begun, first = make(model, torch.bfloat16)
+    train(begun, first, 0, 2)
+    _, second = make(model, torch.float32)
+    with pytest.raises(ValueError, match=r"originals: expected torch.float32 .*, got torch.bfloat16"):
+        second.load_state_dict(first.state_dict())
+
+
+def test_other_settings_without_strict(model, make, train):
+    begun, first = make(model)
+    train(begun, first, 0, 20)
+    smaller, second = make(begun, budget=20)
+    second.load_state_dict(first.state_dict(), strict=False)
+    train(smaller, second, 20, 22)
+    assert second.budget == 20 and second.n_active == first.n_active == 90
+    other, third = make(begun, strategy="repeat")
+    third.load_state_dict(first.state_dict(), strict=False)
+    train(other, third, 20, 22)
+    assert third.n_active == 180
+
+
+def test_loading_into_a_begun_optimizer_follows_its_parameters(model, make, train):
+    twin, optimizer = make(model, torch.float64)
+    train(twin, optimizer, 0, 3)
+    state = optimizer.state_dict()
+    later, other = make(model)
+    train(later, other, 0, 2)
+    later.double()
+    other.load_state_dict(state)
+    later.load_state_dict(twin.state_dict())
+    train(twin, optimizer, 3, 6)
+    train(later, other, 3, 6)
+    assert all(map(torch.equal, twin.parameters(), later.parameters()))

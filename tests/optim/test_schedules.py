@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from id3_optim import schedules
 from id3_optim.schedules import cosine, exponential, one_shot, resolve_budget, tabulate, uniform
 

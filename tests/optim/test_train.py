@@ -6,17 +6,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from id3_optim import tasks
-from id3_optim.delta import load_delta
-from id3_optim.integrations.huggingface import ID3Callback
-from id3_optim.report import table, write_report
-from id3_optim.train import Settings, build_optimizer, fit, load_base, load_start, train
 from tiny_models import save_bert, save_llama, word_tokenizer, write_completions, write_reviews
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     BertForSequenceClassification,
 )
+
+from id3_optim import tasks
+from id3_optim.delta import load_delta
+from id3_optim.integrations.huggingface import ID3Callback
+from id3_optim.report import table, write_report
+from id3_optim.train import Settings, build_optimizer, fit, load_base, load_start, train
 
 
 @pytest.fixture(scope="module")
