@@ -30,6 +30,8 @@ def check_selection(inputs: Inputs, active: torch.Tensor, winners: torch.Tensor,
 
     Both are int64 and ascending: positions when all tensors are laid end to end.
     """
+    if len(winners) == 0:
+        return
     parts = [d3_scores(w, g, exp).flatten() for w, g in zip(inputs.weights, inputs.grads, strict=True)]
     scores = torch.cat(parts).index_fill_(0, active, 0.0)
     if len(scores) <= _SORT_LIMIT:

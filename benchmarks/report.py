@@ -111,6 +111,7 @@ def markdown(results_file: dict, picture: str) -> str:
     machine = results_file["machine"]
     results = Results(results_file["rows"], results_file["memory"])
     build = ", ".join(f"{key} {value}" for key, value in machine["build"].items())
+    note = f"\n{machine['note']}" if "note" in machine else ""
     rounds = {name: m["rounds"] for row in results.rows for name, m in row["methods"].items()}
     return f"""![Step times as multiples of one read of the weights and gradients]({picture})
 
@@ -119,7 +120,7 @@ def markdown(results_file: dict, picture: str) -> str:
 Medians of interleaved rounds in one process ({rounds.get("id3", 0)} of ours, {rounds.get("toolkit", 0)} of \
 the toolkit and of plain masking on the largest model); every method first passes a correctness gate.
 The bare read runs at {_bandwidth(results)} GB/s.
-float32, budget 0.17 %, k = B/3000, half the budget active, exp 1, unless a table says otherwise.
+float32, budget 0.17 %, k = B/3000, half the budget active, exp 1, unless a table says otherwise.{note}
 
 {_step_table(results)}
 

@@ -156,7 +156,7 @@ def compare(runs: dict[str, Run], memory: dict[str, int]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=120, help="training steps of each run")
+    parser.add_argument("--steps", type=int, default=100, help="training steps of each run")
     parser.add_argument("--parity-steps", type=int, default=50, help="steps on shared gradients")
     parser.add_argument("--lr", type=float, default=2e-3, help="learning rate; the new head's is 0.01")
     parser.add_argument("--output", type=Path, default=Path("runs/demo"))
@@ -187,7 +187,7 @@ def main() -> None:
 
 def run_all(settings: Settings, parity_steps: int) -> None:
     task = tasks.read_task(settings.train, settings.eval, text_columns=["text"], label_column="category")
-    agreed = same_gradients(settings, task, parity_steps)
+    agreed = same_gradients(replace(settings, batch_size=8), task, parity_steps)
 
     print("\nID3")
     start = load_start(settings, task)

@@ -89,7 +89,7 @@ def _check_settings(optimizer: ID3AdamW, saved: dict[str, Any]) -> None:
 
 
 def _same_budget(given: int | float, saved: dict[str, Any]) -> bool:
-    """Given alike, or the same number of entries of the saved run's N. (1 is an entry, 1.0 is all of them.)"""
+    """Given alike, or the same number of entries of the saved N. (1 is an entry, 1.0 is all of them.)"""
     alike = type(given) is type(saved["budget_given"]) and given == saved["budget_given"]
     if alike or saved["n_entries"] is None:
         return alike
