@@ -10,7 +10,7 @@ _SORT_LIMIT = 32_000_000
 
 
 def d3_scores(weight: torch.Tensor, grad: torch.Tensor, exp: float) -> torch.Tensor:
-    """float32 |g| / (|θ| + ε)^exp of contract 1.1, subnormals flushed; any shape, widened first."""
+    """float32 |g| / (|θ| + ε)^exp by the paper's equation 1, subnormals flushed; any shape, widened first."""
     size, base = grad.float().abs(), weight.float().abs() + EPS
     match exp:
         case 0.0:

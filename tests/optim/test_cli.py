@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 from tiny_models import save_bert, save_llama, write_completions, write_reviews
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
 from id3_optim.cli import budget, main
 
@@ -69,6 +69,20 @@ def test_delta_inspect_apply(files, tmp_path, capsys):
     again = AutoModelForSequenceClassification.from_pretrained(applied).state_dict()
     assert all(torch.equal(value, again[name]) for name, value in tuned.items())
     assert AutoTokenizer.from_pretrained(applied)("good")["input_ids"]
+
+
+def test_revert_gives_the_base_back(files, tmp_path, capsys):
+    delta, applied, reverted = tmp_path / "delta", tmp_path / "applied", tmp_path / "reverted"
+    assert main(command(files, delta, "--budget", "50", "--delta-only", "--originals")) == 0
+    assert main(["apply", str(delta), "--model", str(files / "bert"), "--output", str(applied)]) == 0
+    assert main(["revert", str(delta), "--model", str(applied), "--output", str(reverted)]) == 0
+    base = AutoModel.from_pretrained(files / "bert").state_dict()
+    again = AutoModel.from_pretrained(reverted).state_dict()
+    tuned = AutoModel.from_pretrained(applied).state_dict()
+    assert all(torch.equal(value, again[name]) for name, value in base.items())
+    assert not all(torch.equal(value, tuned[name]) for name, value in base.items())
+    assert main(["revert", str(delta), "--model", str(reverted), "--output", str(tmp_path / "no")]) == 2
+    assert "expected the values of this delta" in capsys.readouterr().err
 
 
 def test_a_delta_refuses_another_base(files, tmp_path, capsys):

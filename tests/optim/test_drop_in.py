@@ -4,15 +4,9 @@ import copy
 
 import pytest
 import torch
+from parameters import one_parameter
 
-from id3_optim import D3, Bias, ID3AdamW, Random
-
-
-def one_parameter(n=100, dtype=torch.float32):
-    generator = torch.Generator().manual_seed(0)
-    param = torch.nn.Parameter(torch.randn(n, generator=generator).to(dtype))
-    param.grad = torch.randn(n, generator=generator).to(dtype)
-    return param
+from id3_optim import D3, ID3AdamW
 
 
 def test_closure_runs_with_gradients_and_its_loss_is_returned(model):
@@ -219,93 +213,6 @@ def test_budget_zero_trains_nothing(model, make, train):
     twin, optimizer = make(model, budget=0)
     train(twin, optimizer, 0, 3)
     assert optimizer.n_active == 0 and all(map(torch.equal, twin.parameters(), model.parameters()))
-
-
-@pytest.mark.parametrize(
-    ("options", "error", "message"),
-    [
-        ({"budget": True}, TypeError, "budget: expected an int"),
-        ({"budget": -1}, ValueError, "budget: expected .*, got -1"),
-        ({"budget": 1.5}, ValueError, "budget: expected .*, got 1.5"),
-        ({"total_steps": 0}, ValueError, "total_steps: expected at least 1, got 0"),
-        (
-            {"strategy": "decrement"},
-            ValueError,
-            "strategy: expected one of increment, static, repeat, got 'decrement'",
-        ),
-        ({"strategy": "repeat", "heuristic": Random(0)}, ValueError, "'repeat' makes no sense with Random"),
-        ({"strategy": "repeat", "heuristic": Bias()}, ValueError, "'repeat' makes no sense with Bias"),
-        ({"heuristic": Bias()}, ValueError, "heuristic Bias needs model.named_parameters"),
-        ({"heuristic": 3}, TypeError, "heuristic: expected D3"),
-        (
-            {"bias_correction": "none"},
-            ValueError,
-            "bias_correction: expected one of tensor, entry, got 'none'",
-        ),
-        ({"max_grad_norm": 0.0}, ValueError, "max_grad_norm: expected more than 0 or None, got 0.0"),
-        ({"backend": "gpu"}, ValueError, "backend: expected one of reference, cpu, triton, cuda, got 'gpu'"),
-        ({"backend": "cuda"}, ValueError, "backend: 'cuda' can not run here"),
-        ({"lr": -1.0}, ValueError, r"param_groups\[0\]: lr: out of range: -1.0"),
-        ({"betas": (0.9, 1.0)}, ValueError, r"betas\[1\]: out of range: 1.0"),
-        ({"amsgrad": True}, ValueError, "amsgrad: does not apply to ID3AdamW"),
-        ({"fused": True}, ValueError, "fused: does not apply to ID3AdamW: the sparse step is always fused"),
-        ({"foreach": True}, ValueError, "foreach: does not apply"),
-        ({"budgett": 3}, TypeError, "unexpected argument 'budgett'"),
-    ],
-)
-def test_refused_at_construction(options, error, message):
-    with pytest.raises(error, match=message):
-        ID3AdamW([one_parameter()], **{"budget": 10, "total_steps": 5} | options)
-
-
-@pytest.mark.parametrize(
-    ("param", "message"),
-    [
-        (
-            torch.nn.Parameter(torch.zeros(3, dtype=torch.complex64)),
-            "expected float32, bfloat16, float16 or float64",
-        ),
-        (torch.nn.Parameter(torch.zeros(3, dtype=torch.int64), requires_grad=False), "got torch.int64"),
-        (torch.nn.UninitializedParameter(), "expected a plain tensor, got UninitializedParameter"),
-    ],
-)
-def test_refused_parameters(param, message):
-    with pytest.raises(ValueError, match=message):
-        ID3AdamW([("layer.weight", param)], budget=1, total_steps=1)
-
-
-def test_refused_at_the_first_step(model):
-    unset = ID3AdamW([one_parameter()], budget=1)
-    with pytest.raises(ValueError, match="total_steps: expected the number of steps"):
-        unset.step()
-    large = ID3AdamW([one_parameter()], budget=101, total_steps=1)
-    with pytest.raises(ValueError, match=r"budget: expected 0 to 100 entries .*, got 101"):
-        large.step()
-    tiny = ID3AdamW([one_parameter()], budget=0.001, total_steps=1)
-    with pytest.raises(ValueError, match="budget: expected a share of at least one"):
-        tiny.step()
-    late = ID3AdamW([one_parameter()], budget=1, total_steps=3)
-    late.step()
-    with pytest.raises(ValueError, match=r"total_steps: expected 3 as at the first step .*, got 4"):
-        late.set_total_steps(4)
-    late.set_total_steps(3)
-
-
-def test_a_gradient_that_does_not_fit_is_refused_before_anything_changes():
-    table = torch.nn.Embedding(10, 4, sparse=True)
-    table(torch.tensor([1, 2])).sum().backward()
-    optimizer = ID3AdamW(table.named_parameters(), budget=4, total_steps=2)
-    with pytest.raises(
-        ValueError, match=r"gradient of weight: expected a dense tensor, got layout torch.sparse_coo"
-    ):
-        optimizer.step()
-    assert optimizer.steps_done == 0 and optimizer.n_active == 0
-    moved = one_parameter()
-    optimizer = ID3AdamW([moved], budget=4, total_steps=2)
-    optimizer.step()
-    moved.grad, moved.data = None, moved.data.bfloat16()
-    with pytest.raises(ValueError, match=r"parameter 0: expected torch.float32 on cpu as at the first step"):
-        optimizer.step()
 
 
 @pytest.mark.skipif(
