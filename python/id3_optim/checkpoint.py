@@ -53,6 +53,10 @@ def load_state_dict(
     if strict:
         _check_settings(optimizer, saved)
     begun = saved["n_entries"] is not None
+    # N and the budget were fixed at the saved run's first step, whatever is frozen now.
+    budget = optimizer.budget_given
+    if begun:
+        budget = saved["budget"] if strict else schedules.resolve_budget(budget, saved["n_entries"])
     _check_dense_states(optimizer, state)
     sparse = _sparse_states(optimizer, state) if begun else {}
     dense = {i: s for i, s in state["state"].items() if i not in sparse}
@@ -61,16 +65,11 @@ def load_state_dict(
     for p, dense_state in optimizer.state.items():
         dense_state["step"] = dense_state["step"].to(p.device, torch.float32)
     optimizer.steps_done = saved["step"]
-    optimizer.total_steps = (
-        optimizer.total_steps if optimizer.total_steps is not None else saved["total_steps"]
-    )
+    if optimizer.total_steps is None:
+        optimizer.total_steps = saved["total_steps"]
     optimizer._targets, optimizer._shards = [], []
-    optimizer.n_entries = saved["n_entries"]
-    optimizer.budget = optimizer.budget_given
+    optimizer.n_entries, optimizer.budget = saved["n_entries"], budget
     if begun:
-        # N and the budget were fixed at the saved run's first step, whatever is frozen now.
-        share = schedules.resolve_budget(optimizer.budget_given, saved["n_entries"])
-        optimizer.budget = saved["budget"] if strict else share
         optimizer._begin()
         for shard in optimizer._shards:
             shard.load([sparse[position] for position in shard.positions])
@@ -119,29 +118,27 @@ def _check_groups(optimizer: ID3AdamW, state: dict[str, Any]) -> None:
                 )
 
 
+def _numbered(optimizer: ID3AdamW, dense: bool) -> list[tuple[int, torch.Tensor]]:
+    """(position, parameter) of the dense groups, or of all others; positions count through both."""
+    rows = [(group["dense"], p) for group in optimizer.param_groups for p in group["params"]]
+    return [(position, p) for position, (is_dense, p) in enumerate(rows) if is_dense == dense]
+
+
 def _sparse_states(optimizer: ID3AdamW, state: dict[str, Any]) -> dict[int, dict[str, Any]]:
     """The per-parameter dicts of all non-dense parameters by position, each checked."""
-    found, position = {}, 0
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            if not group["dense"]:
-                if position not in state["state"]:
-                    raise ValueError(
-                        f"state[{position}]: expected the state of parameter {position}, found none"
-                    )
-                found[position] = _checked(f"state[{position}]", state["state"][position], p, optimizer)
-            position += 1
+    found = {}
+    for position, p in _numbered(optimizer, dense=False):
+        if position not in state["state"]:
+            raise ValueError(f"state[{position}]: expected the state of parameter {position}, found none")
+        found[position] = _checked(f"state[{position}]", state["state"][position], p, optimizer)
     return found
 
 
 def _check_dense_states(optimizer: ID3AdamW, state: dict[str, Any]) -> None:
-    position = 0
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            saved = state["state"].get(position, {}) if group["dense"] else {}
-            for name in ("exp_avg", "exp_avg_sq") if saved else ():
-                _check_shape(f"state[{position}]: {name}", list(saved[name].shape), p)
-            position += 1
+    for position, p in _numbered(optimizer, dense=True):
+        saved = state["state"].get(position, {})  # none before the parameter's first gradient
+        for name in ("exp_avg", "exp_avg_sq") if saved else ():
+            _check_shape(f"state[{position}]: {name}", list(saved[name].shape), p)
 
 
 def _check_shape(where: str, saved: list[int], p: torch.Tensor) -> None:

@@ -247,6 +247,17 @@ def test_other_settings_without_strict(model, make, train):
     assert third.n_active == 180
 
 
+def test_a_budget_beyond_the_saved_n_is_refused_before_anything_changes(model, make, train):
+    begun, first = make(model[0], budget=20)
+    train(begun, first, 0, 2)
+    twin, second = make(begun, budget=5000)
+    before = copy.deepcopy(second.state_dict())
+    with pytest.raises(ValueError, match="budget: expected 0 to 2460 entries"):
+        second.load_state_dict(first.state_dict(), strict=False)
+    assert same(second.state_dict(), before) and second.steps_done == 0
+    assert all(map(torch.equal, twin.parameters(), begun.parameters()))
+
+
 def test_loading_into_a_begun_optimizer_follows_its_parameters(model, make, train):
     twin, optimizer = make(model, torch.float64)
     train(twin, optimizer, 0, 3)
