@@ -23,6 +23,11 @@ _MUST_AGREE = (
 )
 
 
+# torch.distributed.checkpoint takes an empty `optimizer.state` for one that has never stepped, and steps it
+# with zero gradients to make state: that would use up a step of the budget.
+MARKER = "id3"
+
+
 def state_dict(optimizer: ID3AdamW, torch_state_dict: Callable[[], dict]) -> dict[str, Any]:
     """torch's own state_dict, with the sparse state lent to `optimizer.state` while torch packs it."""
     sparse = {p: shard.cut(j) for shard in optimizer._shards for j, p in enumerate(shard.params)}
@@ -32,6 +37,7 @@ def state_dict(optimizer: ID3AdamW, torch_state_dict: Callable[[], dict]) -> dic
     finally:
         for p in sparse:
             del optimizer.state[p]
+    packed["state"].pop(MARKER, None)
     packed["param_groups"][0]["id3"] = optimizer.settings()
     return packed
 
@@ -42,7 +48,8 @@ def load_state_dict(
     """Checks the whole state, then takes it.
 
     torch's own loader casts state to the parameter's dtype (int32 1234567 becomes 1236992 as bfloat16), so
-    it sees the dense groups' state alone.
+    it sees the dense groups' state alone. As for torch's optimizers, parameters may be keyed by anything
+    (torch.distributed.checkpoint uses names): their order in the param groups is what counts.
     """
     saved = state["param_groups"][0].get("id3")
     if saved is None:
@@ -50,6 +57,7 @@ def load_state_dict(
             "state_dict: expected a state saved by ID3AdamW (param_groups[0]['id3']), found none"
         )
     _check_groups(optimizer, state)
+    state = _by_position(state)
     if strict:
         _check_settings(optimizer, saved)
     begun = saved["n_entries"] is not None
@@ -64,6 +72,7 @@ def load_state_dict(
     torch_load_state_dict({**state, "state": dense, "param_groups": groups})
     for p, dense_state in optimizer.state.items():
         dense_state["step"] = dense_state["step"].to(p.device, torch.float32)
+    optimizer.state[MARKER] = {}
     optimizer.steps_done = saved["step"]
     if optimizer.total_steps is None:
         optimizer.total_steps = saved["total_steps"]
@@ -72,7 +81,21 @@ def load_state_dict(
     if begun:
         optimizer._begin()
         for shard in optimizer._shards:
-            shard.load([sparse[position] for position in shard.positions])
+            shard.load([sparse[position] for position in shard.positions], optimizer.steps_done)
+
+
+def _by_position(state: dict[str, Any]) -> dict[str, Any]:
+    """The same state with the parameters numbered through all groups."""
+    keys = [key for group in state["param_groups"] for key in group["params"]]
+    positions = {key: i for i, key in enumerate(keys)}
+    groups, first = [], 0
+    for group in state["param_groups"]:
+        groups.append({**group, "params": list(range(first, first + len(group["params"])))})
+        first += len(group["params"])
+    stray = [key for key in state["state"] if key not in positions]
+    if stray:
+        raise ValueError(f"state: expected parameters of the param groups, found {stray[0]!r}")
+    return {**state, "state": {positions[k]: s for k, s in state["state"].items()}, "param_groups": groups}
 
 
 def _check_settings(optimizer: ID3AdamW, saved: dict[str, Any]) -> None:

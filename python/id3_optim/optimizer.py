@@ -13,7 +13,8 @@ from torch import Tensor
 from id3_kernels import backend as backends
 from id3_kernels import checks
 
-from . import checkpoint, heuristics, schedules
+from . import changes, checkpoint, heuristics, schedules
+from .changes import Touched
 from .dense import numbers_of, update_dense
 from .heuristics import D3, Bias, Heuristic
 from .memory import memory_report
@@ -29,20 +30,16 @@ _OWN_STATE = (
 )  # fmt: skip
 
 
-class Touched(NamedTuple):
-    """Entries of one parameter that training may have changed: indices int32 [n], flat and ascending."""
-
-    param: Tensor
-    indices: Tensor
-    originals: Tensor | None  # [n] of the parameter's dtype, the values before they joined
-
-
 class Selection(NamedTuple):
-    """What the newest selection did: at which step how many entries joined, and their smallest score."""
+    """What the newest selection did: at which step which scores [count] joined, and the smallest of them."""
 
     step: int
-    count: int
+    scores: Tensor
     threshold: float | None
+
+    @property
+    def count(self) -> int:
+        return self.scores.numel()
 
 
 class ID3AdamW(torch.optim.Optimizer):
@@ -117,6 +114,7 @@ class ID3AdamW(torch.optim.Optimizer):
         self._most_at_once = 0
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, defaults | {"maximize": maximize, "dense": False})
+        self.state[checkpoint.MARKER] = {}
         if isinstance(heuristic, Bias) and "param_names" not in self.param_groups[0]:
             raise ValueError(
                 "params: heuristic Bias needs model.named_parameters(), got parameters without names"
@@ -235,14 +233,14 @@ class ID3AdamW(torch.optim.Optimizer):
         if k <= 0:
             return
         names = self._names()
-        picked, threshold = select(self._shards, grads, self.heuristic, k, names, fresh=repeat)
+        picked, scores = select(self._shards, grads, self.heuristic, k, names, fresh=repeat)
         for shard, new in zip(self._shards, picked, strict=True):
             if repeat:
                 shard.replace(new)
             elif new.indices.numel():
                 shard.join(new)
-        count = sum(new.indices.numel() for new in picked)
-        self.last_selection = Selection(self.steps_done, count, threshold)
+        threshold = scores.min().item() if scores.numel() else None
+        self.last_selection = Selection(self.steps_done, scores, threshold)
 
     def _wanted(self) -> int:
         """How many entries should join now: the schedule's, and what earlier steps could not give."""
@@ -252,7 +250,7 @@ class ID3AdamW(torch.optim.Optimizer):
     def _update(self, grads: list[list[Tensor | None]]) -> None:
         scale, clip = getattr(self, "grad_scale", None), self._clip_coefficient(grads)
         for shard, g in zip(self._shards, grads, strict=True):
-            shard.count_step(g)
+            shard.count_step(g, self.steps_done + 1)
             scalars = tuple(None if x is None else x.to(shard.device) for x in (scale, None, clip))
             for part in shard.slices:
                 group = self.param_groups[part.group]
@@ -287,14 +285,16 @@ class ID3AdamW(torch.optim.Optimizer):
 
     def touched(self) -> Iterator[Touched]:
         """For every non-dense parameter, in order: the entries that training may have changed."""
-        at = {id(p): (shard, j) for shard in self._shards for j, p in enumerate(shard.params)}
-        for group in self.param_groups:
-            for p in [] if group["dense"] else group["params"]:
-                if id(p) in at:
-                    shard, j = at[id(p)]
-                    yield Touched(p, *shard.touched(j))
-                else:
-                    yield Touched(p, torch.empty(0, dtype=torch.int32, device=p.device), None)
+        return changes.touched(self)
+
+    def changed_since(self, step: int) -> Iterator[Touched]:
+        """For every parameter updated after the first `step` steps (`steps_done`): which entries may differ.
+
+        A superset of the changed bits: the active entries of each tensor that had a gradient since (with
+        "repeat" all that were ever active), then dense groups whole. After a state is loaded, all count as
+        updated by its last step. Raises ValueError for a step that is not done yet.
+        """
+        return changes.changed_since(self, step)
 
     def settings(self) -> dict[str, Any]:
         """What a resumed run must share, as plain values: method, numbers, heuristic and schedule by name."""

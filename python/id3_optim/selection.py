@@ -28,14 +28,14 @@ def select(
     k: int,
     names: list[str] | None,
     fresh: bool,
-) -> tuple[list[Entries], float | None]:
+) -> tuple[list[Entries], Tensor]:
     """The best k entries outside the active sets (`fresh`: of all), as one Entries per shard.
 
-    Also gives the smallest score among them, None if there are none. Ties go to the lowest (position, index).
+    Also gives their scores [count], in entry order. Ties go to the lowest (position, index).
     """
     if isinstance(heuristic, D3) and len(shards) == 1:
         picked, score = _by_d3(shards[0], grads[0], heuristic, k, fresh)
-        return [picked], score.min().item() if score.numel() else None
+        return [picked], score
     found = []
     for shard, g in zip(shards, grads, strict=True):
         if isinstance(heuristic, D3):
@@ -43,8 +43,7 @@ def select(
         else:
             found.append(_by_scores(shard, g, heuristic, k, names, fresh))
     best = _best(found, k)
-    threshold = best.score.min().item() if best.score.numel() else None
-    return [_entries(shard, best) for shard in shards], threshold
+    return [_entries(shard, best) for shard in shards], best.score
 
 
 def _active(shard: Shard, fresh: bool) -> Entries:

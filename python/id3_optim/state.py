@@ -49,7 +49,8 @@ class Shard:
 
     `arrays["indices"]` and its companions have room for `capacity` entries and hold the active ones in
     (tensor, flat index) order; `offsets` int64 [M + 1] says which are whose, `bounds` is its host copy.
-    `steps` int64 [M] counts the steps in which each tensor had a gradient.
+    `steps` int64 [M] counts the steps in which each tensor had a gradient; `updated_at` int64 [M], on the
+    host, is how many steps of the optimizer were done after the last of them.
     """
 
     def __init__(self, device: torch.device, dtype: torch.dtype, layout: Layout):
@@ -64,6 +65,7 @@ class Shard:
         self.offsets = torch.zeros(1, dtype=torch.int64, device=device)
         self.bounds = [0]
         self.steps = torch.zeros(0, dtype=torch.int64, device=device)
+        self.updated_at = torch.zeros(0, dtype=torch.int64, device="cpu")
         self.arrays = {
             name: torch.empty(0, dtype=d, device=device) for name, d in layout.columns(dtype).items()
         }
@@ -91,6 +93,7 @@ class Shard:
         self.bounds.append(self.bounds[-1])
         self.offsets = torch.cat([self.offsets, self.offsets[-1:]])
         self.steps = torch.cat([self.steps, self.steps.new_zeros(1)])
+        self.updated_at = torch.cat([self.updated_at, self.updated_at.new_zeros(1)])
         if self.layout.repeat:
             before = self.ever or Entries.empty(n - 1, self.device)
             self.ever = Entries(torch.cat([before.offsets, before.offsets[-1:]]), before.indices)
@@ -173,12 +176,15 @@ class Shard:
 
     # --- update ------------------------------------------------------------------------------------
 
-    def count_step(self, grads: list[Tensor | None]) -> None:
-        """Counts this step for every tensor that has a gradient."""
+    def count_step(self, grads: list[Tensor | None], number: int) -> None:
+        """Counts the optimizer's step `number` (the first is 1) for every tensor that has a gradient."""
         if all(g is not None for g in grads):
             self.steps += 1
+            self.updated_at.fill_(number)
         else:
-            self.steps += torch.tensor([g is not None for g in grads], device=self.device)
+            has_gradient = torch.tensor([g is not None for g in grads], device="cpu")
+            self.steps += has_gradient.to(self.device)
+            self.updated_at[has_gradient] = number
 
     def update(self, part: Slice, grads: list[Tensor | None], numbers: tuple, maximize: bool, scalars: tuple):
         """One AdamW step on the active entries of one param group: one call for all its tensors."""
@@ -215,11 +221,12 @@ class Shard:
                 state["ever_originals"] = originals.clone()
         return state
 
-    def load(self, states: list[dict]) -> None:
-        """Takes over the per-parameter dicts of `cut`, one per tensor, in order."""
+    def load(self, states: list[dict], steps_done: int) -> None:
+        """Takes over the per-parameter dicts of `cut`, one per tensor, in order, of an optimizer's state."""
         self.bounds = _bounds([s["indices"] for s in states])
         self.offsets = torch.tensor(self.bounds, dtype=torch.int64, device=self.device)
         self.steps = torch.tensor([int(s["step"]) for s in states], dtype=torch.int64, device=self.device)
+        self.updated_at.fill_(steps_done)  # not stored: changed_since errs on the side of too much
         for name, array in self.arrays.items():
             self.arrays[name] = array.new_empty(max(array.numel(), self.n_active))
             for s, (begin, end) in zip(states, pairwise(self.bounds), strict=True):

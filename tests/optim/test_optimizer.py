@@ -143,7 +143,9 @@ def test_selection_is_global_over_dtypes_and_ties_go_to_the_lowest_position():
         p.grad = torch.tensor(g, dtype=p.dtype)
     optimizer.step()
     assert [t.indices.tolist() for t in optimizer.touched()] == [[0, 1, 2, 3], [1], [0]]
-    assert optimizer.last_selection == (0, 6, 1.0)
+    newest = optimizer.last_selection
+    assert (newest.step, newest.count, newest.threshold) == (0, 6, 1.0)
+    assert newest.scores.tolist() == [1, 2, 1, 1, 2, 3]
 
 
 def test_a_step_that_selects_nothing_does_not_read_the_rest(model, make, train):

@@ -1,0 +1,95 @@
+"""Which entries training may have changed, and the stream of their values for an inference server."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import id3_kernels
+from id3_kernels import Entries
+
+from .wrappers import plain_names, unwrapped
+
+if TYPE_CHECKING:
+    from .optimizer import ID3AdamW
+
+
+class Touched(NamedTuple):
+    """Entries of one parameter that training may have changed: indices int32 [n], flat and ascending.
+
+    From `changed_since`, indices is None for a parameter of a dense group: all of it may have changed.
+    """
+
+    param: Tensor
+    indices: Tensor | None
+    originals: Tensor | None  # [n] of the parameter's dtype, the values before they joined
+
+
+class WeightPatch(NamedTuple):
+    """New values of one parameter: the fields of vLLM's `SparseWeightPatch` (vllm-project/vllm#40096).
+
+    indices: int32 [n], flat row-major, ascending. values: [n] of the parameter's dtype, absolute. Both are
+    contiguous copies on the parameter's device.
+    """
+
+    name: str
+    indices: Tensor
+    values: Tensor
+
+
+def touched(optimizer: ID3AdamW) -> Iterator[Touched]:
+    """See `ID3AdamW.touched`."""
+    at = {id(p): (shard, j) for shard in optimizer._shards for j, p in enumerate(shard.params)}
+    for group in optimizer.param_groups:
+        for p in [] if group["dense"] else group["params"]:
+            if id(p) in at:
+                shard, j = at[id(p)]
+                yield Touched(p, *shard.touched(j))
+            else:
+                yield Touched(p, torch.empty(0, dtype=torch.int32, device=p.device), None)
+
+
+def changed_since(optimizer: ID3AdamW, step: int) -> Iterator[Touched]:
+    """See `ID3AdamW.changed_since`."""
+    if not 0 <= step <= optimizer.steps_done:
+        raise ValueError(f"step: expected 0 to {optimizer.steps_done} (steps_done), got {step}")
+    return _changed_since(optimizer, step)
+
+
+def _changed_since(optimizer: ID3AdamW, step: int) -> Iterator[Touched]:
+    shards = optimizer._shards
+    updated_at = {id(p): at for s in shards for p, at in zip(s.params, s.updated_at.tolist(), strict=True)}
+    for entry in touched(optimizer):
+        if updated_at.get(id(entry.param), 0) > step and entry.indices.numel():
+            yield entry
+    for group in optimizer.param_groups:
+        for p in group["params"] if group["dense"] and optimizer.steps_done > step else []:
+            if p in optimizer.state:  # has had a gradient
+                yield Touched(p, None, None)
+
+
+@torch.no_grad()
+def weight_patches(model: nn.Module, optimizer: ID3AdamW, since: int = 0) -> Iterator[WeightPatch]:
+    """What to send so that a copy of the model as it was after `since` steps becomes the present one.
+
+    One patch per parameter that `optimizer.changed_since(since)` names, under its name in the plain model;
+    parameters of dense groups come whole, as all their indices. One parameter's copy is alive at a time.
+    Raises ValueError for a parameter that is not in the model or a step that is not done yet.
+    """
+    names = plain_names(model)
+    return (_patch(names, entry) for entry in unwrapped(optimizer).changed_since(since))
+
+
+def _patch(names: dict[int, str], entry: Touched) -> WeightPatch:
+    param, indices, _ = entry
+    if id(param) not in names:
+        raise ValueError(f"model: expected every trained parameter in it, got none for {tuple(param.shape)}")
+    if indices is None:
+        indices = torch.arange(param.numel(), dtype=torch.int32, device=param.device)
+        return WeightPatch(names[id(param)], indices, param.detach().reshape(-1).clone())
+    offsets = torch.tensor([0, indices.numel()], device=param.device)
+    values = id3_kernels.gather([param.detach()], Entries(offsets, indices))
+    return WeightPatch(names[id(param)], indices.clone(), values)

@@ -1,0 +1,43 @@
+"""Models and optimizers as the user knows them, below what trainers wrap around them."""
+
+from typing import Any
+
+from torch import nn
+
+
+def plain_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters by their names in the plain model (no `module.`, `_orig_mod.`), a tied one under each of its
+    names.
+
+    Raises ValueError if two parameters have one plain name.
+    """
+    wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+    while isinstance(model, wrappers) or hasattr(model, "_orig_mod"):
+        model = model.module if isinstance(model, wrappers) else model._orig_mod
+    found: dict[str, nn.Parameter] = {}
+    for name, param in model.named_parameters(remove_duplicate=False):
+        plain = ".".join(part for part in name.split(".") if part != "_orig_mod")
+        if found.setdefault(plain, param) is not param:
+            raise ValueError(f"{plain}: expected one parameter of this name in the model, got two")
+    return found
+
+
+def plain_names(model: nn.Module) -> dict[int, str]:
+    """id of a parameter → its name in the plain model, the first one where it is tied."""
+    names: dict[int, str] = {}
+    for name, param in plain_parameters(model).items():
+        names.setdefault(id(param), name)
+    return names
+
+
+def unwrapped(optimizer: Any) -> Any:
+    """The ID3AdamW inside Accelerate's or another wrapper that keeps it as `optimizer`.
+
+    Raises TypeError for any other optimizer.
+    """
+    inner = optimizer
+    while not hasattr(inner, "touched"):
+        if not hasattr(inner, "optimizer"):
+            raise TypeError(f"optimizer: expected an ID3AdamW, got {type(inner).__name__}")
+        inner = inner.optimizer
+    return inner
