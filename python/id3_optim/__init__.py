@@ -1,19 +1,26 @@
 """Selective fine-tuning by step-by-step unmasking (ID3), at the cost of one read of weights and gradients."""
 
+from .changes import WeightPatch, weight_patches
 from .delta import Delta, DeltaError, load_delta, save_delta
 from .heuristics import D3, Bias, Fisher, Magnitude, Random, fisher_scores
 from .optimizer import ID3AdamW
+from .series import DeltaSeries
+from .toolkit import load_toolkit_summary
 
 __all__ = [
     "D3",
     "Bias",
     "Delta",
     "DeltaError",
+    "DeltaSeries",
     "Fisher",
     "ID3AdamW",
     "Magnitude",
     "Random",
+    "WeightPatch",
     "fisher_scores",
     "load_delta",
+    "load_toolkit_summary",
     "save_delta",
+    "weight_patches",
 ]

@@ -1,0 +1,83 @@
+"""One run, many models: deltas saved at chosen budgets along an increment run (paper, figures 5 and 6)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .delta import save_delta
+from .schedules import resolve_budget
+from .wrappers import unwrapped
+
+
+class DeltaSeries:
+    """Saves `delta-<entries>.safetensors` in a directory each time the active set reaches one of the budgets.
+
+    Every file stands for itself: what training had made of the base model with that many entries. It rides on
+    the optimizer's step hooks, so it works in every trainer; of several processes only rank 0 writes. A step
+    that passes several budgets writes one file. A resumed run goes on where the saved one stood.
+
+    budgets: entries (int) or shares of what trains now (float), each at most the optimizer's own budget.
+    originals: as for `save_delta`.
+    Raises ValueError for a budget out of range, or a strategy that is not "increment" (another one has its
+    whole budget at the first step).
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike,
+        model: nn.Module,
+        optimizer: Any,
+        budgets: Sequence[int | float],
+        originals: bool = False,
+    ) -> None:
+        self.directory, self.model, self.optimizer = Path(directory), model, unwrapped(optimizer)
+        self.options = {"originals": originals}
+        if self.optimizer.strategy != "increment":
+            raise ValueError(f"optimizer: expected the strategy increment, got {self.optimizer.strategy}")
+        self.budgets = _resolved(budgets, self.optimizer)
+        self.paths: list[Path] = []  # written so far by this process
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._n_active_before = 0
+        self._hooks = [
+            self.optimizer.register_step_pre_hook(self._before_step),
+            self.optimizer.register_step_post_hook(self._after_step),
+        ]
+
+    def remove(self) -> None:
+        """Stops saving: takes the hooks off the optimizer."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def _before_step(self, optimizer: Any, args: tuple, kwargs: dict) -> None:
+        self._n_active_before = optimizer.n_active
+
+    def _after_step(self, optimizer: Any, args: tuple, kwargs: dict) -> None:
+        n_active = optimizer.n_active
+        if not any(self._n_active_before < budget <= n_active for budget in self.budgets) or not _is_first():
+            return
+        path = self.directory / f"delta-{n_active}.safetensors"
+        save_delta(path, self.model, optimizer, **self.options)
+        self.paths.append(path)
+
+
+def _resolved(budgets: Sequence[int | float], optimizer: Any) -> list[int]:
+    groups = [group for group in optimizer.param_groups if not group["dense"]]
+    n_entries = optimizer.n_entries or sum(p.numel() for g in groups for p in g["params"] if p.requires_grad)
+    most = resolve_budget(optimizer.budget_given, n_entries)
+    resolved = [resolve_budget(budget, n_entries) for budget in budgets]
+    for given, budget in zip(budgets, resolved, strict=True):
+        if not 0 < budget <= most:
+            raise ValueError(f"budgets: expected 1 to {most} entries (the optimizer's budget), got {given}")
+    return resolved
+
+
+def _is_first() -> bool:
+    """Whether this process is the one that writes."""
+    distributed = torch.distributed
+    return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0

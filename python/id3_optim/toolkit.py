@@ -1,0 +1,119 @@
+"""Reading what the method's own toolkit (PyPI: selective-optimizers) saves, without running code from it."""
+
+from __future__ import annotations
+
+import math
+import os
+import pickle
+import zipfile
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .delta import Change, Delta, DeltaError, fingerprint
+from .wrappers import plain_parameters
+
+
+class _Summary:
+    """Stands in for the toolkit's dataclass: values, pointers, shapes, bn_metadata, budget_used."""
+
+
+_NAME = "selective_optimizers.load_store.SelectivePeftSummary"
+# What torch's restricted unpickler raises for a class that is not allowed, and on a damaged stream.
+_BROKEN = (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError)
+_FIELDS = ("values", "pointers", "shapes", "bn_metadata", "budget_used")
+
+
+def load_toolkit_summary(path: str | os.PathLike, base: nn.Module, strict: bool = True) -> Delta:
+    """The delta in a file of the toolkit's `write_summary_to_disk`, for the base model it was trained from.
+
+    The toolkit stores no names: values are matched to `base.parameters()` in order, and every shape and dtype
+    must agree. A tensor chosen whole is stored whole. The originals and the fingerprint are taken from
+    `base`, which is read and left alone. Reading is torch's weights-only loading with the toolkit's one class
+    allowed, as a bare container.
+    strict=False drops batch-norm statistics, which are buffers and have no place in a delta.
+    Raises DeltaError for anything else in the file or a model that does not fit, OSError if it can not be
+    opened.
+    """
+    summary = _read(path)
+    params = _in_order(base)
+    n_values = len(summary.values)
+    if n_values != len(params):
+        raise DeltaError(f"base: expected the summary's {n_values} parameters, got {len(params)}")
+    if summary.bn_metadata and strict:
+        raise DeltaError(
+            f"bn_metadata: expected none, got statistics of {len(summary.bn_metadata)} layers, which a delta "
+            "can not hold; strict=False drops them"
+        )
+    changes = {}
+    rows = zip(params, summary.values, summary.pointers, summary.shapes, strict=True)
+    for (name, param), values, pointers, shape in rows:
+        if values is None or values.numel() == 0:
+            continue
+        changes[name] = _change(name, param, values, pointers, shape)
+    sparse = {n: c for n, c in changes.items() if c.indices is not None}
+    mark = fingerprint({n: (c.indices, c.originals) for n, c in sparse.items()})
+    settings = {"method": "selective-optimizers", "budget_used": int(summary.budget_used)}
+    return Delta(changes, mark, settings)
+
+
+def _read(path: str | os.PathLike) -> _Summary:
+    with open(path, "rb") as file:  # torch.save writes a zip archive; torch.load would take bare pickles too
+        if not zipfile.is_zipfile(file):
+            raise DeltaError(
+                "summary: expected a file of the toolkit, got something else than a torch archive"
+            )
+    with torch.serialization.safe_globals([(_Summary, _NAME)]):
+        try:
+            summary = torch.load(path, map_location="cpu", weights_only=True)
+        except _BROKEN as error:
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            raise DeltaError(f"summary: expected a file of the toolkit, got: {reason}") from error
+    fields = vars(summary) if isinstance(summary, _Summary) else {}
+    missing = [field for field in _FIELDS if field not in fields]
+    if missing:
+        raise DeltaError(f"summary: expected {', '.join(_FIELDS)}, got no {', '.join(missing)}")
+    lists = [summary.values, summary.pointers, summary.shapes]
+    if not all(isinstance(column, list) for column in lists) or len({len(column) for column in lists}) != 1:
+        raise DeltaError("summary: expected values, pointers and shapes as lists of one length, got others")
+    return summary
+
+
+def _in_order(base: nn.Module) -> list[tuple[str, Tensor]]:
+    """(plain name, parameter) as `base.parameters()` gives them: a tied one once."""
+    seen: dict[int, tuple[str, Tensor]] = {}
+    for name, param in plain_parameters(base).items():
+        seen.setdefault(id(param), (name, param))
+    return list(seen.values())
+
+
+def _change(name: str, param: Tensor, values: Any, pointers: Any, shape: Any) -> Change:
+    expected = f"{param.dtype} {tuple(param.shape)}"
+    if not isinstance(values, Tensor) or (values.dtype, tuple(shape or ())) != (
+        param.dtype,
+        tuple(param.shape),
+    ):
+        got = f"{getattr(values, 'dtype', type(values).__name__)} {tuple(shape or ())}"
+        raise DeltaError(f"{name}: expected {expected} as in the base, got {got}")
+    flat = _flat(name, param.shape, pointers, values.numel())
+    order = flat.argsort()
+    flat = flat[order]
+    if bool((flat.diff() <= 0).any()):
+        raise DeltaError(f"{name}: expected every entry once, got a repeated one")
+    if flat.numel() == param.numel():  # what the toolkit calls choose_all: a fresh head, say
+        return Change(tuple(param.shape), param.dtype, None, values.reshape(-1)[order].reshape(param.shape))
+    originals = param.detach().reshape(-1)[flat.to(param.device)].cpu()
+    return Change(tuple(param.shape), param.dtype, flat.to(torch.int32), values.reshape(-1)[order], originals)
+
+
+def _flat(name: str, shape: torch.Size, pointers: Any, n: int) -> Tensor:
+    """Flat indices int64 [n] of coordinates [n, dimensions], each within the shape."""
+    fits = isinstance(pointers, Tensor) and pointers.dtype == torch.int64
+    if not fits or tuple(pointers.shape) != (n, len(shape)):
+        got = f"{pointers.dtype} {tuple(pointers.shape)}" if isinstance(pointers, Tensor) else type(pointers)
+        raise DeltaError(f"{name}: expected int64 pointers of shape ({n}, {len(shape)}), got {got}")
+    if bool(((pointers < 0) | (pointers >= torch.tensor(shape))).any()):
+        raise DeltaError(f"{name}: expected pointers inside {tuple(shape)}, got one outside")
+    strides = [math.prod(shape[d + 1 :]) for d in range(len(shape))]
+    return (pointers * torch.tensor(strides, dtype=torch.int64)).sum(1)

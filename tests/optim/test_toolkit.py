@@ -1,0 +1,190 @@
+"""Summaries of the method's own toolkit: read without its code, and without running any."""
+
+import os
+import pickle
+import sys
+import types
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import nn
+
+from id3_optim import DeltaError, load_toolkit_summary
+
+
+@dataclass
+class SelectivePeftSummary:
+    """The toolkit's class, field by field; `saved` pickles it under the toolkit's own name."""
+
+    values: list
+    pointers: list
+    shapes: list
+    bn_metadata: list
+    budget_used: object
+
+
+SelectivePeftSummary.__module__ = "selective_optimizers.load_store"
+
+
+@pytest.fixture
+def saved(tmp_path, monkeypatch):
+    package = types.ModuleType("selective_optimizers")
+    module = types.ModuleType("selective_optimizers.load_store")
+    module.SelectivePeftSummary = SelectivePeftSummary
+
+    def save(summary):
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, "selective_optimizers", package)
+            patch.setitem(sys.modules, "selective_optimizers.load_store", module)
+            torch.save(summary, tmp_path / "summary.pt")
+        return tmp_path / "summary.pt"
+
+    return save
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(9, 4)
+        self.scale = nn.Parameter(torch.randn(()))
+        self.conv = nn.Conv1d(4, 3, 2)
+        self.output = nn.Linear(4, 9, bias=False)
+        self.output.weight = self.embed.weight
+
+
+def summary_of(model, generator=None):
+    """What the toolkit makes of an optimizer: coordinates and values, in parameter order."""
+    generator = generator or torch.Generator().manual_seed(1)
+    rows = []
+    for param in model.parameters():
+        mask = torch.rand(param.shape, generator=generator) < 0.3
+        rows.append((torch.randn(int(mask.sum()), generator=generator), mask.nonzero(), param.shape))
+    values, pointers, shapes = (list(column) for column in zip(*rows, strict=True))
+    return SelectivePeftSummary(values, pointers, shapes, [], 17)
+
+
+def test_it_gives_the_toolkits_model(saved):
+    model, expected = Net(), Net()
+    summary = summary_of(model)
+    for param, values, pointers in zip(expected.parameters(), summary.values, summary.pointers, strict=True):
+        if values.numel():
+            param.data[tuple(pointers.t())] = values  # as the toolkit's set_chosen does
+    delta = load_toolkit_summary(saved(summary), model)
+    undo = delta.apply(model)
+    for a, b in zip(model.parameters(), expected.parameters(), strict=True):
+        assert torch.equal(a, b)
+    undo.revert()
+    assert torch.equal(model.embed.weight, Net().embed.weight)
+    assert delta.settings["budget_used"] == 17
+
+
+def test_unchosen_and_wholly_chosen_parameters(saved):
+    model = Net()
+    summary = summary_of(model)
+    summary.values[1] = summary.pointers[1] = summary.shapes[1] = None  # frozen
+    mask = torch.ones(model.conv.weight.shape, dtype=torch.bool)
+    summary.values[2], summary.pointers[2] = torch.randn(mask.numel()), mask.nonzero()
+    delta = load_toolkit_summary(saved(summary), model)
+    assert "embed.weight" not in delta.changes
+    assert delta.changes["conv.weight"].indices is None
+    assert torch.equal(delta.changes["conv.weight"].values.flatten(), summary.values[2])
+
+
+def test_a_count_on_a_tensor_as_older_versions_wrote_it(saved):
+    summary = summary_of(Net())
+    summary.budget_used = torch.tensor(5)
+    assert load_toolkit_summary(saved(summary), Net()).settings["budget_used"] == 5
+
+
+def other_shape(summary):
+    summary.shapes[1] = torch.Size([4, 9])
+    return "embed.weight: expected torch.float32 \\(9, 4\\) as in the base"
+
+
+def other_dtype(summary):
+    summary.values[1] = summary.values[1].double()
+    return "embed.weight: expected torch.float32 \\(9, 4\\) as in the base, got torch.float64"
+
+
+def fewer(summary):
+    del summary.values[-1], summary.pointers[-1], summary.shapes[-1]
+    return "expected the summary's 3 parameters, got 4"
+
+
+def outside(summary):
+    summary.pointers[1][0, 0] = 9
+    return "expected pointers inside \\(9, 4\\)"
+
+
+def negative(summary):
+    summary.pointers[1][0, 0] = -1
+    return "expected pointers inside \\(9, 4\\)"
+
+
+def twice(summary):
+    summary.pointers[1][1] = summary.pointers[1][0]
+    return "embed.weight: expected every entry once"
+
+
+def miscounted(summary):
+    summary.values[1] = summary.values[1][1:]
+    return "expected int64 pointers of shape"
+
+
+def uneven(summary):
+    del summary.shapes[-1]
+    return "lists of one length"
+
+
+def statistics(summary):
+    summary.bn_metadata = [{"running_mean": torch.zeros(2)}]
+    return "statistics of 1 layers.*strict=False"
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [other_shape, other_dtype, fewer, outside, negative, twice, miscounted, uneven, statistics],
+)
+def test_what_does_not_fit_is_refused(saved, spoil):
+    summary = summary_of(Net())
+    message = spoil(summary)
+    with pytest.raises(DeltaError, match=message):
+        load_toolkit_summary(saved(summary), Net())
+
+
+def test_batch_norm_statistics_are_dropped_on_request(saved):
+    summary = summary_of(Net())
+    statistics(summary)
+    assert load_toolkit_summary(saved(summary), Net(), strict=False).changes
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("touch evil",)
+
+
+def test_a_crafted_file_runs_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save(Evil(), "summary.pt")
+    with pytest.raises(DeltaError, match="summary: expected a file of the toolkit"):
+        load_toolkit_summary("summary.pt", Net())
+    with open("plain.pt", "wb") as file:
+        pickle.dump(Evil(), file)
+    with pytest.raises(DeltaError, match="summary: expected a file of the toolkit"):
+        load_toolkit_summary("plain.pt", Net())
+    assert not (tmp_path / "evil").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"\x80\x02", b"PK\x03\x04 cut", b"text"])
+def test_another_file_is_refused(tmp_path, content):
+    (tmp_path / "summary.pt").write_bytes(content)
+    with pytest.raises(DeltaError, match="summary: expected a file of the toolkit"):
+        load_toolkit_summary(tmp_path / "summary.pt", Net())
+
+
+def test_a_state_dict_is_not_a_summary(tmp_path):
+    torch.save(Net().state_dict(), tmp_path / "summary.pt")
+    with pytest.raises(DeltaError, match="summary: expected values, pointers"):
+        load_toolkit_summary(tmp_path / "summary.pt", Net())
