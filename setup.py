@@ -1,11 +1,14 @@
-"""Builds the native half of id3_kernels: C++ where torch and a compiler are found, else pure Python.
+"""Builds the native half of id3_kernels: C++ where torch and a compiler are found, CUDA with a toolkit.
 
+What can not be built is left out, and a line says why: the Triton and reference backends are pure Python.
 Metadata lives in pyproject.toml. torch must be importable while building, so install with
-`pip install --no-build-isolation` (`make setup` does).
+`pip install --no-build-isolation` (`make setup` does). ID3_CUDA=0 leaves CUDA out.
 """
 
 import os
+import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -13,8 +16,15 @@ from setuptools import setup
 
 ROOT = Path(__file__).parent
 
+# -ffp-contract=off: a fused multiply-add rounds once where the specification rounds twice, and
+# which loops get one would depend on the instruction set; without it all machines give the same bits.
+# The math flags change no result: they let loops with a square root or a select become vector code.
+CXX_FLAGS = ["-O3", "-g0", "-std=c++20", "-fvisibility=hidden"]
+CXX_FLAGS += ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
+NVCC_FLAGS = ["-O3", "-std=c++20", "-fmad=false"]  # for the same reason
 
-def why_no_extension() -> str | None:
+
+def why_no_cpp() -> str | None:
     """The reason why the C++ kernels can not be built here, or None."""
     try:
         import torch  # noqa: F401
@@ -24,49 +34,93 @@ def why_no_extension() -> str | None:
     return None if shutil.which(compiler.split()[0]) else f"no C++ compiler ({compiler})"
 
 
-def native_extension() -> dict:
-    from torch.utils.cpp_extension import BuildExtension, CppExtension
+def why_no_cuda() -> str | None:
+    """The reason why the CUDA kernels can not be built here, or None. Asks after why_no_cpp."""
+    if os.environ.get("ID3_CUDA") == "0":
+        return "ID3_CUDA=0"
+    import torch
+
+    if torch.version.cuda is None:
+        return "this torch is built without CUDA"
+    toolkit = toolkit_version()
+    if toolkit is None:
+        return "no CUDA toolkit (set CUDA_HOME to its root)"
+    if toolkit[0] != int(torch.version.cuda.split(".")[0]):
+        return f"torch is built for CUDA {torch.version.cuda}, the toolkit is {toolkit[0]}.{toolkit[1]}"
+    return None
+
+
+def toolkit_version() -> tuple[int, int] | None:
+    """(major, minor) of the toolkit that torch would compile with."""
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    nvcc = Path(CUDA_HOME or "") / "bin" / "nvcc"
+    if CUDA_HOME is None or not nvcc.exists():
+        return None
+    told = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    major, minor = re.search(r"release (\d+)\.(\d+)", told).groups()
+    return int(major), int(minor)
+
+
+def sources(folder: str, *patterns: str) -> list[str]:
+    found = (path for pattern in patterns for path in (ROOT / "csrc" / folder).glob(pattern))
+    return sorted(str(path.relative_to(ROOT)) for path in found)
+
+
+def options() -> dict:
+    headers = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.h"))
+    return {"include_dirs": [str(ROOT / "csrc")], "depends": headers}
+
+
+def cpp_extension():
+    from torch.utils.cpp_extension import CppExtension
+
+    # at::parallel_for is a serial loop in an extension compiled without OpenMP.
+    openmp = [] if sys.platform == "darwin" else ["-fopenmp"]
+    files = sources("", "*.cpp") + sources("cpu", "*.cpp")
+    return CppExtension(
+        "id3_kernels._C", files, **options(), extra_compile_args=CXX_FLAGS + openmp, extra_link_args=openmp
+    )
+
+
+def cuda_extension():
+    from torch.utils.cpp_extension import CUDAExtension
+
+    # Everything from the A100 on; what is newer than the newest here compiles the PTX when it is loaded.
+    blackwell = toolkit_version() >= (12, 8)
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0;10.0+PTX" if blackwell else "8.0;9.0+PTX")
+    files = sources("cuda", "*.cpp", "*.cu")
+    flags = {"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS}
+    return CUDAExtension("id3_kernels._cuda", files, **options(), extra_compile_args=flags)
+
+
+def native_extensions() -> dict:
+    from torch.utils.cpp_extension import BuildExtension
 
     class BuildOrGoWithout(BuildExtension):
-        """A failed compile leaves a pure-Python install: torch's RuntimeError would end the installation."""
+        """An extension that fails to compile is left out: torch's RuntimeError would end the installation."""
 
-        def build_extensions(self) -> None:
+        def build_extension(self, ext) -> None:
             try:
-                super().build_extensions()
+                super().build_extension(ext)
             except RuntimeError as error:
-                print(f"id3-optim: installing pure Python: {str(error).splitlines()[0]}", file=sys.stderr)
-                self.extensions = []
+                print(f"id3-optim: goes without {ext.name}: {str(error).splitlines()[0]}", file=sys.stderr)
 
         def get_outputs(self) -> list[str]:
             return [path for path in super().get_outputs() if Path(path).exists()]
 
-    # -ffp-contract=off: a fused multiply-add rounds once where the specification rounds twice, and
-    # which loops get one would depend on the instruction set; without it all machines give the same bits.
-    # -fopenmp: at::parallel_for is a serial loop in an extension compiled without it.
-    # The math flags change no result: they let loops with a square root or a select become vector code.
-    flags = [
-        "-O3",
-        "-g0",
-        "-std=c++20",
-        "-fvisibility=hidden",
-        "-ffp-contract=off",
-        "-fno-math-errno",
-        "-fno-trapping-math",
-    ]
-    openmp = [] if sys.platform == "darwin" else ["-fopenmp"]
-    extension = CppExtension(
-        "id3_kernels._C",
-        sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.cpp")),
-        include_dirs=[str(ROOT / "csrc")],
-        depends=sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.h")),
-        extra_compile_args=flags + openmp,
-        extra_link_args=openmp,
-    )
-    extension.optional = True  # setuptools then does not miss the file
-    return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildOrGoWithout}}
+    extensions = [cpp_extension()]
+    reason = why_no_cuda()
+    if reason is None:
+        extensions.append(cuda_extension())
+    else:
+        print(f"id3-optim: goes without the CUDA kernels: {reason}", file=sys.stderr)
+    for extension in extensions:
+        extension.optional = True  # setuptools then does not miss the file
+    return {"ext_modules": extensions, "cmdclass": {"build_ext": BuildOrGoWithout}}
 
 
-reason = why_no_extension()
+reason = why_no_cpp()
 if reason:
     print(f"id3-optim: installing pure Python (reference and Triton backends): {reason}")
-setup(**({} if reason else native_extension()))
+setup(**({} if reason else native_extensions()))

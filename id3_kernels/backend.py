@@ -1,8 +1,8 @@
 """Which backend can run here, and which one a call takes.
 
 A backend is a module-like object whose functions are the op table of `ops.py`. Without a wish, calls go
-through torch's dispatcher: C++ for CPU tensors where the extension is built, Triton for GPU tensors where
-it is installed, and `reference` everywhere else.
+through torch's dispatcher: C++ for CPU tensors and CUDA for GPU tensors where these extensions are built,
+Triton for GPU tensors where it is installed, and `reference` everywhere else.
 """
 
 from __future__ import annotations
@@ -23,19 +23,20 @@ _wish: str | None = os.environ.get("ID3_BACKEND") or None
 
 
 @functools.cache
-def _load_native() -> tuple[ModuleType | None, str]:
-    """(the C++ extension, "") or (None, why there is none)."""
-    if importlib.util.find_spec("id3_kernels._C") is None:
-        return None, "the C++ extension is not built"
+def _load(name: str) -> tuple[ModuleType | None, str]:
+    """(the extension `name`, "") or (None, why there is none). Loading it registers its kernels."""
+    kind = {"_C": "C++", "_cuda": "CUDA"}[name]
+    if importlib.util.find_spec(f"id3_kernels.{name}") is None:
+        return None, f"the {kind} extension is not built"
     try:
-        return importlib.import_module("id3_kernels._C"), ""
+        return importlib.import_module(f"id3_kernels.{name}"), ""
     except (ImportError, OSError) as error:  # built for another torch, as a rule
-        return None, f"the C++ extension does not load ({str(error).splitlines()[0]})"
+        return None, f"the {kind} extension does not load ({str(error).splitlines()[0]})"
 
 
 def native() -> ModuleType | None:
     """The C++ extension, or None where it was not built or does not load."""
-    return _load_native()[0]
+    return _load("_C")[0]
 
 
 def available_backends() -> dict[str, str | None]:
@@ -45,9 +46,14 @@ def available_backends() -> dict[str, str | None]:
 
 def _why_not(name: str) -> str | None:
     if name == "cpu" and native() is None:
-        return f"{_load_native()[1]}: install with a C++ compiler and `pip install --no-build-isolation`"
+        return f"{_load('_C')[1]}: install with a C++ compiler and `pip install --no-build-isolation`"
     if name == "cuda":
-        return "the CUDA C++ kernels do not exist yet: use triton on a GPU"
+        if _load("_cuda")[0] is None:
+            return (
+                f"{_load('_cuda')[1]}: install with torch for CUDA, its toolkit and "
+                "`pip install --no-build-isolation`, or use triton"
+            )
+        return None if torch.cuda.is_available() else "torch sees no NVIDIA GPU"
     if name == "triton":
         if importlib.util.find_spec("triton") is None:
             return "triton is not installed: pip install 'triton>=3.4'"
@@ -101,15 +107,15 @@ def kernels_for(device: torch.device, name: str | None) -> ModuleType | SimpleNa
         raise ValueError(
             "backend: 'triton' runs on GPU tensors (on CPU tensors only with TRITON_INTERPRET=1)"
         )
-    if name == "reference":
-        from . import reference
+    if name == "cuda" and device.type != "cuda":
+        raise ValueError(f"backend: 'cuda' runs on GPU tensors, got tensors on {device}")
+    return _dispatched() if name == "cpu" else importlib.import_module(f"id3_kernels.{name}")
 
-        return reference
-    if name == "triton":
-        from . import triton
 
-        return triton
-    return _dispatched()
+@functools.cache
+def for_gpu() -> ModuleType:
+    """The backend that calls on GPU tensors take: the CUDA kernels where they are built, else Triton."""
+    return importlib.import_module("id3_kernels." + ("cuda" if _why_not("cuda") is None else "triton"))
 
 
 def _dispatched() -> SimpleNamespace:

@@ -6,7 +6,6 @@ GPU need not be asked. The public functions check their arguments and return exa
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
@@ -79,29 +78,31 @@ FAKES: dict[str, Callable] = {
 # --- registration ----------------------------------------------------------------------------------
 
 
-def _on_triton(name: str) -> Callable:
-    """The Triton kernel, imported at the first call, so that importing id3_kernels stays light."""
+def _on_gpu(name: str) -> Callable:
+    """The CUDA or Triton kernel, imported at the first call, so that importing id3_kernels stays light."""
 
     def call(*args):
-        if _has_float64(args):
-            return getattr(reference, name)(*args)
-        return getattr(importlib.import_module("id3_kernels.triton"), name)(*args)
+        kernels = reference if _has_float64(args) else backend.for_gpu()
+        return getattr(kernels, name)(*args)
 
     return call
 
 
 def _has_float64(args: tuple) -> bool:
-    """Whether the tensors to work on are float64, which the Triton kernels leave to the reference."""
+    """Whether the tensors to work on are float64, which the GPU kernels leave to the reference."""
     tensors = [t for arg in args[:2] for t in (arg if isinstance(arg, list | tuple) else [arg])]
     return any(isinstance(t, Tensor) and t.dtype == torch.float64 for t in tensors)
 
 
 _library = torch.library.Library("id3", "DEF")  # lives as long as the module: dropping it unregisters the ops
+_cuda_library = torch.library.Library("id3_cuda", "DEF")  # implemented by csrc/cuda, called by cuda.py
+_has_gpu_kernels = any(map(importlib.util.find_spec, ("triton", "id3_kernels._cuda")))
 for _name, _schema in SCHEMAS.items():
     _library.define(_name + _schema)
+    _cuda_library.define(_name + _schema)
     _library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
-    if importlib.util.find_spec("triton") is not None:
-        _library.impl(_name, _on_triton(_name), "CUDA")
+    if _has_gpu_kernels:
+        _library.impl(_name, _on_gpu(_name), "CUDA")
     torch.library.register_fake(f"id3::{_name}", FAKES[_name], lib=_library)
 backend.native()  # registers the C++ kernels
 

@@ -75,14 +75,9 @@ class Update {
     if (a.master) master_ = a.master->template mutable_data_ptr<Value>();
     if (a.age) age_ = a.age->template mutable_data_ptr<int32_t>();
     step_ = a.step.template const_data_ptr<int64_t>();
+    scalars_ = adamw_scalars<Value>(a.lr, a.beta1, a.beta2, a.eps, a.weight_decay, a.maximize);
     scalars_.grad_scale = scalar(a.grad_scale);
     scalars_.clip = scalar(a.clip);
-    scalars_.sign = a.maximize ? Value(-1) : Value(1);
-    scalars_.decay = static_cast<Value>(1.0 - a.lr * a.weight_decay);
-    scalars_.one_minus_beta1 = static_cast<Value>(1.0 - a.beta1);
-    scalars_.beta2 = static_cast<Value>(a.beta2);
-    scalars_.one_minus_beta2 = static_cast<Value>(1.0 - a.beta2);
-    scalars_.eps = static_cast<Value>(a.eps);
     tabulate_ages();
   }
 

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import reference
-from ..entries import Entries, sort_keys
+from ..entries import Entries, sort_keys, write_back
 from . import launch
 from .launch import load_any, owners
 
@@ -82,7 +82,7 @@ def scatter_(tensors, offsets, indices, values):
         scatter_kernel, triton.cdiv(n, BLOCK), 4, device, launch.addresses(rows, device), owners(offsets, n),
         indices, values.contiguous().view(as_torch), n, len(rows), as_triton, BLOCK,
     )  # fmt: skip
-    launch.write_back(tensors, rows, offsets, indices)
+    write_back(tensors, rows, offsets, indices)
 
 
 def squared_norm(tensors, offsets, indices):

@@ -16,8 +16,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..entries import Entries
-
 TILE = tl.constexpr(256)
 ALIGNMENT_BYTES = 16  # of a vector load; a wrong promise to the compiler is a fault on the device
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -92,19 +90,6 @@ def check(*tensors: Tensor | None, float64: bool = False) -> None:
         if (t.device.type == "cpu") != INTERPRETED:
             where = "CPU tensors under TRITON_INTERPRET=1" if INTERPRETED else "GPU tensors"
             raise ValueError(f"triton backend: expected {where}, got a tensor on {t.device}")
-
-
-def write_back(tensors: list[Tensor], rows: list[Tensor], offsets: Tensor, indices: Tensor) -> None:
-    """Carry the entries from the row-major copies to the tensors; `rows[j] is tensors[j]` is no copy.
-
-    Synchronises if there is one.
-    """
-    if all(row is t for row, t in zip(rows, tensors, strict=True)):
-        return
-    for row, t, index in zip(rows, tensors, Entries(offsets, indices).lists(), strict=True):
-        if row is not t:
-            index = index.to(torch.int64)
-            t[torch.unravel_index(index, t.shape)] = row.view(-1)[index]
 
 
 # --- tables in device memory -------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..entries import write_back
 from . import launch
 from .launch import bfloat16_bits, load_any, owners
 
@@ -141,7 +142,7 @@ def _adamw(
         1 - lr * weight_decay, 1 - beta1, beta2, 1 - beta2, eps,
         compact, master is not None, age is not None, maximize, *(x is not None for x in scalars), block,
     )  # fmt: skip
-    launch.write_back(params, rows, offsets, indices)
+    write_back(params, rows, offsets, indices)
 
 
 def _bias_corrections(lr: float, beta1: float, beta2: float, steps: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,87 @@
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cstdint>
+
+// Kernels and launchers know no torch: raw pointers, sizes and a stream come in.
+namespace id3::cuda {
+
+constexpr int kWarp = 32;
+constexpr unsigned kWholeWarp = 0xffffffffu;
+constexpr int kThreads = 256;  // eight warps: enough to hide latency at any register count up to 64
+constexpr int kBlocksPerLaunch =
+    132 * 8;  // of kernels that stride over their work: what an H200 holds at once
+
+// Blocks for `items` pieces of work at one per thread, at most kBlocksPerLaunch: the kernel strides.
+inline unsigned blocks_for(int64_t items, int per_block = kThreads) {
+  const int64_t blocks = (items + per_block - 1) / per_block;
+  return static_cast<unsigned>(std::clamp<int64_t>(blocks, 1, kBlocksPerLaunch));
+}
+
+// The error of a launch stays with the runtime until the caller asks cudaGetLastError.
+template <class... Params, class... Args>
+void launch(void (*kernel)(Params...), unsigned blocks, int threads, cudaStream_t stream, Args... args) {
+  if (blocks == 0) return;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(blocks);
+  config.blockDim = dim3(threads);
+  config.stream = stream;
+  cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...);
+}
+
+#if defined(__CUDACC__) || defined(ID3_EMULATED_CUDA)
+
+__device__ inline int64_t thread_in_grid() {
+  return static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+}
+__device__ inline int64_t threads_in_grid() { return static_cast<int64_t>(gridDim.x) * blockDim.x; }
+
+// The first place in the ascending values[begin, end) whose value is not below `wanted`.
+template <class Value, class Wanted>
+__device__ inline int64_t lower_bound(const Value* values, int64_t begin, int64_t end, Wanted wanted) {
+  while (begin < end) {
+    const int64_t middle = (begin + end) / 2;
+    if (values[middle] < wanted)
+      begin = middle + 1;
+    else
+      end = middle;
+  }
+  return begin;
+}
+
+// Sum over the block of what the threads before this one have; `total` is that of all. Every thread of a
+// block of kThreads must call it.
+__device__ inline int64_t sum_before(int64_t value, int64_t& total) {
+  __shared__ int64_t sums[kThreads];
+  const int me = threadIdx.x;
+  sums[me] = value;
+  __syncthreads();
+  for (int distance = 1; distance < kThreads; distance *= 2) {
+    const int64_t below = me >= distance ? sums[me - distance] : 0;
+    __syncthreads();
+    sums[me] += below;
+    __syncthreads();
+  }
+  total = sums[kThreads - 1];
+  const int64_t before = sums[me] - value;
+  __syncthreads();
+  return before;
+}
+
+// True in every thread of the last block of a launch to come here; what the others wrote is visible to it.
+// `arrived` is 0 before the launch and again after it.
+__device__ inline bool is_last_block(unsigned* arrived) {
+  __shared__ bool last;
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) last = atomicInc(arrived, gridDim.x - 1) == gridDim.x - 1;
+  __syncthreads();
+  __threadfence();
+  return last;
+}
+
+#endif
+
+}  // namespace id3::cuda

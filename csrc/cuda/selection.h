@@ -1,0 +1,52 @@
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/layout.h"
+#include "cuda/tensors.h"
+#include "cuda/topk.h"
+#include "formulas/score.h"
+
+namespace id3::cuda {
+
+// All that is read: tensors cut into chunks, the rule of the score, the entries to leave out.
+struct Candidates {
+  const TensorRow* rows;
+  const Chunk* chunks;
+  int32_t n_chunks, chunk_length;
+  EntriesView active;
+  int64_t* chunk_active;  // [n_chunks + 1]: where in active.indices each chunk begins; written here
+  float eps;
+  double exp;
+  bool given;  // the gradients are the scores themselves
+};
+
+// The result, in the form of the op table: offsets [tensors + 1]; indices and scores [capacity].
+struct Selected {
+  int64_t* offsets;
+  int32_t* indices;
+  float* scores;
+  int64_t capacity;
+};
+
+// Device memory of one call. Few: maxima, tiles and keys; else they are null. slots: [capacity].
+struct SelectionWorkspace {
+  TopkWorkspace topk;
+  int32_t* maxima;   // [tiles of the layout]
+  int32_t* tiles;    // [capacity]: the listed tiles
+  int32_t* keys;     // [capacity · kTile]
+  int64_t* slots;    // [capacity]
+  int64_t* n_tiles;  // [1]
+  int64_t* n_slots;  // [1]
+};
+
+// Whether the maxima of the tiles are worth a pass: with many winners, most tiles would be scored again
+// anyway and the keys of the listed tiles would need memory like the model's.
+inline bool few_winners(int64_t capacity, int64_t tiles) { return capacity <= tiles / 64; }
+
+// The *k best entries outside `active`, at most `capacity` of them, ties to the lowest (tensor, index).
+// k lies in device memory. Issues kernels on the stream and nothing else.
+void select_topk(const Candidates& candidates, const int64_t* k, const SelectionWorkspace& workspace,
+                 const Selected& out, cudaStream_t stream);
+
+}  // namespace id3::cuda

@@ -1,0 +1,64 @@
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/launch.h"
+#include "formulas/low_precision.h"
+
+namespace id3::cuda {
+
+enum class DType : int32_t { float32, bfloat16, float16 };
+
+// One tensor of a list, row-major. An address of null: the tensor has no gradient.
+struct TensorRow {
+  void* param;
+  const void* grad;
+  DType param_dtype, grad_dtype;
+};
+
+// The active entries, or any set of them: tensor j owns indices[offsets[j] .. offsets[j + 1]).
+struct EntriesView {
+  const int64_t* offsets;
+  const int32_t* indices;
+  int32_t tensors;
+
+#if defined(__CUDACC__) || defined(ID3_EMULATED_CUDA)
+  __device__ int64_t count() const { return offsets[tensors]; }
+
+  // The tensor of the entry at `position`, which is below count().
+  __device__ int32_t owner(int64_t position) const {
+    return static_cast<int32_t>(lower_bound(offsets, 0, tensors + 1, position + 1)) - 1;
+  }
+#endif
+};
+
+// Copies rows[0, count) to device memory by way of kernel parameters: no host memory has to outlive the call,
+// no copy engine is waited for, and a captured graph carries them.
+void store_rows(const TensorRow* rows, int32_t count, TensorRow* device_rows, cudaStream_t stream);
+
+#if defined(__CUDACC__) || defined(ID3_EMULATED_CUDA)
+
+__device__ inline float load_as_float(const void* data, DType dtype, int64_t index) {
+  if (dtype == DType::float32) return static_cast<const float*>(data)[index];
+  const uint16_t bits = static_cast<const uint16_t*>(data)[index];
+  return dtype == DType::bfloat16 ? widen_bfloat16(bits) : widen_half(bits);
+}
+
+__device__ inline void store_float(void* data, DType dtype, int64_t index, float value) {
+  if (dtype == DType::float32)
+    static_cast<float*>(data)[index] = value;
+  else
+    static_cast<uint16_t*>(data)[index] =
+        dtype == DType::bfloat16 ? round_to_bfloat16(value) : round_to_half(value);
+}
+
+// value after a trip through dtype.
+__device__ inline float rounded(float value, DType dtype) {
+  if (dtype == DType::float32) return value;
+  return dtype == DType::bfloat16 ? widen_bfloat16(round_to_bfloat16(value))
+                                  : widen_half(round_to_half(value));
+}
+
+#endif
+
+}  // namespace id3::cuda

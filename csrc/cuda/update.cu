@@ -1,0 +1,43 @@
+#include "cuda/update.h"
+
+namespace id3::cuda {
+namespace {
+
+// The weight to update: the master, unless the parameter no longer is its rounding.
+__device__ __forceinline__ float weight_at(const Update& u, const TensorRow& row, int64_t index, int64_t at) {
+  const float stored = load_as_float(row.param, row.param_dtype, index);
+  if (u.master == nullptr || row.param_dtype == DType::float32) return stored;
+  const float master = u.master[at], back = rounded(master, row.param_dtype);
+  const bool same = back == stored || (back != back && stored != stored);
+  return same ? master : stored;
+}
+
+__global__ void adamw_kernel(Update u) {
+  if (u.found_inf && *u.found_inf != 0) return;
+  AdamWScalars<float> scalars = u.scalars;
+  if (u.grad_scale) scalars.grad_scale = *u.grad_scale;
+  if (u.clip) scalars.clip = *u.clip;
+  const int64_t n = u.entries.count();
+  for (int64_t at = thread_in_grid(); at < n; at += threads_in_grid()) {
+    const int32_t tensor = u.entries.owner(at);
+    const TensorRow row = u.rows[tensor];
+    if (u.values == nullptr && row.grad == nullptr) continue;
+    const int64_t index = u.entries.indices[at];
+    const float grad = u.values ? load_as_float(u.values, u.values_dtype, at)
+                                : load_as_float(row.grad, row.grad_dtype, index);
+    float weight = weight_at(u, row, index, at);
+    const int64_t s = min(u.age ? static_cast<int64_t>(++u.age[at]) : u.step[tensor], u.bias.longest);
+    adamw_entry(grad, weight, u.exp_avg[at], u.exp_avg_sq[at], static_cast<float>(u.lr / u.bias.unbiased[s]),
+                u.bias.root[s], scalars);
+    store_float(row.param, row.param_dtype, index, weight);
+    if (u.master && row.param_dtype != DType::float32) u.master[at] = weight;
+  }
+}
+
+}  // namespace
+
+void adamw(const Update& update, int64_t n, cudaStream_t stream) {
+  launch(adamw_kernel, blocks_for(n), kThreads, stream, update);
+}
+
+}  // namespace id3::cuda

@@ -1,0 +1,203 @@
+#pragma once
+
+// What csrc/cuda uses of CUDA, run by the host compiler: the real kernels, on a machine without a GPU.
+//
+// The threads of a block are coroutines on one host thread. They run one after another and change at
+// __syncthreads and at warp functions, so that every exchange between threads is the one CUDA promises; a
+// kernel that needs a barrier which it lacks sees stale values here, in the order of the threads or, with
+// `emulated::reverse`, in the opposite one. Not modelled: memory that lags between blocks, alignment faults,
+// time.
+
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <functional>
+#include <memory>
+#include <vector>
+
+#define ID3_EMULATED_CUDA 1
+#define __host__
+#define __device__
+#define __global__
+#define __forceinline__ inline
+#define __noinline__
+#define __launch_bounds__(...)
+#define __shared__ static
+
+struct dim3 {
+  unsigned x = 1, y = 1, z = 1;
+  dim3() = default;
+  explicit dim3(unsigned x) : x(x) {}
+};
+struct uint4 {
+  uint32_t x, y, z, w;
+};
+using cudaStream_t = void*;
+using cudaError_t = int;
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes = 0;
+  cudaStream_t stream = nullptr;
+};
+
+inline dim3 gridDim, blockDim, blockIdx, threadIdx;
+
+namespace emulated {
+
+inline bool reverse = false;
+
+class Block {
+ public:
+  Block(unsigned threads, std::function<void()> body) : body_(std::move(body)), fibers_(threads) {
+    current_ = this;
+    for (unsigned t = 0; t < threads; ++t) {
+      fibers_[t].stack.reset(new char[kStackBytes]);
+      getcontext(&fibers_[t].context);
+      fibers_[t].context.uc_stack.ss_sp = fibers_[t].stack.get();
+      fibers_[t].context.uc_stack.ss_size = kStackBytes;
+      fibers_[t].context.uc_link = &scheduler_;
+      makecontext(&fibers_[t].context, &Block::enter, 0);
+    }
+  }
+
+  void run() {
+    for (size_t done = 0; done < fibers_.size();) {
+      done = 0;
+      for (size_t i = 0; i < fibers_.size(); ++i) {
+        const unsigned t = reverse ? fibers_.size() - 1 - i : i;
+        if (!fibers_[t].done) {
+          threadIdx.x = running_ = t;
+          swapcontext(&scheduler_, &fibers_[t].context);
+        }
+        done += fibers_[t].done;
+      }
+    }
+  }
+
+  // Both return when all threads of the block, or of the running one's warp, that have not ended are here.
+  void meet_block() { meet(&Fiber::met_block, 0, fibers_.size()); }
+  void meet_warp() { meet(&Fiber::met_warp, running_ / 32 * 32, 32); }
+
+  unsigned running() const { return running_; }
+  unsigned threads() const { return fibers_.size(); }
+  static Block& current() { return *current_; }
+  uint64_t exchange[32][32];  // by warp and lane
+
+ private:
+  static constexpr size_t kStackBytes = 64 << 10;
+  struct Fiber {
+    ucontext_t context;
+    std::unique_ptr<char[]> stack;
+    uint64_t met_block = 0, met_warp = 0;
+    bool done = false;
+  };
+
+  void meet(uint64_t Fiber::* met, size_t first, size_t count) {
+    const uint64_t round = ++(fibers_[running_].*met);
+    const auto all_here = [&] {
+      for (size_t t = first; t < std::min(first + count, fibers_.size()); ++t)
+        if (!fibers_[t].done && fibers_[t].*met < round) return false;
+      return true;
+    };
+    while (!all_here()) yield();
+  }
+
+  void yield() {
+    const unsigned t = running_;
+    swapcontext(&fibers_[t].context, &scheduler_);
+    threadIdx.x = running_ = t;
+  }
+
+  static void enter() {
+    Block& block = *current_;
+    block.body_();
+    block.fibers_[block.running_].done = true;
+  }
+
+  inline static Block* current_ = nullptr;
+  std::function<void()> body_;
+  std::vector<Fiber> fibers_;
+  ucontext_t scheduler_;
+  unsigned running_ = 0;
+};
+
+// Every lane's value, once all lanes of the warp have given theirs.
+template <class Value, class Use>
+auto with_warp(Value mine, const Use& use) {
+  Block& block = Block::current();
+  const unsigned warp = block.running() / 32, lane = block.running() % 32;
+  block.exchange[warp][lane] = static_cast<uint64_t>(mine);
+  block.meet_warp();
+  const auto result = use(block.exchange[warp], std::min(32u, block.threads() - warp * 32));
+  block.meet_warp();
+  return result;
+}
+
+}  // namespace emulated
+
+template <class... Params, class... Args>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params...), Args... args) {
+  gridDim = config->gridDim;
+  blockDim = config->blockDim;
+  for (unsigned i = 0; i < gridDim.x; ++i) {
+    blockIdx.x = emulated::reverse ? gridDim.x - 1 - i : i;
+    emulated::Block(blockDim.x, [&] { kernel(args...); }).run();
+  }
+  return 0;
+}
+
+inline void __syncthreads() { emulated::Block::current().meet_block(); }
+inline void __threadfence() {}
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+inline int __ffs(int bits) { return __builtin_ffs(bits); }
+
+inline int __reduce_max_sync(unsigned, int value) {
+  return emulated::with_warp(value, [](const uint64_t* lanes, unsigned n) {
+    return *std::max_element(reinterpret_cast<const int64_t*>(lanes),
+                             reinterpret_cast<const int64_t*>(lanes) + n);
+  });
+}
+
+template <class T>
+T atomicAdd(T* address, T value) {
+  const T old = *address;
+  *address += value;
+  return old;
+}
+inline unsigned atomicOr(unsigned* address, unsigned value) {
+  const unsigned old = *address;
+  *address |= value;
+  return old;
+}
+inline unsigned atomicInc(unsigned* address, unsigned limit) {
+  const unsigned old = *address;
+  *address = old >= limit ? 0 : old + 1;
+  return old;
+}
+
+// A load of 16 bytes from an address that is no multiple of 16 is a fault on a GPU.
+inline uint4 __ldcs(const uint4* address) {
+  if (reinterpret_cast<uintptr_t>(address) % 16) {
+    std::fprintf(stderr, "misaligned 16-byte load\n");
+    std::abort();
+  }
+  uint4 value;
+  __builtin_memcpy(&value, address, 16);
+  return value;
+}
+
+using std::fabs;
+inline float fabsf(float x) { return std::fabs(x); }
+template <class T>
+T min(T a, T b) {
+  return b < a ? b : a;
+}
+template <class T>
+T max(T a, T b) {
+  return a < b ? b : a;
+}

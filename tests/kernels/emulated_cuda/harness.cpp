@@ -1,0 +1,134 @@
+// The launchers of csrc/cuda as C functions, for ctypes. All pointers are host memory.
+
+#include <vector>
+
+#include "cuda/delta.h"
+#include "cuda/layout.h"
+#include "cuda/score.h"
+#include "cuda/selection.h"
+#include "cuda/update.h"
+
+using namespace id3::cuda;
+
+extern "C" {
+
+void set_reverse(int reverse) { emulated::reverse = reverse; }
+
+void d3_score_emulated(const TensorRow* row, int64_t numel, float eps, double exp, float* scores) {
+  d3_score(*row, numel, eps, exp, scores, nullptr);
+}
+
+// Returns 1 if the maxima of tiles were used, 0 if all keys were read in every round.
+int select_topk_emulated(const TensorRow* rows, const int64_t* numels, int32_t tensors,
+                         const int64_t* offsets, const int32_t* indices, int64_t k, int64_t capacity,
+                         float eps, double exp, int given, int64_t* out_offsets, int32_t* out_indices,
+                         float* out_scores) {
+  const Layout layout = cut_into_chunks({numels, numels + tensors});
+  std::vector<TensorRow> stored(tensors);
+  store_rows(rows, tensors, stored.data(), nullptr);
+  const int64_t n = std::max(layout.slots(), capacity * kTile);
+  std::vector<int64_t> chunk_active(layout.chunks.size() + 1), slots(capacity + 1);
+  std::vector<int32_t> maxima(layout.tiles() + 1), tiles(capacity + 1), keys(capacity * kTile + 1);
+  std::vector<unsigned> histogram(kBins);
+  std::vector<BlockCount> counts(topk_blocks(n) + 1);
+  TopkState state{};
+  int64_t n_tiles = -1, n_slots = -1;
+  const Candidates candidates{stored.data(),
+                              layout.chunks.data(),
+                              static_cast<int32_t>(layout.chunks.size()),
+                              layout.chunk_length,
+                              {offsets, indices, tensors},
+                              chunk_active.data(),
+                              eps,
+                              exp,
+                              given != 0};
+  const SelectionWorkspace workspace{{&state, histogram.data(), counts.data()},
+                                     maxima.data(),
+                                     tiles.data(),
+                                     keys.data(),
+                                     slots.data(),
+                                     &n_tiles,
+                                     &n_slots};
+  select_topk(candidates, &k, workspace, {out_offsets, out_indices, out_scores, capacity}, nullptr);
+  for (const unsigned bin : histogram)
+    if (bin) return -1;  // the next call relies on it
+  if (state.arrived || state.threshold || state.all) return -2;
+  return few_winners(capacity, layout.tiles());
+}
+
+// Writes {offset, tensor, length} of each chunk and returns how many there are; chunks may be null to count.
+int64_t cut_into_chunks_emulated(const int64_t* numels, int32_t tensors, int64_t* chunks,
+                                 int32_t* chunk_length) {
+  const Layout layout = cut_into_chunks({numels, numels + tensors});
+  *chunk_length = layout.chunk_length;
+  for (size_t i = 0; chunks && i < layout.chunks.size(); ++i) {
+    chunks[3 * i] = layout.chunks[i].offset;
+    chunks[3 * i + 1] = layout.chunks[i].tensor;
+    chunks[3 * i + 2] = layout.chunks[i].length;
+  }
+  return layout.chunks.size();
+}
+
+int64_t blocks_for_emulated(int64_t items, int per_block) { return blocks_for(items, per_block); }
+
+void gather_emulated(const TensorRow* rows, int32_t tensors, const int64_t* offsets, const int32_t* indices,
+                     int64_t n, int item_bytes, void* values) {
+  gather(rows, {offsets, indices, tensors}, n, item_bytes, values, nullptr);
+}
+
+void scatter_emulated(const TensorRow* rows, int32_t tensors, const int64_t* offsets, const int32_t* indices,
+                      int64_t n, int item_bytes, const void* values) {
+  scatter(rows, {offsets, indices, tensors}, n, item_bytes, values, nullptr);
+}
+
+double squared_norm_emulated(const TensorRow* rows, int32_t tensors, const int64_t* offsets,
+                             const int32_t* indices, int64_t n) {
+  std::vector<double> sums((n + kSumBlock - 1) / kSumBlock + 1);
+  double sum = -1;
+  squared_norm(rows, {offsets, indices, tensors}, n, sums.data(), &sum, nullptr);
+  return sum;
+}
+
+// arrays: n_arrays pointers to memory for capacity items of item_bytes each.
+void join_emulated(void** arrays, const int32_t* item_bytes, int32_t n_arrays, int64_t capacity,
+                   int64_t* offsets, int32_t tensors, const int64_t* b_offsets, const int32_t* b_indices,
+                   int64_t n_added, int64_t* positions) {
+  Join args{};
+  std::vector<std::vector<char>> scratch;
+  for (int32_t a = 0; a < n_arrays; ++a) {
+    scratch.emplace_back(capacity * item_bytes[a]);
+    args.arrays[a] = {arrays[a], scratch.back().data(), item_bytes[a]};
+  }
+  args.n_arrays = n_arrays;
+  args.offsets = offsets;
+  args.added = {b_offsets, b_indices, tensors};
+  args.positions = positions;
+  args.n_held = capacity;
+  args.n_added = n_added;
+  join(args, nullptr);
+}
+
+void adamw_emulated(const TensorRow* rows, int32_t tensors, const int64_t* offsets, const int32_t* indices,
+                    int64_t n, const void* values, int32_t values_dtype, float* exp_avg, float* exp_avg_sq,
+                    float* master, int32_t* age, const int64_t* step, double lr, double beta1, double beta2,
+                    double eps, double weight_decay, int maximize, const float* grad_scale,
+                    const float* found_inf, const float* clip) {
+  constexpr int64_t kLongest = 5000;
+  std::vector<double> unbiased(kLongest + 1, 1.0);
+  std::vector<float> root(kLongest + 1, 1.0f);
+  for (int64_t s = 1; s <= kLongest; ++s) {
+    unbiased[s] = 1.0 - std::pow(beta1, static_cast<double>(s));
+    root[s] = static_cast<float>(std::sqrt(1.0 - std::pow(beta2, static_cast<double>(s))));
+  }
+  Update u{rows,       {offsets, indices, tensors},
+           values,     static_cast<DType>(values_dtype),
+           exp_avg,    exp_avg_sq,
+           master,     age,
+           step,       {unbiased.data(), root.data(), kLongest},
+           lr,         id3::adamw_scalars(lr, beta1, beta2, eps, weight_decay, maximize != 0),
+           grad_scale, found_inf,
+           clip};
+  adamw(u, n, nullptr);
+}
+
+}  // extern "C"
