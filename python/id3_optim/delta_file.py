@@ -42,7 +42,7 @@ VALUE_DTYPES = [dtype for dtype in _STORED.values() if dtype.is_floating_point]
 _FORMS = [{"dense"}, {"indices", "values"}, {"gaps", "values"}]  # originals may stand beside values
 
 
-Layout = dict[str, dict[str, tuple[torch.dtype, tuple[int, ...]]]]  # name → part → its dtype and shape
+Parts = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # part of a parameter → its dtype and shape
 
 
 class DeltaError(ValueError):
@@ -156,6 +156,8 @@ def read(path: str | os.PathLike) -> Contents:
         stored = _json(raw_header.decode("utf-8", "replace"), "the header")
         head = _head(stored)
         layout = _layout(stored, size - 8 - len(raw_header))
+        for name, parts in layout.items():
+            _check_form(name, parts)
         shapes = dict(zip(sorted(layout), _shapes(head, len(layout)), strict=True))
         for name, parts in layout.items():
             _check_parts(name, parts, shapes[name])
@@ -233,8 +235,8 @@ def _is_shape(shape: Any) -> bool:
     return all(type(d) is int and 0 <= d < 2**31 for d in shape) and math.prod(shape) < 2**31
 
 
-def _layout(stored: dict[str, Any], body_bytes: int) -> Layout:
-    """dtype and shape of every stored tensor; together they must fill the body exactly."""
+def _layout(stored: dict[str, Any], body_bytes: int) -> dict[str, Parts]:
+    """The parts of every parameter, by its name; together they must fill the body exactly."""
     layout, total = {}, 0
     for key, entry in stored.items():
         if key == "__metadata__":
@@ -250,17 +252,15 @@ def _layout(stored: dict[str, Any], body_bytes: int) -> Layout:
     return layout
 
 
-def _check_parts(
-    name: str, parts: dict[str, tuple[torch.dtype, tuple[int, ...]]], shape: tuple[int, ...]
-) -> None:
-    """A parameter has the parts of one form and no others, each of the right dtype and shape."""
-    fits = set(parts) in _FORMS or (set(parts) - {"originals"} in _FORMS[1:])
-    _require(
-        fits,
-        name or "delta file",
-        "indices or gaps, values and perhaps originals, or dense",
-        " and ".join(parts),
-    )
+def _check_form(name: str, parts: Parts) -> None:
+    """A parameter has the parts of one form and no others."""
+    fits = set(parts) in _FORMS or set(parts) - {"originals"} in _FORMS[1:]
+    expected = "indices or gaps, values and perhaps originals, or dense"
+    _require(fits, name or "delta file", expected, " and ".join(parts))
+
+
+def _check_parts(name: str, parts: Parts, shape: tuple[int, ...]) -> None:
+    """Each part of a parameter is of the right dtype and shape."""
     dtype, kept = parts.get("values", parts.get("dense"))
     key = f"{name}.{'dense' if 'dense' in parts else 'values'}"
     _require(dtype in VALUE_DTYPES, key, "floating-point numbers", dtype)
@@ -277,7 +277,7 @@ def _check_parts(
             _require((found, size) == expected[part], f"{name}.{part}", wanted, (found, size))
 
 
-def _change(name: str, parts: dict[str, Any], shape: tuple[int, ...], tensors: dict[str, Tensor]) -> Change:
+def _change(name: str, parts: Parts, shape: tuple[int, ...], tensors: dict[str, Tensor]) -> Change:
     if "dense" in parts:
         return Change(shape, tensors[f"{name}.dense"].dtype, None, tensors[f"{name}.dense"])
     values, originals = tensors[f"{name}.values"], tensors.get(f"{name}.originals")
