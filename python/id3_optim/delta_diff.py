@@ -60,6 +60,8 @@ def _tensors(model: Model) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for name, tensor in model.items():
         plain = ".".join(part for part in name.split(".")[wrapped:] if part != "_orig_mod")
+        if not isinstance(tensor, Tensor):
+            raise DeltaError(f"{name}: expected a tensor, got {type(tensor).__name__}")
         if plain in found:
             raise DeltaError(f"{plain}: expected one tensor of this name in the mapping, got two")
         found[plain] = tensor.detach()

@@ -1,5 +1,7 @@
 """Taking deltas off again: bit for bit, in order, and never by mistake."""
 
+import copy
+
 import pytest
 import torch
 from hand_trained import BITS, Net, bits, same, train_by_hand
@@ -68,6 +70,25 @@ def test_revert_works_once(path):
     assert (model.conv.weight == 3.0).all()
 
 
+def tuned_delta(path, model, seed=1, **options):
+    """The delta of a training that starts where `model` stands; `model` itself stays as it is."""
+    tuned = copy.deepcopy(model)
+    save_delta(path, tuned, train_by_hand(tuned, seed=seed), **options)
+    return load_delta(path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_thousand_times_with_tied_and_strided_weights(path, dtype):
+    model = Net(dtype)
+    assert model.output.weight is model.embed.weight and not model.across.is_contiguous()
+    before, delta = bits(model), tuned_delta(path, model)
+    for _ in range(500):
+        delta.apply(model).revert()
+        with delta.applied(model):
+            pass
+    assert same(bits(model), before)
+
+
 def test_hot_swap_ends_with_the_base_even_after_an_error(path):
     tuned, model = Net(), Net()
     base = bits(model)
@@ -78,16 +99,108 @@ def test_hot_swap_ends_with_the_base_even_after_an_error(path):
     assert same(bits(model), base)
 
 
+def test_what_a_block_trained_on_the_entries_is_lost_and_said(path):
+    model = Net()
+    base, delta = bits(model), tuned_delta(path, model)
+    with (
+        pytest.warns(UserWarning, match="scale: changed while the delta was on") as warned,
+        delta.applied(model),
+        torch.no_grad(),
+    ):
+        model.scale.add_(1.0)
+    assert same(bits(model), base) and warned[0].filename == __file__
+    frozen = next(i for i in range(20 * 6) if i not in delta.changes["embed.weight"].indices.tolist())
+    with delta.applied(model), torch.no_grad():
+        model.embed.weight.view(-1)[frozen] = 5.0
+    assert model.embed.weight.view(-1)[frozen] == 5.0
+    with pytest.raises(KeyError), pytest.warns(UserWarning, match="scale: changed"), delta.applied(model):
+        model.scale.data.add_(1.0)
+        raise KeyError
+    model.embed.weight.data.view(-1)[frozen] = Net().embed.weight.view(-1)[frozen]
+    assert same(bits(model), base)
+
+
 def test_stacked_deltas_come_off_in_reverse_order(tmp_path):
     model = Net()
-    states = [bits(model)]
-    undos = []
+    states, undos = [bits(model)], []
     for seed in (1, 2, 3):
-        tuned = Net()
-        tuned.load_state_dict(model.state_dict())
-        save_delta(tmp_path / str(seed), tuned, train_by_hand(tuned, seed=seed))
-        undos.append(load_delta(tmp_path / str(seed)).apply(model))
+        undos.append(tuned_delta(tmp_path / str(seed), model, seed).apply(model))
         states.append(bits(model))
     for undo, state in zip(reversed(undos), reversed(states[:-1]), strict=True):
         undo.revert()
         assert same(bits(model), state)
+
+
+def test_the_wrong_order_is_refused_and_nothing_changes(tmp_path):
+    model = Net()
+    base = bits(model)
+    first = tuned_delta(tmp_path / "a", model, 1).apply(model)
+    second = tuned_delta(tmp_path / "b", model, 2).apply(model)
+    both = bits(model)
+    with pytest.raises(DeltaError, match="expected the values that this delta wrote, got others"):
+        first.revert()
+    assert same(bits(model), both)
+    second.revert()
+    first.revert()
+    assert same(bits(model), base)
+
+
+def test_deltas_that_share_nothing_come_off_in_any_order(tmp_path):
+    model = Net()
+    base = bits(model)
+    deltas = [tuned_delta(tmp_path / "a", model) for _ in range(2)]
+    names = sorted(deltas[0].changes)
+    for name in names[::2]:
+        del deltas[0].changes[name]
+    for name in names[1::2]:
+        del deltas[1].changes[name]
+    first, second = (delta.apply(model, strict=False) for delta in deltas)
+    first.revert()
+    second.revert()
+    assert same(bits(model), base)
+
+
+def test_training_on_top_is_noticed_and_can_be_overridden(path):
+    model = Net()
+    base = bits(model)
+    undo = tuned_delta(path, model).apply(model)
+    with torch.no_grad():
+        model.conv.bias.add_(1.0)
+    trained = bits(model)
+    with pytest.raises(
+        DeltaError, match=r"conv\.bias: expected the values that this delta wrote, got others"
+    ):
+        undo.revert()
+    assert same(bits(model), trained)
+    undo.revert(strict=False)
+    changed = {name for name, value in bits(model).items() if not torch.equal(value, base[name])}
+    assert changed == {"conv.bias"}  # the entries beside the delta's keep what training did
+    undo.revert()
+
+
+def test_a_whole_parameter_that_changed_is_noticed(path):
+    model = Net()
+    undo = tuned_delta(path, model).apply(model)
+    with torch.no_grad():
+        model.head.weight[0, 0] = -0.0 if model.head.weight[0, 0] != 0 else 1.0
+    with pytest.raises(DeltaError, match=r"head\.weight: expected the values that this delta wrote"):
+        undo.revert()
+
+
+def test_a_replaced_parameter_is_found_by_its_name(path):
+    model = Net()
+    base, undo = bits(model), tuned_delta(path, model).apply(model)
+    model.conv.bias = nn.Parameter(model.conv.bias.detach().clone())
+    undo.revert()
+    assert same(bits(model), base)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_model_in_another_dtype_is_refused_even_when_told(path, strict):
+    model = Net()
+    undo = tuned_delta(path, model).apply(model)
+    model.half()
+    kept = bits(model)
+    with pytest.raises(DeltaError, match=r"expected a parameter of torch.float32 .*, got torch.float16"):
+        undo.revert(strict=strict)
+    assert same(bits(model), kept)
