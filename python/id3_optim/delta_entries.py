@@ -60,6 +60,8 @@ def find(model: nn.Module, changes: Mapping[str, Change], strict: bool) -> dict[
         if (tuple(param.shape), param.dtype) != (change.shape, change.dtype):
             expected, got = f"{change.dtype} {change.shape}", f"{param.dtype} {tuple(param.shape)}"
             raise DeltaError(f"{name}: expected a parameter of {expected}, got {got}")
+        if any(size > 1 and step == 0 for size, step in zip(param.shape, param.stride(), strict=True)):
+            raise DeltaError(f"{name}: expected memory for each entry, got an expanded tensor")
         if id(param) in owner:
             raise DeltaError(f"{name}: expected a tensor of its own, got the one of {owner[id(param)]}")
         found[name], owner[id(param)] = Patch(param, change.indices, change.values), name

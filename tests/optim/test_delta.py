@@ -114,6 +114,10 @@ def break_device(model):
     model.conv.to("meta")
 
 
+def break_memory(model):
+    model.across = nn.Parameter(torch.zeros(1, 7).expand(4, 7))
+
+
 def break_base(model):
     with torch.no_grad():
         model.conv.bias.add_(1e-3)
@@ -132,6 +136,7 @@ def break_base(model):
         (break_type, "scale: expected a plain dense tensor, got Odd, which is not supported", False),
         (break_kind, "scale: expected a plain dense tensor, got torch.int8, which is not supported", False),
         (break_device, r"conv.\w+: expected a tensor with values, got one on the meta device", False),
+        (break_memory, "across: expected memory for each entry, got an expanded tensor", False),
         (break_base, r"model: expected the base with fingerprint \w{16}, got \w{16}", True),
     ],
 )
@@ -213,7 +218,7 @@ def test_fingerprint_is_the_written_hash(monkeypatch):
             range(3, 13, 2), values.view(BITS[values.element_size()]).tolist(), strict=True
         ):
             expected += mix(mix(key + index * increment & mask) ^ (pattern & mask))
-    monkeypatch.setattr(delta_fingerprint, "SLICE", 2)
+    monkeypatch.setattr(delta_fingerprint, "_SLICE", 2)
     assert (
         delta_fingerprint.fingerprint(rows) == expected % 2**64 == 0x1AA6E45CA0975679
     )  # part of the file format

@@ -99,6 +99,22 @@ def test_hot_swap_ends_with_the_base_even_after_an_error(path):
     assert same(bits(model), base)
 
 
+def test_nested_blocks(tmp_path, recwarn):
+    """Two deltas of one base that share entries: the inner one wins inside, each block ends as it began."""
+    model = Net()
+    base = bits(model)
+    first, second = tuned_delta(tmp_path / "a", model, 1), tuned_delta(tmp_path / "b", model, 2)
+    with first.applied(model):
+        outer = bits(model)
+        with pytest.raises(DeltaError, match="expected the base with fingerprint"), second.applied(model):
+            raise AssertionError
+        with second.applied(model, strict=False):
+            assert not same(bits(model), outer)
+        assert same(bits(model), outer)
+    assert same(bits(model), base)
+    assert not [warning for warning in recwarn if issubclass(warning.category, UserWarning)]
+
+
 def test_what_a_block_trained_on_the_entries_is_lost_and_said(path):
     model = Net()
     base, delta = bits(model), tuned_delta(path, model)
