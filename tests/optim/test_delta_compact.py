@@ -1,5 +1,7 @@
 """The compact form: gaps in LEB128, as checked as plain indices; and how large files are."""
 
+import random
+
 import pytest
 import safetensors.torch
 import torch
@@ -54,6 +56,25 @@ def test_gaps_round_trip(monkeypatch, block_bytes):
 def test_no_gaps():
     coded = delta_gaps.encode(torch.empty(0, dtype=torch.int32))
     assert coded.numel() == 0 and delta_gaps.decode(coded, 0).numel() == 0
+
+
+def test_random_bytes_are_refused_or_are_what_encode_writes(monkeypatch):
+    """One form for each set of indices: whatever decodes encodes to the same bytes."""
+    monkeypatch.setattr(delta_gaps, "_BLOCK_BYTES", 7)
+    accepted = 0
+    for seed in range(3000):
+        rng = random.Random(seed)
+        stored = bytes(
+            rng.choice((0, 1, 127, 128, 129, 255, rng.randrange(256))) for _ in range(rng.randrange(12))
+        )
+        count = sum(byte < 128 for byte in stored) + (rng.random() < 0.1)
+        try:
+            indices = delta_gaps.decode(torch.tensor(list(stored), dtype=torch.uint8), count)
+        except ValueError:
+            continue
+        accepted += 1
+        assert bytes(delta_gaps.encode(indices).tolist()) == stored
+    assert 500 < accepted < 2500
 
 
 @pytest.mark.parametrize("originals", [False, True])
