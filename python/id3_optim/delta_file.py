@@ -114,9 +114,9 @@ def _sync_directory(directory: Path) -> None:
 
 def _remove_stale(target: Path) -> None:
     """Removes what killed writers of this file left. Ages are differences of the file system's own clock."""
-    newest = target.stat().st_mtime
     pattern = re.compile(re.escape(f".{target.name}.") + "[0-9a-f]{16}" + re.escape(".partial"))
     with contextlib.suppress(OSError), os.scandir(target.parent) as listing:
+        newest = target.stat().st_mtime
         for entry in listing:
             if pattern.fullmatch(entry.name) and newest - entry.stat().st_mtime > _STALE_SECONDS:
                 os.unlink(entry.path)
