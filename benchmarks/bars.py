@@ -27,8 +27,8 @@ class Results:
         self.rows, self.memory = rows, memory
 
     def row(self, kind: str, model: str, **wanted) -> dict | None:
-        if kind == "growth":
-            wanted = {"model": model}
+        if kind in ("growth", "delta"):
+            wanted = {"model": model, **wanted}
         else:
             wanted = {**asdict(Case(model)), **wanted}
             del wanted["rivals"]
@@ -50,6 +50,11 @@ class Results:
         medians = {name: method["median_ms"] for name, method in row["methods"].items()}
         growing = sum(medians[f"{part}_{point}"] for part in parts for point in range(POINTS))
         return growing / POINTS / medians["static"]
+
+    def delta_ms(self, what: str, dtype: str) -> float | None:
+        """Median milliseconds to apply or revert a delta on the large model."""
+        row = self.row("delta", LARGE, dtype=dtype)
+        return None if row is None else row["methods"][what]["median_ms"]
 
     def step_memory(self, model: str) -> float | None:
         """Peak bytes of a step over the bound on them."""
@@ -86,6 +91,10 @@ def measured_bars(results: Results) -> list[Bar]:
     bars.append(Bar(f"{five}, |Λ| = B, {LARGE}", 1.0, results.ratio("adamw", LARGE, budget=0.05, active=1.0)))
     bars.append(Bar("increment / static, update alone", 0.55, results.growth(("update",))))
     bars.append(Bar("increment / static, update and join", 0.65, results.growth(("update", "join"))))
+    for what in ("apply", "revert"):
+        for dtype in ("float32", "bfloat16"):
+            label = f"{what} a delta of 320K entries, ms, {dtype}, {LARGE}"
+            bars.append(Bar(label, 30.0, results.delta_ms(what, dtype)))
     for model in MODELS:
         bars.append(Bar(f"peak memory of a step / bound, {model}", 1.0, results.step_memory(model)))
         bf16 = results.ratio("id3_float32", model, dtype="bfloat16")

@@ -2,6 +2,8 @@
 
 from .changes import WeightPatch, weight_patches
 from .delta import Delta, DeltaError, load_delta, save_delta
+from .delta_diff import diff
+from .delta_merge import merge
 from .heuristics import D3, Bias, Fisher, Magnitude, Random, fisher_scores
 from .optimizer import ID3AdamW
 from .series import DeltaSeries
@@ -18,9 +20,11 @@ __all__ = [
     "Magnitude",
     "Random",
     "WeightPatch",
+    "diff",
     "fisher_scores",
     "load_delta",
     "load_toolkit_summary",
+    "merge",
     "save_delta",
     "weight_patches",
 ]

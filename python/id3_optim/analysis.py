@@ -1,12 +1,13 @@
 """Where the budget went: allocation by layer and role, tensor sparsity, sparsity entropy (paper, section 6),
 and plots.
 
-All of it reads `optimizer.touched()`, the entries that training may have changed, in O(|Λ| + M). Dense groups
-do not count. matplotlib is imported by the plots alone.
+All of it reads `optimizer.touched()`, the entries that training may have changed, in O(|Λ| + M), or those
+of a delta. What is trained or stored whole does not count. matplotlib is imported by the plots alone.
 """
 
 import math
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -74,10 +75,19 @@ class Allocation(NamedTuple):
 def allocation(model: torch.nn.Module, optimizer) -> Allocation:
     """Active entries by role and layer (paper, figure 7). What `model` does not hold counts as "other"."""
     names = {id(p): name for name, p in model.named_parameters()}
-    counted = [
-        (locate(names.get(id(param), "")), len(indices), param.numel())
-        for param, indices, _ in optimizer.touched()
-    ]
+    touched = optimizer.touched()
+    return allocate((names.get(id(param), ""), len(rows), param.numel()) for param, rows, _ in touched)
+
+
+def delta_allocation(delta) -> Allocation:
+    """A delta's entries by role and layer; `entries` counts the parameters that the delta has entries of."""
+    changes = delta.changes.items()
+    return allocate((n, len(c.indices), math.prod(c.shape)) for n, c in changes if c.indices is not None)
+
+
+def allocate(counts: Iterable[tuple[str, int, int]]) -> Allocation:
+    """Sums (parameter name, active entries, all entries) by role and layer."""
+    counted = [(locate(name), n_active, n_entries) for name, n_active, n_entries in counts]
     layers = sorted(
         {place.layer for place, _, _ in counted}, key=lambda layer: -1 if layer is None else layer
     )
@@ -89,6 +99,20 @@ def allocation(model: torch.nn.Module, optimizer) -> Allocation:
         active[cell] += n_active
         entries[cell] += n_entries
     return Allocation(roles, layers, active, entries)
+
+
+def allocation_table(allocated: Allocation) -> list[str]:
+    """Lines of text: layers as rows, roles as columns, with totals; nothing where no parameter is."""
+    by_layer = zip(allocated.active.T.tolist(), allocated.entries.T.tolist(), strict=True)
+    cells = [[f"{n:,}" if size else "" for n, size in zip(*row, strict=True)] for row in by_layer]
+    names = ["–" if layer is None else str(layer) for layer in allocated.layers]
+    of_layers = [f"{total:,}" for total in allocated.active.sum(0).tolist()]
+    of_roles = [f"{total:,}" for total in allocated.active.sum(1).tolist()]
+    rows = [["layer", *allocated.roles, "all"]]
+    rows += [[name, *row, total] for name, row, total in zip(names, cells, of_layers, strict=True)]
+    rows += [["all", *of_roles, f"{int(allocated.active.sum()):,}"]]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
 
 
 def tensor_sparsity(optimizer) -> float:
@@ -194,5 +218,31 @@ def save_plots(path: str | Path, curves: dict[str, list[dict]], model: torch.nn.
     if selective:
         plot_allocation(panels[1], allocation(model, optimizer))
         plot_spread(panels[2], next(iter(curves.values())))
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
+def save_allocation(path: str | Path, allocated: Allocation, title: str) -> None:
+    """Writes one PNG: the heat map by role and layer, totals of layers above it and of roles beside it."""
+    from matplotlib.figure import Figure
+
+    columns, rows = max(len(allocated.layers), 1), max(len(allocated.roles), 1)
+    figure = Figure(figsize=(4.5 + 0.5 * columns, 2.5 + 0.4 * rows), layout="constrained", dpi=130)
+    ratios = {"width_ratios": [columns, 3.5], "height_ratios": [2.5, rows]}
+    (above, corner), (middle, beside) = figure.subplots(2, 2, sharex="col", sharey="row", gridspec_kw=ratios)
+    corner.remove()
+    plot_allocation(middle, allocated, "")
+    middle.set_title("")
+    share = 100.0 * allocated.share()
+    layers = above.bar(range(len(allocated.layers)), share.sum(0).numpy(), color="tab:blue", width=0.7)
+    roles = beside.barh(range(len(allocated.roles)), share.sum(1).numpy(), color="tab:blue", height=0.7)
+    for axes, bars, side in ((above, layers, "bottom"), (beside, roles, "left")):
+        axes.bar_label(bars, fmt="%.1f", padding=2, fontsize=8)
+        axes.spines[:].set_visible(False)
+        axes.spines[side].set_visible(True)
+        axes.tick_params(length=0, labelleft=False, labelbottom=False)
+    above.margins(y=0.2)
+    beside.margins(x=0.25)
+    figure.suptitle(f"{title}: % of {int(allocated.active.sum()):,} changed entries", fontsize=11)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)

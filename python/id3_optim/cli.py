@@ -1,4 +1,4 @@
-"""The command `id3-optim`: train, inspect, apply, revert, env.
+"""The command `id3-optim`: train, inspect, apply, revert, merge, diff, env.
 
 What a user got wrong (a file, a column, a number) ends in one line on stderr and exit code 2; `--debug` shows
 where.
@@ -7,13 +7,14 @@ where.
 import argparse
 import csv
 import importlib.metadata
-import importlib.util
-import json
 import math
 import os
 import platform
 import sys
 from pathlib import Path
+
+from . import cli_delta
+from .extras import require
 
 
 def budget(text: str) -> int | float:
@@ -35,24 +36,10 @@ def parser() -> argparse.ArgumentParser:
     main.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = main.add_subparsers(dest="command", required=True, metavar="command")
     add_train(commands.add_parser("train", help="fine-tune a model", formatter_class=Defaults))
-    add_rewrite(commands, "apply", "write the model that a sparse delta and its base make")
-    add_rewrite(commands, "revert", "write the base again from a tuned model and a delta with originals")
-    inspect = commands.add_parser("inspect", help="check a sparse delta and say what it holds")
-    inspect.add_argument("delta", help="delta file, or the output directory of `train --delta-only`")
-    inspect.add_argument("--json", action="store_true", help="as JSON")
-    inspect.set_defaults(run=run_inspect)
+    cli_delta.add_commands(commands)
     env = commands.add_parser("env", help="versions, and which backends can run here")
     env.set_defaults(run=run_env)
     return main
-
-
-def add_rewrite(commands, name: str, help: str) -> None:
-    command = commands.add_parser(name, help=help)
-    command.add_argument("delta", help="delta file, or the output directory of `train --delta-only`")
-    source = "the base" if name == "apply" else "the tuned model"
-    command.add_argument("--model", required=True, help=f"{source}: local directory or hub name")
-    command.add_argument("--output", required=True, help="directory for the result")
-    command.set_defaults(run=run_rewrite)
 
 
 class Defaults(argparse.ArgumentDefaultsHelpFormatter):
@@ -182,48 +169,6 @@ def check_ranges(arguments: argparse.Namespace) -> None:
             raise FileNotFoundError(f"no such file: {path}")
 
 
-def delta_file(path: str) -> Path:
-    """The delta itself, where its directory was given."""
-    return Path(path) / "delta.safetensors" if Path(path).is_dir() else Path(path)
-
-
-def run_rewrite(arguments: argparse.Namespace) -> None:
-    """`apply` and `revert`."""
-    require("transformers", extra="hf")
-    import transformers
-
-    from .delta import load_delta
-    from .train import load_base
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    path = delta_file(arguments.delta)
-    delta = load_delta(path)
-    model = load_base(path, arguments.model)
-    if arguments.command == "apply":
-        delta.apply(model, strict=True)
-    else:
-        delta.revert(model)
-    model.save_pretrained(arguments.output)
-    transformers.AutoTokenizer.from_pretrained(path.parent).save_pretrained(arguments.output)
-    print(f"written to {arguments.output}")
-
-
-def run_inspect(arguments: argparse.Namespace) -> None:
-    from .delta import load_delta
-
-    report = load_delta(delta_file(arguments.delta)).inspect()
-    if arguments.json:
-        print(json.dumps(report, indent=2))
-        return
-    tensors = report.pop("tensors")
-    for name, value in report.items():
-        print(f"{name}: {json.dumps(value)}")
-    for name, tensor in tensors.items():
-        shape = "×".join(map(str, tensor["shape"]))
-        print(f"  {name} ({tensor['dtype']}, {shape}): {tensor['entries']:,} {tensor['kind']}")
-
-
 def run_env(arguments: argparse.Namespace) -> None:
     import torch
 
@@ -236,6 +181,9 @@ def run_env(arguments: argparse.Namespace) -> None:
         "triton",
         "transformers",
         "accelerate",
+        "peft",
+        "trl",
+        "lightning",
         "safetensors",
         "matplotlib",
     ):
@@ -248,12 +196,6 @@ def run_env(arguments: argparse.Namespace) -> None:
         print(f"cuda:{device} {torch.cuda.get_device_name(device)}")
     for name, obstacle in id3_kernels.available_backends().items():
         print(f"backend {name}: {'available' if obstacle is None else obstacle}")
-
-
-def require(*packages: str, extra: str) -> None:
-    for package in packages:
-        if importlib.util.find_spec(package) is None:
-            raise ImportError(f"this needs the package {package}: pip install 'id3-optim[{extra}]'")
 
 
 def main(argv: list[str] | None = None) -> int:

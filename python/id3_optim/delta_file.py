@@ -1,9 +1,10 @@
 """The bytes of a sparse delta: a safetensors file, written atomically, and checked whole before it is used.
 
-Tensors `<name>.indices` (int32, flat, ascending, unique), `<name>.values`, optionally `<name>.originals`, or
+docs/delta-format.md is the format's own page. Tensors `<name>.indices` (int32, flat, ascending, unique) or,
+in the compact form, `<name>.gaps` (uint8, `delta_gaps`); `<name>.values`, optionally `<name>.originals`; or
 `<name>.dense` for a parameter stored whole. One metadata entry, `id3_delta`, holds the rest as JSON:
-`{"version": 1, "parameters": {name: {"shape": […], "dtype": "float32"}}, "fingerprint": …, "settings": {…}}`,
-the fingerprint being 16 hex digits or null.
+`{"version": 1, "shapes": [[…], …], "fingerprint": …, "settings": {…}}`, the shapes being those of the
+parameters in ascending order of their names, the fingerprint 16 hex digits or null.
 """
 
 from __future__ import annotations
@@ -23,22 +24,25 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from . import delta_gaps
+
 VERSION = 1
 KEY = "id3_delta"
 _HEADER_LIMIT_BYTES = 16 << 20  # about 50 000 parameters; bounds what a crafted length can make us allocate
+_STALE_SECONDS = 3600.0  # nobody writes one delta for longer
 _STORED = {
     "F32": torch.float32,
     "BF16": torch.bfloat16,
     "F16": torch.float16,
     "F64": torch.float64,
     "I32": torch.int32,
+    "U8": torch.uint8,
 }
-VALUE_DTYPES = {
-    str(dtype).removeprefix("torch."): dtype for dtype in _STORED.values() if dtype.is_floating_point
-}
+VALUE_DTYPES = [dtype for dtype in _STORED.values() if dtype.is_floating_point]
+_FORMS = [{"dense"}, {"indices", "values"}, {"gaps", "values"}]  # originals may stand beside values
 
 
-Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+Parts = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # part of a parameter → its dtype and shape
 
 
 class DeltaError(ValueError):
@@ -70,16 +74,17 @@ class Contents(NamedTuple):
 # --- writing ---------------------------------------------------------------------------------------
 
 
-def write(path: str | os.PathLike, contents: Contents) -> None:
+def write(path: str | os.PathLike, contents: Contents, compact: bool = False) -> None:
     """Writes a delta file at path: afterwards it is the old file or the new one, never a part.
 
     A symbolic link is followed. Raises OSError (a full disk included, with the path and the bytes needed) and
-    removes what it had begun; only a killed process can leave a `.<name>.<hex>.partial` beside the file.
+    removes what it had begun; only a killed process can leave a `.<name>.<hex>.partial` beside the file,
+    which a later write to the same name removes once it is an hour old.
     """
     target = Path(os.path.realpath(path))
     if target.exists() and not target.is_file():
         raise OSError(f"path: expected a file name, got {target}, which is not a regular file")
-    content = _to_bytes(contents)
+    content = _to_bytes(contents, compact)
     partial = target.with_name(f".{target.name}.{secrets.token_hex(8)}.partial")
     try:
         with open(partial, "xb") as file:
@@ -94,6 +99,7 @@ def write(path: str | os.PathLike, contents: Contents) -> None:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(partial)
     _sync_directory(target.parent)
+    _remove_stale(target)
 
 
 def _sync_directory(directory: Path) -> None:
@@ -106,24 +112,32 @@ def _sync_directory(directory: Path) -> None:
             os.close(handle)
 
 
-def _to_bytes(contents: Contents) -> bytes:
+def _remove_stale(target: Path) -> None:
+    """Removes what killed writers of this file left. Ages are differences of the file system's own clock."""
+    pattern = re.compile(re.escape(f".{target.name}.") + "[0-9a-f]{16}" + re.escape(".partial"))
+    with contextlib.suppress(OSError), os.scandir(target.parent) as listing:
+        newest = target.stat().st_mtime
+        for entry in listing:
+            if pattern.fullmatch(entry.name) and newest - entry.stat().st_mtime > _STALE_SECONDS:
+                os.unlink(entry.path)
+
+
+def _to_bytes(contents: Contents, compact: bool) -> bytes:
     tensors: dict[str, Tensor] = {}
     for name, change in contents.changes.items():
         if change.indices is None:
             parts = {"dense": change.values}
         else:
-            parts = {"indices": change.indices, "values": change.values, "originals": change.originals}
+            coded = {"gaps": delta_gaps.encode(change.indices)} if compact else {"indices": change.indices}
+            parts = coded | {"values": change.values, "originals": change.originals}
         tensors |= {f"{name}.{part}": t.contiguous() for part, t in parts.items() if t is not None}
     head = {
         "version": VERSION,
-        "parameters": {
-            name: {"shape": list(c.shape), "dtype": str(c.dtype).removeprefix("torch.")}
-            for name, c in contents.changes.items()
-        },
+        "shapes": [list(contents.changes[name].shape) for name in sorted(contents.changes)],
         "fingerprint": None if contents.fingerprint is None else f"{contents.fingerprint:016x}",
         "settings": contents.settings,
     }
-    return safetensors.torch.save(tensors, {KEY: json.dumps(head, allow_nan=False)})
+    return safetensors.torch.save(tensors, {KEY: json.dumps(head, allow_nan=False, separators=(",", ":"))})
 
 
 # --- reading ---------------------------------------------------------------------------------------
@@ -132,9 +146,9 @@ def _to_bytes(contents: Contents) -> bytes:
 def read(path: str | os.PathLike) -> Contents:
     """Reads and checks a whole delta file: structure, names, dtypes, shapes, index range, order, uniqueness.
 
-    Allocates no more than the file's own size, runs no code from it, and maps no memory, so a file that
-    another process cuts short meanwhile is an error, not a crash. Raises DeltaError, or OSError if the file
-    can not be opened.
+    Both forms. Allocates a small multiple of the file's own size, runs no code from it, and maps no memory,
+    so a file that another process cuts short meanwhile is an error, not a crash. Raises DeltaError, or
+    OSError if the file can not be opened.
     """
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
@@ -142,13 +156,17 @@ def read(path: str | os.PathLike) -> Contents:
         stored = _json(raw_header.decode("utf-8", "replace"), "the header")
         head = _head(stored)
         layout = _layout(stored, size - 8 - len(raw_header))
-        _check_parts(layout, head["parameters"])
+        for name, parts in layout.items():
+            _check_form(name, parts)
+        shapes = dict(zip(sorted(layout), _shapes(head, len(layout)), strict=True))
+        for name, parts in layout.items():
+            _check_parts(name, parts, shapes[name])
         body = file.read(size)
     try:
         tensors = safetensors.torch.load(struct.pack("<Q", len(raw_header)) + raw_header + body)
     except SafetensorError as error:
         raise DeltaError(f"delta file: expected a safetensors file, got: {error}") from error
-    changes = {name: _change(name, spec, tensors) for name, spec in head["parameters"].items()}
+    changes = {name: _change(name, layout[name], shape, tensors) for name, shape in shapes.items()}
     fingerprint = head["fingerprint"]
     return Contents(changes, None if fingerprint is None else int(fingerprint, 16), head["settings"])
 
@@ -195,21 +213,20 @@ def _head(stored: Any) -> dict[str, Any]:
     _require(isinstance(head, dict), KEY, "an object", head)
     version = head.get("version")
     _require(type(version) is int and version == VERSION, "version", str(VERSION), version)
-    for field in ("parameters", "settings"):
-        _require(isinstance(head.get(field), dict), field, "an object", head.get(field))
-    fingerprint = head.get("fingerprint", "")
+    settings, fingerprint = head.get("settings"), head.get("fingerprint", "")
+    _require(isinstance(settings, dict), "settings", "an object", settings)
     is_hex = isinstance(fingerprint, str) and re.fullmatch("[0-9a-f]{16}", fingerprint)
     _require(fingerprint is None or bool(is_hex), "fingerprint", "16 hex digits or null", fingerprint)
-    for name, spec in head["parameters"].items():
-        _require(isinstance(spec, dict), name, "shape and dtype", spec)
-        _require(
-            spec.get("dtype") in list(VALUE_DTYPES),
-            f"{name}: dtype",
-            " or ".join(VALUE_DTYPES),
-            spec.get("dtype"),
-        )
-        _require(_is_shape(spec.get("shape")), f"{name}: shape", "fewer than 2^31 entries", spec.get("shape"))
     return head
+
+
+def _shapes(head: dict[str, Any], count: int) -> list[tuple[int, ...]]:
+    shapes = head.get("shapes")
+    _require(isinstance(shapes, list), "shapes", "a list", shapes)
+    _require(len(shapes) == count, "shapes", f"one for each of the {count} parameters", len(shapes))
+    for shape in shapes:
+        _require(_is_shape(shape), "shapes", "fewer than 2^31 entries", shape)
+    return [tuple(shape) for shape in shapes]
 
 
 def _is_shape(shape: Any) -> bool:
@@ -218,8 +235,8 @@ def _is_shape(shape: Any) -> bool:
     return all(type(d) is int and 0 <= d < 2**31 for d in shape) and math.prod(shape) < 2**31
 
 
-def _layout(stored: dict[str, Any], body_bytes: int) -> Layout:
-    """dtype and shape of every stored tensor; together they must fill the body exactly."""
+def _layout(stored: dict[str, Any], body_bytes: int) -> dict[str, Parts]:
+    """The parts of every parameter, by its name; together they must fill the body exactly."""
     layout, total = {}, 0
     for key, entry in stored.items():
         if key == "__metadata__":
@@ -228,45 +245,53 @@ def _layout(stored: dict[str, Any], body_bytes: int) -> Layout:
         dtype, shape = entry.get("dtype"), entry.get("shape")
         _require(isinstance(dtype, str) and dtype in _STORED, f"{key}: dtype", " or ".join(_STORED), dtype)
         _require(_is_shape(shape), f"{key}: shape", "fewer than 2^31 entries", shape)
-        layout[key] = (_STORED[dtype], tuple(shape))
+        name, _, part = key.rpartition(".")
+        layout.setdefault(name, {})[part] = (_STORED[dtype], tuple(shape))
         total += math.prod(shape) * _STORED[dtype].itemsize
     _require(total == body_bytes, "delta file", f"{total} bytes of tensors (a truncated file?)", body_bytes)
     return layout
 
 
-def _check_parts(layout: Layout, parameters: dict[str, Any]) -> None:
-    """Every parameter has its parts, each of the right dtype and shape, and nothing else is stored."""
-    left = set(layout)
-    for name, spec in parameters.items():
-        dtype, shape = VALUE_DTYPES[spec["dtype"]], tuple(spec["shape"])
-        if f"{name}.dense" in left:
-            _require_layout(layout, f"{name}.dense", (dtype, shape))
-            left.discard(f"{name}.dense")
-            continue
-        _require(f"{name}.indices" in left, name, "indices and values, or dense", "neither")
-        n = math.prod(layout[f"{name}.indices"][1])
-        _require_layout(layout, f"{name}.indices", (torch.int32, (n,)))
-        _require_layout(layout, f"{name}.values", (dtype, (n,)))
-        if f"{name}.originals" in layout:
-            _require_layout(layout, f"{name}.originals", (dtype, (n,)))
-        left -= {f"{name}.indices", f"{name}.values", f"{name}.originals"}
-    _require(not left, "delta file", "tensors of the listed parameters only", sorted(left)[:3])
+def _check_form(name: str, parts: Parts) -> None:
+    """A parameter has the parts of one form and no others."""
+    fits = set(parts) in _FORMS or set(parts) - {"originals"} in _FORMS[1:]
+    expected = "indices or gaps, values and perhaps originals, or dense"
+    _require(fits, name or "delta file", expected, " and ".join(parts))
 
 
-def _require_layout(layout: Layout, key: str, expected: tuple[torch.dtype, tuple[int, ...]]) -> None:
-    _require(layout.get(key) == expected, key, f"{expected[0]} of shape {expected[1]}", layout.get(key))
+def _check_parts(name: str, parts: Parts, shape: tuple[int, ...]) -> None:
+    """Each part of a parameter is of the right dtype and shape."""
+    dtype, kept = parts.get("values", parts.get("dense"))
+    key = f"{name}.{'dense' if 'dense' in parts else 'values'}"
+    _require(dtype in VALUE_DTYPES, key, "floating-point numbers", dtype)
+    expected = {"dense": (dtype, shape), "values": (dtype, (math.prod(kept),))}
+    expected["originals"] = expected["values"]
+    expected["indices"] = (torch.int32, expected["values"][1])
+    for part, (found, size) in parts.items():
+        if part == "gaps":
+            least, most = math.prod(kept), delta_gaps.LONGEST_BYTES * math.prod(kept)
+            fits = found == torch.uint8 and len(size) == 1 and least <= size[0] <= most
+            _require(fits, f"{name}.gaps", f"torch.uint8 of {least} to {most} bytes", (found, size))
+        else:
+            wanted = f"{expected[part][0]} of shape {expected[part][1]}"
+            _require((found, size) == expected[part], f"{name}.{part}", wanted, (found, size))
 
 
-def _change(name: str, spec: dict[str, Any], tensors: dict[str, Tensor]) -> Change:
-    shape, dtype = tuple(spec["shape"]), VALUE_DTYPES[spec["dtype"]]
-    if f"{name}.dense" in tensors:
-        return Change(shape, dtype, None, tensors[f"{name}.dense"])
-    indices = tensors[f"{name}.indices"]
+def _change(name: str, parts: Parts, shape: tuple[int, ...], tensors: dict[str, Tensor]) -> Change:
+    if "dense" in parts:
+        return Change(shape, tensors[f"{name}.dense"].dtype, None, tensors[f"{name}.dense"])
+    values, originals = tensors[f"{name}.values"], tensors.get(f"{name}.originals")
+    if "gaps" in parts:
+        try:
+            indices = delta_gaps.decode(tensors[f"{name}.gaps"], values.numel())
+        except ValueError as error:
+            raise DeltaError(f"{name}.gaps: {error}") from error
+    else:
+        indices = tensors[f"{name}.indices"]
+        ascending = bool((indices[1:] > indices[:-1]).all())
+        _require(ascending, f"{name}.indices", "ascending, unique indices", "others")
     if indices.numel():
-        _require(
-            bool((indices[1:] > indices[:-1]).all()), f"{name}.indices", "ascending, unique indices", "others"
-        )
-        low, high = indices[0].item(), indices[-1].item()
-        entries = math.prod(shape)
-        _require(low >= 0 and high < entries, f"{name}.indices", f"0 to {entries - 1}", f"{low} to {high}")
-    return Change(shape, dtype, indices, tensors[f"{name}.values"], tensors.get(f"{name}.originals"))
+        low, high, entries = indices[0].item(), indices[-1].item(), math.prod(shape)
+        part = "gaps" if "gaps" in parts else "indices"
+        _require(low >= 0 and high < entries, f"{name}.{part}", f"0 to {entries - 1}", f"{low} to {high}")
+    return Change(shape, values.dtype, indices, values, originals)

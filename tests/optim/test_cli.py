@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 from tiny_models import save_bert, save_llama, write_completions, write_reviews
-from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from id3_optim.cli import budget, main
 
@@ -52,54 +52,6 @@ def test_train_writes_model_report_and_plots(files, tmp_path, capsys):
     assert AutoModelForSequenceClassification.from_pretrained(output).config.num_labels == 2
     assert AutoTokenizer.from_pretrained(output)("good")["input_ids"]
     assert (output / "plots.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_delta_inspect_apply(files, tmp_path, capsys):
-    whole, delta, applied = tmp_path / "whole", tmp_path / "delta", tmp_path / "applied"
-    assert main(command(files, whole, "--budget", "50")) == 0
-    assert main(command(files, delta, "--budget", "50", "--delta-only")) == 0
-    capsys.readouterr()
-    assert main(["inspect", str(delta), "--json"]) == 0
-    contents = json.loads(capsys.readouterr().out)
-    assert (contents["entries"], contents["dense_entries"]) == (50, 34)
-    assert main(["inspect", str(delta / "delta.safetensors")]) == 0
-    assert "classifier.weight" in capsys.readouterr().out
-    assert main(["apply", str(delta), "--model", str(files / "bert"), "--output", str(applied)]) == 0
-    tuned = AutoModelForSequenceClassification.from_pretrained(whole).state_dict()
-    again = AutoModelForSequenceClassification.from_pretrained(applied).state_dict()
-    assert all(torch.equal(value, again[name]) for name, value in tuned.items())
-    assert AutoTokenizer.from_pretrained(applied)("good")["input_ids"]
-
-
-def test_revert_gives_the_base_back(files, tmp_path, capsys):
-    delta, applied, reverted = tmp_path / "delta", tmp_path / "applied", tmp_path / "reverted"
-    assert main(command(files, delta, "--budget", "50", "--delta-only", "--originals")) == 0
-    assert main(["apply", str(delta), "--model", str(files / "bert"), "--output", str(applied)]) == 0
-    assert main(["revert", str(delta), "--model", str(applied), "--output", str(reverted)]) == 0
-    base = AutoModel.from_pretrained(files / "bert").state_dict()
-    again = AutoModel.from_pretrained(reverted).state_dict()
-    tuned = AutoModel.from_pretrained(applied).state_dict()
-    assert all(torch.equal(value, again[name]) for name, value in base.items())
-    assert not all(torch.equal(value, tuned[name]) for name, value in base.items())
-    assert main(["revert", str(delta), "--model", str(reverted), "--output", str(tmp_path / "no")]) == 2
-    assert "expected the values of this delta" in capsys.readouterr().err
-
-
-def test_a_delta_refuses_another_base(files, tmp_path, capsys):
-    assert main(command(files, tmp_path / "tuned", "--budget", "50")) == 0
-    assert main(command(files, tmp_path / "delta", "--budget", "50", "--delta-only")) == 0
-    capsys.readouterr()
-    wrong = [
-        "apply",
-        str(tmp_path / "delta"),
-        "--model",
-        str(tmp_path / "tuned"),
-        "--output",
-        str(tmp_path / "out"),
-    ]
-    assert main(wrong) == 2
-    assert "fingerprint" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
 
 
 def test_causal_lm(files, tmp_path, capsys):
@@ -175,4 +127,5 @@ def test_importing_the_package_stays_light():
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     ).stdout.split()
     assert "id3_optim.optimizer" in modules
-    assert not {"transformers", "matplotlib", "accelerate"} & set(modules)
+    heavy = {"transformers", "accelerate", "peft", "trl", "lightning", "pytorch_lightning", "matplotlib"}
+    assert not heavy & set(modules)

@@ -55,16 +55,90 @@ for _ in range(50):
     print(delta.settings["step"])
 """
 
+KILLED_BETWEEN_CALLS = """
+import os, signal, sys
+import torch
+from id3_optim import delta_file
+from id3_optim.delta import Change, Delta, load_delta
+
+torch.set_num_threads(1)  # threads do not survive a fork
+path, n = sys.argv[1], 1 << 12
+
+def delta(step):
+    change = Change((n,), torch.float32, torch.arange(n, dtype=torch.int32), torch.full((n,), float(step)))
+    return Delta({"weight": change}, None, {"step": step})
+
+def trace(stop_at):
+    # Counts the calls that `delta_file.write` itself makes and their ends; at the given one the process dies.
+    count = [0]
+    def profile(frame, event, function):
+        if frame.f_code is delta_file.write.__code__ and event in ("c_call", "c_return"):
+            count[0] += 1
+            if count[0] == stop_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+    sys.setprofile(profile)
+    delta(2).save(path)
+    sys.setprofile(None)
+    return count[0]
+
+moments = trace(0)
+for moment in range(1, moments + 1):
+    delta(1).save(path)
+    child = os.fork()
+    if child == 0:
+        trace(moment)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert os.WTERMSIG(status) == signal.SIGKILL, status
+    found = load_delta(path)
+    assert (found.changes["weight"].values == found.settings["step"]).all()
+    partial = [name for name in os.listdir(os.path.dirname(path)) if name.endswith(".partial")]
+    print(found.settings["step"], len(partial))
+"""
+
+
+def run(script, path):
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", script, str(path)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.splitlines()
+
 
 def test_a_killed_process_leaves_the_old_file_or_the_new(path):
     """Fifty processes save two deltas in turn to one path and are killed at random moments."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-c", KILLED_FIFTY_TIMES, str(path)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
-    assert result.returncode == 0, result.stderr
-    steps = result.stdout.split()
+    steps = run(KILLED_FIFTY_TIMES, path)
     assert len(steps) == 50 and set(steps) == {"1", "2"}
     assert len(os.listdir(path.parent)) > 1  # at least one was killed while it wrote
+
+
+def test_killed_between_any_two_calls_of_the_write(path):
+    """Before the file is made, after it is written, flushed, synced, renamed: each moment once, in order."""
+    moments = [tuple(map(int, line.split())) for line in run(KILLED_BETWEEN_CALLS, path)]
+    steps = [step for step, _ in moments]
+    renamed = steps.index(2)
+    assert set(steps[:renamed]) == {1} and set(steps[renamed:]) == {2}
+    assert renamed >= 8 and len(steps) - renamed >= 2
+    left = [count for _, count in moments]
+    assert left[0] == 0 and left[renamed - 1] > 0 and left[renamed] == left[-1]
+
+
+def test_what_killed_writers_left_is_removed_when_old(path):
+    """Files of this target alone, an hour after them; a younger one may still be written to."""
+    names = [f".{path.name}.{digit * 16}.partial" for digit in "0123"]
+    others = [f".other.{'0' * 16}.partial", f".{path.name}.{'0' * 15}.partial", f"x.{path.name}.partial"]
+    for name in [*names, *others]:
+        (path.parent / name).write_bytes(b"begun")
+    save_delta(path, *large(1))
+    now = path.stat().st_mtime
+    for name, age in [
+        *zip(names, (3700, 3500, 90_000, -90_000), strict=True),
+        *((o, 90_000) for o in others),
+    ]:
+        os.utime(path.parent / name, (now - age, now - age))
+    save_delta(path, *large(2))
+    assert sorted(os.listdir(path.parent)) == sorted([path.name, names[1], names[3], *others])
+    assert load_delta(path).settings["step"] == 2
 
 
 def large(step):

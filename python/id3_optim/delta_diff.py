@@ -1,0 +1,110 @@
+"""The delta between two full models: which entries differ, bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from .delta import Change, Delta, DeltaError
+from .delta_entries import check_param, named
+from .delta_file import VALUE_DTYPES
+from .delta_fingerprint import bits, fingerprint, same_bits
+
+_CHUNK = 1 << 22  # entries compared at once: at most 32 MiB of positions
+
+Model = nn.Module | Mapping[str, Tensor]
+
+
+def diff(base: Model, tuned: Model, originals: bool = True) -> Delta:
+    """The delta that makes `tuned` out of `base`: entries whose bits differ, NaN payloads and signs included.
+
+    base, tuned: modules, of which the parameters are compared and not the buffers, or mappings name → tensor,
+    such as state dicts or the tensors of a checkpoint. Names are those of the plain model (a mapping's common
+    prefix `module.` and parts `_orig_mod` are dropped), tied weights count once, unchanged tensors are left
+    out. A tensor that `tuned` alone has is stored whole. originals: keep the base's values, which `revert`
+    and `merge` need; the fingerprint is there either way.
+    Works tensor by tensor and needs no more memory than the result and one tensor. Mutates nothing.
+    Raises DeltaError by name: a tensor missing in `tuned`, another shape or dtype, a tensor that a delta can
+    not hold, weights tied in `base` that differ in `tuned`.
+    """
+    ours, theirs = _tensors(base), _tensors(tuned)
+    for name in ours:
+        if name not in theirs:
+            raise DeltaError(f"{name}: expected it in both models, got it in the base alone")
+    changes: dict[str, Change] = {}
+    rows: dict[str, tuple[Tensor, Tensor]] = {}
+    seen: dict[tuple, str] = {}
+    for name, tensor in theirs.items():
+        change = _change(name, ours.get(name), tensor)
+        place = _place(ours.get(name), tensor, name)
+        first = seen.setdefault(place, name)
+        if first != name:
+            _check_tied(first, name, changes.get(first), change)
+        elif change is not None:
+            changes[name] = change
+            if change.indices is not None:
+                rows[name] = (change.indices, change.originals)
+    mark = fingerprint(rows)
+    if not originals:
+        changes = {name: change._replace(originals=None) for name, change in changes.items()}
+    return Delta(changes, mark, {"method": "diff"})
+
+
+def _tensors(model: Model) -> dict[str, Tensor]:
+    """Detached tensors by their plain names, a tied one under each of its names."""
+    if isinstance(model, nn.Module):
+        return {name: param.detach() for name, param in named(model).items()}
+    wrapped = bool(model) and all(name.startswith("module.") for name in model)
+    found: dict[str, Tensor] = {}
+    for name, tensor in model.items():
+        plain = ".".join(part for part in name.split(".")[wrapped:] if part != "_orig_mod")
+        if not isinstance(tensor, Tensor):
+            raise DeltaError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+        if plain in found:
+            raise DeltaError(f"{plain}: expected one tensor of this name in the mapping, got two")
+        found[plain] = tensor.detach()
+    return found
+
+
+def _place(base: Tensor | None, tuned: Tensor, name: str) -> tuple:
+    """Equal for names that share one tensor in the base, or in `tuned` where the base has none."""
+    tensor = tuned if base is None else base
+    if tensor.is_meta or tensor.data_ptr() == 0:
+        return (name,)
+    return base is None, tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride()
+
+
+def _check_tied(first: str, name: str, one: Change | None, other: Change | None) -> None:
+    if one is None or other is None:
+        agree = one is other
+    else:
+        agree = same_bits(one.values, other.values)
+        agree &= one.indices is None or torch.equal(one.indices, other.indices)
+    if not agree:
+        raise DeltaError(f"{name}: expected the same change as in {first}, which is tied to it in the base")
+
+
+def _change(name: str, base: Tensor | None, tuned: Tensor) -> Change | None:
+    """What differs, with originals; None if nothing does."""
+    shape, dtype = tuple(tuned.shape), tuned.dtype
+    if base is not None and (tuple(base.shape), base.dtype) != (shape, dtype):
+        raise DeltaError(f"{name}: the base has {base.dtype} {tuple(base.shape)}, the tuned {dtype} {shape}")
+    if base is not None and dtype not in VALUE_DTYPES and torch.equal(base, tuned.to(base.device)):
+        return None
+    for tensor in (tuned, base):
+        if tensor is not None:
+            check_param(name, tensor)
+    if tuned.numel() >= 2**31:
+        raise DeltaError(f"{name}: expected fewer than 2^31 entries, got {tuned.numel()}")
+    if base is None:
+        return Change(shape, dtype, None, tuned.cpu().clone(memory_format=torch.contiguous_format))
+    found = []
+    pairs = zip(base.reshape(-1).split(_CHUNK), tuned.reshape(-1).split(_CHUNK), strict=True)
+    for i, (ours, theirs) in enumerate(pairs):
+        ours, theirs = ours.cpu(), theirs.cpu()
+        at = (bits(ours) != bits(theirs)).nonzero().squeeze(1)
+        found.append(((at + i * _CHUNK).int(), theirs[at], ours[at]))
+    indices, values, originals = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return Change(shape, dtype, indices, values, originals) if indices.numel() else None

@@ -1,0 +1,109 @@
+"""A delta's entries in a live model: found by name, checked, read and written in O(entries)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import id3_kernels
+from id3_kernels import Entries
+
+from .delta_file import VALUE_DTYPES, Change, DeltaError
+from .delta_fingerprint import by_kind, same_bits
+
+
+class Patch(NamedTuple):
+    """Values for a parameter: at flat indices (int32 [n]), or all of it when indices is None."""
+
+    param: Tensor
+    indices: Tensor | None
+    values: Tensor
+
+
+def named(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters by their names in the plain model, a tied one under each of its names."""
+    wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+    while isinstance(model, wrappers) or hasattr(model, "_orig_mod"):
+        model = model.module if isinstance(model, wrappers) else model._orig_mod
+    found: dict[str, nn.Parameter] = {}
+    for name, param in model.named_parameters(remove_duplicate=False):
+        plain = ".".join(part for part in name.split(".") if part != "_orig_mod")
+        if found.setdefault(plain, param) is not param:
+            raise DeltaError(f"{plain}: expected one parameter of this name in the model, got two")
+    return found
+
+
+def check_param(name: str, param: Tensor) -> None:
+    """Raises DeltaError for a tensor that a delta can not hold."""
+    kind = type(param).__name__ if type(param) not in (Tensor, nn.Parameter) else param.layout
+    if kind is torch.strided and param.dtype not in VALUE_DTYPES:
+        kind = param.dtype
+    if kind is not torch.strided:
+        raise DeltaError(f"{name}: expected a plain dense tensor, got {kind}, which is not supported")
+    if param.is_meta:
+        raise DeltaError(f"{name}: expected a tensor with values, got one on the meta device")
+
+
+def find(model: nn.Module, changes: Mapping[str, Change], strict: bool) -> dict[str, Patch]:
+    """The place and the new values of each change, all checked; strict=False leaves out missing names."""
+    present, found, owner = named(model), {}, {}
+    for name, change in changes.items():
+        param = present.get(name)
+        if param is None:
+            if strict:
+                raise DeltaError(f"{name}: expected a parameter of this name in the model, got none")
+            continue
+        check_param(name, param)
+        if (tuple(param.shape), param.dtype) != (change.shape, change.dtype):
+            expected, got = f"{change.dtype} {change.shape}", f"{param.dtype} {tuple(param.shape)}"
+            raise DeltaError(f"{name}: expected a parameter of {expected}, got {got}")
+        if any(size > 1 and step == 0 for size, step in zip(param.shape, param.stride(), strict=True)):
+            raise DeltaError(f"{name}: expected memory for each entry, got an expanded tensor")
+        if id(param) in owner:
+            raise DeltaError(f"{name}: expected a tensor of its own, got the one of {owner[id(param)]}")
+        found[name], owner[id(param)] = Patch(param, change.indices, change.values), name
+    if changes and not found:
+        raise DeltaError(f"model: expected some of the delta's {len(changes)} parameters, got none of them")
+    return found
+
+
+def first_changed(patches: Mapping[str, Patch]) -> str | None:
+    """The first name whose parameter holds other bits than the patch's values there; None if all agree."""
+    held = read(list(patches.values()))
+    for (name, patch), now in zip(patches.items(), held, strict=True):
+        if not same_bits(now.values.cpu(), patch.values.cpu()):
+            return name
+    return None
+
+
+def _sparse_groups(patches: Sequence[Patch]) -> Iterator[tuple[list[int], list[Tensor], Entries]]:
+    sparse = [i for i, patch in enumerate(patches) if patch.indices is not None]
+    for kind in by_kind([patches[i].param for i in sparse]):
+        members = [sparse[i] for i in kind]
+        params, rows = [patches[i].param for i in members], [patches[i].indices for i in members]
+        offsets, indices = Entries.from_lists(rows, rows[0].device)
+        yield members, params, Entries(offsets.to(params[0].device), indices.to(params[0].device))
+
+
+def read(patches: Sequence[Patch]) -> list[Patch]:
+    """The same places with the values that the parameters hold there now, on the parameters' devices."""
+    held = [Patch(p, None, p.detach().clone()) if i is None else None for p, i, _ in patches]
+    for members, params, entries in _sparse_groups(patches):
+        parts = id3_kernels.gather(params, entries).split([patches[i].indices.numel() for i in members])
+        for i, values in zip(members, parts, strict=True):
+            held[i] = patches[i]._replace(values=values)
+    return held
+
+
+@torch.no_grad()
+def write(patches: Sequence[Patch]) -> None:
+    """Puts each patch's values into its parameter, in place."""
+    for members, params, entries in _sparse_groups(patches):
+        values = torch.cat([patches[i].values.to(params[0].device) for i in members])
+        id3_kernels.scatter_(params, entries, values)
+    for patch in patches:
+        if patch.indices is None:
+            patch.param.copy_(patch.values)

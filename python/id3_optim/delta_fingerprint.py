@@ -1,0 +1,55 @@
+"""Bit patterns: the fingerprint that tells a delta's base, and equality that sees signed zeros and NaNs."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .hashing import INCREMENT, mix64
+
+_SLICE = 1 << 14  # entries hashed at once: the temporaries stay in a core's cache
+
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def bits(values: Tensor) -> Tensor:
+    """The same memory as signed integers of the same width (2, 4 or 8 bytes)."""
+    return values.view(_BITS[values.element_size()])
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Equal shapes and bit patterns; both on one device, of one dtype."""
+    return torch.equal(bits(a), bits(b))
+
+
+def by_kind(tensors: Sequence[Tensor]) -> list[list[int]]:
+    """Positions of the tensors that one call can take together: same device and dtype."""
+    groups: dict[Any, list[int]] = defaultdict(list)
+    for i, tensor in enumerate(tensors):
+        groups[tensor.device, tensor.dtype].append(i)
+    return list(groups.values())
+
+
+def fingerprint(rows: Mapping[str, tuple[Tensor, Tensor]]) -> int:
+    """The sum modulo 2^64 over all entries of mix64(mix64(key + index·INCREMENT) xor bits), in any order.
+
+    rows: parameter name → (flat indices, the values there). key: the first 8 bytes, little-endian, of the
+    name's blake2b-64 (UTF-8); bits: a value's bit pattern, sign-extended. Widened 2^14 entries at a time.
+    """
+    digests = (hashlib.blake2b(name.encode(), digest_size=8).digest() for name in rows)
+    keys = torch.tensor([int.from_bytes(d, "little", signed=True) for d in digests], dtype=torch.int64)
+    indices, values = [i for i, _ in rows.values()], [v for _, v in rows.values()]
+    total = 0
+    for members in by_kind(values):
+        owner = keys[members].repeat_interleave(torch.tensor([values[i].numel() for i in members]))
+        index = torch.cat([indices[i] for i in members]).cpu()
+        patterns = bits(torch.cat([values[i] for i in members]).cpu())
+        for part in zip(owner.split(_SLICE), index.split(_SLICE), patterns.split(_SLICE), strict=True):
+            key, flat, pattern = (t.to(torch.int64) for t in part)
+            total += mix64(mix64(key + flat * INCREMENT) ^ pattern).sum().item()
+    return total % 2**64

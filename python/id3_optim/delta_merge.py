@@ -1,0 +1,135 @@
+"""One delta out of several: the weighted sum of their differences to the originals, and what collides."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .delta import Change, Delta, DeltaError
+from .delta_fingerprint import bits, fingerprint, same_bits
+
+
+class Conflict(NamedTuple):
+    """Entries of one parameter: in all, in several deltas with different values, with opposed differences."""
+
+    entries: int
+    overlapping: int
+    opposed: int
+
+
+class Merged(NamedTuple):
+    """What `merge` gives. conflicts: parameter name → Conflict, for every parameter that is not whole."""
+
+    delta: Delta
+    conflicts: dict[str, Conflict]
+
+
+def merge(deltas: Sequence[Delta], weights: Sequence[float] | None = None) -> Merged:
+    """The delta of value = original + Σ weight_i · (value_i − original), and a report of the conflicts.
+
+    Computed in float64 and rounded once to the parameter's dtype; an entry in one delta alone, with weight 1,
+    keeps its bits. weights: one finite number for each delta, 1 by default. Overlapping entries have values
+    of different bits in two deltas; opposed ones a positive difference in one and a negative one in another,
+    weights left out. A parameter stored whole is taken over from the deltas that have it, whatever their
+    weights: they must agree bit for bit. The result has originals and their fingerprint. Mutates nothing.
+    Raises ValueError for weights that do not fit, DeltaError where originals are missing, or where originals,
+    shapes or dtypes differ between two deltas.
+    """
+    if not deltas:
+        raise ValueError("deltas: expected at least one, got none")
+    weights = [1.0] * len(deltas) if weights is None else [float(weight) for weight in weights]
+    if len(weights) != len(deltas) or not all(map(math.isfinite, weights)):
+        raise ValueError(f"weights: expected {len(deltas)} finite numbers, got {weights}")
+    changes, conflicts = {}, {}
+    for name in dict.fromkeys(name for delta in deltas for name in delta.changes):
+        held = {i: delta.changes[name] for i, delta in enumerate(deltas) if name in delta.changes}
+        _check_alike(name, held)
+        first = next(iter(held.values()))
+        if first.indices is None:
+            changes[name] = first
+        else:
+            changes[name], conflicts[name] = _sum(name, held, weights)
+    rows = {name: (changes[name].indices, changes[name].originals) for name in conflicts}
+    settings = {"method": "merge", "weights": weights, "merged": [delta.settings for delta in deltas]}
+    return Merged(Delta(changes, fingerprint(rows), settings), conflicts)
+
+
+def _check_alike(name: str, held: dict[int, Change]) -> None:
+    """The changes of one parameter, by the position of their delta, can be merged but for their originals."""
+    i, first = next(iter(held.items()))
+    for j, change in held.items():
+        for what in ("shape", "dtype"):
+            one, other = getattr(first, what), getattr(change, what)
+            if one != other:
+                raise DeltaError(f"{name}: {what}: deltas[{i}] has {one}, deltas[{j}] has {other}")
+        if (first.indices is None) != (change.indices is None):
+            whole, entries = (i, j) if first.indices is None else (j, i)
+            raise DeltaError(f"{name}: stored whole in deltas[{whole}], as entries in deltas[{entries}]")
+        if change.indices is None and not same_bits(first.values, change.values):
+            raise DeltaError(f"{name}: stored whole in deltas[{i}] and deltas[{j}] with other values")
+        if change.indices is not None and change.originals is None:
+            raise DeltaError(
+                f"{name}: expected originals in deltas[{j}] (save_delta(originals=True)), got none"
+            )
+
+
+def _sum(name: str, held: dict[int, Change], weights: list[float]) -> tuple[Change, Conflict]:
+    first = next(iter(held.values()))
+    indices, owners = torch.cat([c.indices for c in held.values()]).unique(return_inverse=True)
+    n = indices.numel()
+    places = dict(zip(held, owners.split([c.indices.numel() for c in held.values()]), strict=True))
+    originals = _originals(name, held, places, n)
+    moved = torch.zeros(n, dtype=torch.float64)
+    deltas_with = torch.zeros(n, dtype=torch.int32)
+    values, exact = originals.clone(), torch.zeros(n, dtype=torch.bool)
+    up, down, differing = (torch.zeros(n, dtype=torch.bool) for _ in range(3))
+    for i, change in held.items():
+        at, difference = places[i], change.values.double() - change.originals.double()
+        moved[at] += weights[i] * difference
+        up[at] |= difference > 0
+        down[at] |= difference < 0
+        differing[at] |= (deltas_with[at] > 0) & (bits(values)[at] != bits(change.values))
+        deltas_with[at] += 1
+        values[at] = change.values
+        exact[at] = weights[i] == 1
+    exact &= deltas_with == 1
+    summed = _rounded(originals.double() + moved, first.dtype)
+    # Where nothing moved, the original's own bits stay: -0.0 + 0.0 would be 0.0.
+    values = torch.where(exact, values, torch.where(moved == 0, originals, summed))
+    conflict = Conflict(n, int(differing.sum()), int((up & down).sum()))
+    return Change(first.shape, first.dtype, indices, values, originals), conflict
+
+
+def _originals(name: str, held: dict[int, Change], places: dict[int, Tensor], n: int) -> Tensor:
+    """The originals of the union's n entries, which all deltas that share one must agree on."""
+    originals = torch.zeros(n, dtype=next(iter(held.values())).dtype)
+    owner = torch.full((n,), -1)
+    for i, change in held.items():
+        at = places[i]
+        other = (owner[at] >= 0) & (bits(originals)[at] != bits(change.originals))
+        if other.any():
+            j = int(owner[at][other][0])
+            raise DeltaError(f"{name}: the originals of deltas[{j}] and deltas[{i}] differ where they meet: "
+                             "expected one base")  # fmt: skip
+        originals[at] = change.originals
+        owner[at] = i
+    return originals
+
+
+def _rounded(wide: Tensor, dtype: torch.dtype) -> Tensor:
+    """float64 to dtype, to nearest even, rounded once.
+
+    torch goes to 16 bits by way of float32, which would round twice: the float32 is rounded to odd instead,
+    whose second rounding is that of the exact number.
+    """
+    if dtype.itemsize > 2:
+        return wide.to(dtype)
+    narrow = wide.float()
+    inexact = (narrow.double() != wide) & ~wide.isnan()
+    away = narrow.double().abs() > wide.abs()
+    odd = (narrow.view(torch.int32) - away.int()) | 1
+    return torch.where(inexact, odd.view(torch.float32), narrow).to(dtype)

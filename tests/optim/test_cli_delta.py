@@ -1,0 +1,259 @@
+"""`id3-optim inspect | apply | revert | merge | diff`: what they write and print, and how they refuse."""
+
+import copy
+import json
+import shutil
+
+import pytest
+import torch
+from hand_trained import train_by_hand
+from tiny_models import save_bert, save_llama
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from id3_optim import cli_delta, load_delta, save_delta
+from id3_optim.cli import main
+
+
+def classifier(folder, dtype=torch.float32, seed=1):
+    torch.manual_seed(seed)  # of the new head
+    return AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2, dtype=dtype)
+
+
+class HeadDense:
+    """Renames a model's head for `train_by_hand`, which trains what is called head.* whole."""
+
+    def __init__(self, model):
+        self._model = model
+
+    def named_parameters(self):
+        for name, param in self._model.named_parameters():
+            yield name.replace("classifier.", "head."), param
+
+
+def train(model, output, seed=1, config=True, **options):
+    """Changes a tenth of the entries and the head, and writes what `train --delta-only` writes."""
+    optimizer = train_by_hand(HeadDense(model), share=0.1, seed=seed)
+    output.mkdir()
+    if config:
+        model.config.architectures = [type(model).__name__]
+        model.config.save_pretrained(output)
+    save_delta(output / "delta.safetensors", model, optimizer, **options)
+    return output / "delta.safetensors"
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """bert/, llama/; tuned/: a whole tuned classifier; one/ and two/: deltas of bert, with originals."""
+    folder = tmp_path_factory.mktemp("files")
+    save_bert(folder / "bert")
+    save_llama(folder / "llama")
+    for seed, name in ((1, "one"), (2, "two")):
+        model = classifier(folder / "bert", seed=seed)
+        train(model, folder / name, seed, originals=True)
+        if name == "one":
+            model.save_pretrained(folder / "tuned")
+    return folder
+
+
+def run(capsys, *command):
+    """The exit code, what was printed, and the errors."""
+    capsys.readouterr()
+    code = main([str(word) for word in command])
+    printed = capsys.readouterr()
+    return code, printed.out, printed.err
+
+
+def bits_of(folder, dtype="auto"):
+    model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=dtype)
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) and a[n].dtype == b[n].dtype for n in a)
+
+
+def test_inspect_counts_by_layer_and_role(files, capsys):
+    code, printed, _ = run(capsys, "inspect", files / "one")
+    delta = load_delta(files / "one" / "delta.safetensors")
+    report = delta.inspect()
+    assert code == 0 and f"{report['entries']:,} entries of" in printed and "with originals" in printed
+    rows = [line.split() for line in printed.splitlines()]
+    assert next(row for row in rows if row[:1] == ["layer"])[:4] == ["layer", "key", "query", "value"]
+    keys = [delta.changes[f"bert.encoder.layer.0.attention.self.key.{kind}"] for kind in ("weight", "bias")]
+    zero = next(row for row in rows if row[:1] == ["0"])
+    assert zero[1] == str(sum(change.indices.numel() for change in keys))
+    total = next(row for row in rows if row[:1] == ["all"])
+    assert total[-1] == f"{report['entries']:,}"
+    assert "classifier.weight: 2×16 float32" in printed and 'method: "id3"' in printed
+
+
+def test_inspect_as_json(files, capsys):
+    code, printed, errors = run(capsys, "inspect", files / "one" / "delta.safetensors", "--json")
+    report = json.loads(printed)
+    assert code == 0 and errors == ""
+    assert report["dense_entries"] == 34 and report["tensors"]["classifier.bias"]["kind"] == "dense"
+    allocation = report["allocation"]
+    assert allocation["layers"] == [None, 0, 1] and allocation["roles"][0] == "key"
+    assert sum(map(sum, allocation["changed"])) == report["entries"]
+    assert report["bytes"] == (files / "one" / "delta.safetensors").stat().st_size
+
+
+def test_inspect_draws_a_picture(files, tmp_path, capsys):
+    pytest.importorskip("matplotlib", reason="--plot needs matplotlib")
+    code, printed, _ = run(capsys, "inspect", files / "one", "--plot", tmp_path / "new" / "a.png")
+    assert code == 0 and f"picture: {tmp_path / 'new' / 'a.png'}" in printed
+    assert (tmp_path / "new" / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_apply_and_revert(files, tmp_path, capsys):
+    applied, reverted = tmp_path / "applied", tmp_path / "reverted"
+    code, printed, _ = run(capsys, "apply", files / "one", "--model", files / "bert", "--output", applied)
+    assert code == 0 and printed == f"written to {applied}\n"
+    assert same(bits_of(applied), bits_of(files / "tuned"))
+    assert AutoTokenizer.from_pretrained(applied)("good")["input_ids"]
+    command = ["revert", files / "one", "--model", applied, "--output", reverted, "--json"]
+    code, printed, errors = run(capsys, *command)
+    summary = json.loads(printed)
+    assert code == 0 and errors == "" and summary["tokenizer"] and summary["output"] == str(reverted)
+    base = classifier(files / "bert").state_dict()
+    again, tuned = bits_of(reverted), bits_of(applied)
+    for name, value in base.items():
+        assert torch.equal(again[name], tuned[name] if name.startswith("classifier") else value)
+    code, _, errors = run(capsys, "revert", files / "one", "--model", reverted, "--output", tmp_path / "no")
+    assert code == 2 and "expected the values of this delta" in errors and not (tmp_path / "no").exists()
+
+
+def test_bf16_with_a_float32_head(files, tmp_path, capsys):
+    """As `train --bf16` makes it; the base on disk is float32. The head keeps its bits in both directions."""
+    model = classifier(files / "bert", torch.bfloat16)
+    model.classifier.float()
+    base = copy.deepcopy(model.state_dict())
+    train(model, tmp_path / "delta", originals=True, compact=True)
+    applied, reverted = tmp_path / "applied", tmp_path / "reverted"
+    assert run(capsys, "apply", tmp_path / "delta", "--model", files / "bert", "--output", applied)[0] == 0
+    assert run(capsys, "revert", tmp_path / "delta", "--model", applied, "--output", reverted)[0] == 0
+    found = bits_of(reverted, torch.float32)
+    for name, value in base.items():
+        expected = model.state_dict()[name] if name.startswith("classifier") else value
+        assert torch.equal(found[name], expected.float()), name
+
+
+def test_a_delta_without_a_directory_of_its_own(files, tmp_path, capsys):
+    model = AutoModelForCausalLM.from_pretrained(files / "llama")
+    path = train(model, tmp_path / "alone", config=False)
+    code, _, _ = run(capsys, "apply", path, "--model", files / "llama", "--output", tmp_path / "out")
+    assert code == 0 and AutoTokenizer.from_pretrained(tmp_path / "out")("good")["input_ids"]
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    assert same(found, model.state_dict())
+
+
+def test_a_model_without_a_tokenizer(files, tmp_path, capsys):
+    for source in ("bert", "one"):
+        shutil.copytree(files / source, tmp_path / source)
+        for file in (tmp_path / source).glob("*token*"):
+            file.unlink()
+    command = ["apply", tmp_path / "one", "--model", tmp_path / "bert", "--output", tmp_path / "out"]
+    code, printed, _ = run(capsys, *command)
+    assert code == 0 and printed == f"written to {tmp_path / 'out'}, without a tokenizer\n"
+
+
+def test_diff_finds_what_was_trained(files, tmp_path, capsys):
+    output = tmp_path / "found.safetensors"
+    command = ["diff", "--base", files / "bert", "--tuned", files / "tuned", "--output", output]
+    code, printed, errors = run(capsys, *command, "--json")
+    summary = json.loads(printed)
+    trained, found = load_delta(files / "one" / "delta.safetensors"), load_delta(output)
+    assert code == 0 and errors == "" and set(summary["whole"]) == {"classifier.bias", "classifier.weight"}
+    assert found.fingerprint == trained.fingerprint and summary["originals"]
+    for name, change in trained.changes.items():
+        for one, other in zip(change, found.changes[name], strict=True):
+            assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+    code, printed, _ = run(capsys, *command, "--compact", "--no-originals")
+    assert code == 0 and printed.splitlines()[-1].startswith(f"written to {output} (")
+    assert output.stat().st_size < summary["bytes"] and not load_delta(output).inspect()["originals"]
+    command = ["apply", output, "--model", files / "tuned", "--output", tmp_path / "no"]
+    assert run(capsys, *command)[0] == 2  # the tuned model is not the base
+
+
+def test_merge_reports_conflicts(files, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(cli_delta, "_SHOWN", 3)
+    output = tmp_path / "both.safetensors"
+    for folder in ("one", "two"):  # their heads are whole and differ
+        delta = load_delta(files / folder / "delta.safetensors")
+        for name in ("classifier.weight", "classifier.bias"):
+            del delta.changes[name]
+        delta.save(tmp_path / folder)
+    deltas = [tmp_path / "one", tmp_path / "two"]
+    code, printed, _ = run(capsys, "merge", *deltas, "--output", output, "--json")
+    summary, merged = json.loads(printed), load_delta(output)
+    assert (
+        code == 0 and summary["weights"] == [1.0, 1.0] and summary["entries"] == merged.inspect()["entries"]
+    )
+    assert summary["overlapping"] == sum(c["overlapping"] for c in summary["conflicts"].values()) > 0
+    assert merged.settings["merged"][0] == load_delta(deltas[0]).settings
+    command = ["merge", *deltas, "--weights", "0.5", "0.5", "--output", output, "--compact"]
+    code, printed, _ = run(capsys, *command)
+    assert code == 0 and printed.splitlines()[0].startswith(f"{summary['overlapping']:,} of ")
+    assert "more parameters (--json lists all)" in printed and load_delta(output).settings["weights"] == [
+        0.5,
+        0.5,
+    ]
+    assert output.stat().st_size < summary["bytes"]
+    shutil.copy(files / "one" / "config.json", tmp_path)
+    code, _, errors = run(capsys, "apply", output, "--model", files / "bert", "--output", tmp_path / "out")
+    assert code == 0, errors
+
+
+def broken(files, folder):
+    """Things that a user may give by mistake, by the names below."""
+    whole = load_delta(files / "one" / "delta.safetensors")
+    (folder / "cut").write_bytes((files / "one" / "delta.safetensors").read_bytes()[:-1])
+    (folder / "text").write_text("not a delta, but long enough")
+    bare = {name: change._replace(originals=None) for name, change in whole.changes.items()}
+    type(whole)(bare, whole.fingerprint, whole.settings).save(folder / "bare", compact=True)
+    shutil.copytree(files / "bert", folder / "damaged")
+    (folder / "damaged" / "model.safetensors").write_bytes(b"\x10" + b"\0" * 7 + b"{" * 40)
+    (folder / "empty").mkdir()
+    (folder / "file").write_text("")
+    shutil.copytree(files / "tuned", folder / "headless")
+    shutil.copy(files / "bert" / "model.safetensors", folder / "headless")
+
+
+MISTAKES = [
+    ("inspect {}/missing", "No such file or directory"),
+    ("inspect {}/empty", "No such file or directory"),
+    ("inspect {}/cut", "a truncated file?"),
+    ("inspect {}/text --json", "delta file: expected a header of at most"),
+    ("apply {}/cut --model bert --output {}/out", "a truncated file?"),
+    ("apply one --model tuned --output {}/out", "expected the base with fingerprint"),
+    ("apply one --model llama --output {}/out", "expected"),
+    ("apply one --model {}/empty --output {}/out", "empty"),
+    ("apply one --model {}/damaged --output {}/out", "expected weights as safetensors, got:"),
+    ("apply one --model bert --output bert", "--output: expected another directory than --model"),
+    ("apply one --model bert --output {}/file", "--output: expected a directory, got the file"),
+    ("revert {}/bare --model tuned --output {}/out", "originals: expected them in the delta"),
+    ("revert one --model bert --output {}/out", "expected the values of this delta in the model"),
+    ("merge one two --output {}/out", "stored whole in deltas[0] and deltas[1] with other values"),
+    ("merge one {}/bare --output {}/out", "expected originals in deltas[1] (save_delta(originals=True))"),
+    ("merge one one --weights 1 --output {}/out", "weights: expected 2 finite numbers, got [1.0]"),
+    ("merge one one --weights 1 nan --output {}/out", "weights: expected 2 finite numbers"),
+    ("merge one one --output {}/empty", "path: expected a file name"),
+    ("merge one one --output {}/no/where", "No such file or directory: a delta of"),
+    (
+        "diff --base llama --tuned tuned --output {}/out",
+        "--base: expected a bert model as --tuned, got llama",
+    ),
+    ("diff --base bert --tuned {}/headless --output {}/out", "expected weights for classifier.bias"),
+    ("diff --base {}/damaged --tuned tuned --output {}/out", "expected weights as safetensors, got:"),
+]
+
+
+@pytest.mark.parametrize(("command", "message"), MISTAKES)
+def test_a_mistake_is_one_line_and_code_2(files, tmp_path, capsys, monkeypatch, command, message):
+    monkeypatch.chdir(files)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    broken(files, tmp_path)
+    code, printed, errors = run(capsys, *command.format(tmp_path, tmp_path).split())
+    assert (code, printed) == (2, ""), errors
+    assert errors.startswith("id3-optim: error: ") and errors.count("\n") == 1 and message in errors
+    assert not (tmp_path / "out").exists()
