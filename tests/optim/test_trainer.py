@@ -190,7 +190,7 @@ def test_gradient_checkpointing_changes_no_bit(tmp_path):
 
 
 def test_float16_with_a_grad_scaler():
-    """Accelerate refuses fp16 without a GPU; this is its loop on the CPU: autocast, one overflow, unscaling."""
+    """On the CPU Accelerate's fp16 neither casts nor scales; this is what it does on a GPU."""
     model = tiny_bert()
     before = copy.deepcopy(model.state_dict())
     optimizer = ID3AdamW(parameter_groups(model, HEAD), lr=1e-2, budget=60, total_steps=6, max_grad_norm=1.0)
