@@ -19,9 +19,9 @@ from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..analysis import count_changed, sparsity_entropy, tensor_sparsity
 from ..delta import save_delta
 from ..optimizer import ID3AdamW
+from .run import numbers_to_log, take_total_steps
 
 DELTA_NAME = "delta.safetensors"
 # What ID3AdamW takes from the arguments, and where it stands there.
@@ -121,9 +121,7 @@ class ID3Callback(TrainerCallback, ExportableState):
     training begins; an optimizer that already has a `total_steps` keeps it. A run resumed with another
     number of steps is refused (ValueError), since its budget was being spent over the first.
 
-    Logged: `n_active` (|Λ|), `n_changed` (entries that differ from the pre-trained model), `threshold` (the
-    smallest score of the newest selection), `tensor_sparsity` and `sparsity_entropy` (see
-    `id3_optim.analysis`).
+    Logged: `run.numbers_to_log`.
 
     save_deltas: write `delta.safetensors` into each checkpoint folder, once per run or node as the Trainer
     saves; not in a hyper-parameter search. delta_options: `save_delta`'s own, such as `originals=True`.
@@ -139,32 +137,15 @@ class ID3Callback(TrainerCallback, ExportableState):
         return {"args": arguments, "attributes": {"total_steps_from_run": self.total_steps_from_run}}
 
     def on_train_begin(self, args, state, control, optimizer=None, **kwargs):
-        optimizer = unwrapped(optimizer)
         # A checkpoint written without this callback has no state of it, and the Trainer needs one to save.
         saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
-        if optimizer.steps_done == 0:
-            self.total_steps_from_run = optimizer.total_steps is None
-            if self.total_steps_from_run:
-                optimizer.set_total_steps(state.max_steps)
-            return
-        self.total_steps_from_run = saved["attributes"]["total_steps_from_run"]
-        if self.total_steps_from_run and optimizer.total_steps != state.max_steps:
-            begun = f"{optimizer.total_steps}, over which the run that is continued spends its budget"
-            raise ValueError(f"max_steps: expected {begun}, got {state.max_steps}")
+        from_run = saved["attributes"]["total_steps_from_run"]
+        self.total_steps_from_run = take_total_steps(unwrapped(optimizer), state.max_steps, from_run)
 
     def on_log(self, args, state, control, logs=None, optimizer=None, **kwargs):
         if "loss" not in logs:
             return
-        optimizer = unwrapped(optimizer)
-        numbers = {
-            "n_active": optimizer.n_active,
-            "n_changed": count_changed(optimizer),
-            "tensor_sparsity": tensor_sparsity(optimizer),
-            "sparsity_entropy": sparsity_entropy(optimizer),
-        }
-        newest = optimizer.last_selection
-        if newest is not None and newest.threshold is not None:
-            numbers["threshold"] = float(newest.threshold)
+        numbers = numbers_to_log(unwrapped(optimizer))
         logs.update(numbers)
         # The Trainer has already copied `logs` into its history.
         state.log_history[-1].update(numbers)
