@@ -218,3 +218,12 @@ def test_options_of_the_dense_group(tmp_path):
     trainer = build(args, optimizer_cls_and_kwargs=id3_optimizer(args, HEAD, groups, budget=20))
     trainer.train()
     assert [g["lr"] for g in unwrapped(trainer.optimizer).param_groups] == [1e-2, 5e-3]
+
+
+def test_a_compiled_model_saves_plain_names(tmp_path):
+    args = arguments(tmp_path, max_steps=3, torch_compile=True, torch_compile_backend="eager")
+    trainer = build(args, optimizer_cls_and_kwargs=id3_optimizer(args, HEAD, budget=20))
+    trainer.train()
+    base = tiny_bert()
+    load_delta(tmp_path / "checkpoint-3/delta.safetensors").apply(base)
+    assert same_bits(base, trainer.model)

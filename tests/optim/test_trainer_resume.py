@@ -5,9 +5,10 @@ import torch
 
 pytest.importorskip("transformers", reason="the Trainer comes with the extra `hf`")
 
-from trainer_run import HEAD, arguments, build, id3, same_bits, tiny_bert
+import transformers
+from trainer_run import HEAD, arguments, build, id3, rows, same_bits, tiny_bert
 
-from id3_optim.integrations.huggingface import id3_optimizer, unwrapped
+from id3_optim.integrations.huggingface import ID3Callback, id3_optimizer, unwrapped
 
 
 def same_state(a, b):
@@ -95,6 +96,33 @@ def test_a_second_training_goes_on(tmp_path):
     trainer.args.max_steps = 4
     with pytest.raises(ValueError, match=r"max_steps: expected 8, over which .*, got 4"):
         trainer.train()
+
+
+def test_a_smaller_batch_is_tried_again_with_its_own_steps(tmp_path):
+    """`auto_find_batch_size` begins the run again, with more steps, when memory runs out."""
+
+    class OutOfMemoryAtFour(transformers.Trainer):
+        def training_step(self, model, inputs, *args):
+            if len(inputs["labels"]) > 2:
+                raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+            return super().training_step(model, inputs, *args)
+
+    args = arguments(
+        tmp_path,
+        max_steps=-1,
+        num_train_epochs=1,
+        auto_find_batch_size=True,
+        per_device_train_batch_size=4,
+        save_strategy="no",
+    )
+    model = tiny_bert()
+    trainer = OutOfMemoryAtFour(
+        model, args, train_dataset=rows(), optimizers=(id3(model), None), callbacks=[ID3Callback()]
+    )
+    trainer.train()
+    optimizer = unwrapped(trainer.optimizer)
+    assert trainer.state.max_steps == optimizer.total_steps == optimizer.steps_done > 4
+    assert optimizer.n_active == optimizer.budget
 
 
 def test_another_budget_is_refused_with_both(tmp_path):

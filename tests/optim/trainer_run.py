@@ -1,10 +1,12 @@
 """A run of `transformers.Trainer` on a tiny classifier: 32 rows in batches of 2, accumulated over 2."""
 
+import sys
+
 import torch
 import transformers
 
 from id3_optim import ID3AdamW
-from id3_optim.integrations.huggingface import ID3Callback, parameter_groups
+from id3_optim.integrations.huggingface import ID3Callback, id3_optimizer, parameter_groups, unwrapped
 
 HEAD = {"classifier.weight", "classifier.bias"}
 
@@ -61,3 +63,21 @@ def same_bits(a, b):
     """Two models, or dicts of tensors, hold the same names and bits."""
     a, b = (x if isinstance(x, dict) else x.state_dict() for x in (a, b))
     return a.keys() == b.keys() and all(torch.equal(value, b[name]) for name, value in a.items())
+
+
+def one_process(folder):
+    """What each of several processes runs: 4 steps, and the last two again from the checkpoint between."""
+    args = arguments(folder, max_steps=4, save_steps=2, gradient_accumulation_steps=1, ddp_backend="gloo")
+    trainers = []
+    for checkpoint in (None, f"{folder}/checkpoint-2"):
+        pair = id3_optimizer(args, HEAD, budget=40, max_grad_norm=1.0)
+        trainers.append(build(args, optimizer_cls_and_kwargs=pair))
+        trainers[-1].train(resume_from_checkpoint=checkpoint)
+        assert unwrapped(trainers[-1].optimizer).n_active == 40
+    assert torch.distributed.get_world_size() == 2
+    assert same_bits(trainers[0].model, trainers[1].model)
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    one_process(sys.argv[1])

@@ -51,6 +51,7 @@ class ID3Callback(pl.Callback):
         self.total_steps_from_run = False
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self.total_steps_from_run = False  # of an earlier fit; a checkpoint is loaded after this
         inner = trainer.strategy.checkpoint_io
         if stage == "fit" and self.save_deltas and not isinstance(inner, DeltaBeside):
             trainer.strategy.checkpoint_io = DeltaBeside(inner, trainer, self)

@@ -11,10 +11,11 @@ def take_total_steps(optimizer: ID3AdamW, steps: int, from_run: bool) -> bool:
     run's.
 
     Call it after a checkpoint has been loaded, before the first step. from_run: what this gave when the run
-    that is continued began. Raises ValueError if that run spends its budget over another number of steps.
+    that is continued, or tried again, began. Raises ValueError
+    if that run spends its budget over another number of steps.
     """
     if optimizer.steps_done == 0:
-        if optimizer.total_steps is not None:
+        if optimizer.total_steps is not None and not from_run:
             return False
         optimizer.set_total_steps(steps)
         return True
