@@ -30,7 +30,7 @@ class Tagger(pl.LightningModule):
     def configure_optimizers(self):
         optimizer = ID3AdamW(self.named_parameters(), **self.options)
         decay = torch.optim.lr_scheduler.LinearLR(
-            optimizer, 1.0, 0.1, self.trainer.estimated_stepping_batches
+            optimizer, 1.0, 0.1, min(self.trainer.estimated_stepping_batches, 100)
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": decay, "interval": "step"}}
 
@@ -132,6 +132,14 @@ def test_another_number_of_steps_is_refused_with_both(tmp_path):
 def test_a_run_without_an_end_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"max_steps: expected a number of steps, or max_epochs, got -1"):
         fit(tmp_path, max_epochs=-1)
+
+    class After(pl.Callback):
+        def on_train_batch_end(self, trainer, *args):
+            trainer.should_stop = trainer.global_step == 4
+
+    stop = [ID3Callback(), After()]
+    _, optimizer = fit(tmp_path, module=Tagger(total_steps=6), max_epochs=-1, min_epochs=0, callbacks=stop)
+    assert (optimizer.total_steps, optimizer.steps_done, optimizer.n_active) == (6, 4, 40)
 
 
 def test_another_optimizer_is_refused(tmp_path):

@@ -57,10 +57,11 @@ class ID3Callback(pl.Callback):
             trainer.strategy.checkpoint_io = DeltaBeside(inner, trainer, self)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        steps = trainer.estimated_stepping_batches
-        if not 0 < steps < float("inf"):
+        optimizer, steps = id3_of(trainer), trainer.estimated_stepping_batches
+        if 0 < steps < float("inf"):
+            self.total_steps_from_run = take_total_steps(optimizer, int(steps), self.total_steps_from_run)
+        elif optimizer.total_steps is None:
             raise ValueError(f"max_steps: expected a number of steps, or max_epochs, got {trainer.max_steps}")
-        self.total_steps_from_run = take_total_steps(id3_of(trainer), int(steps), self.total_steps_from_run)
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
         if trainer.log_every_n_steps and trainer.global_step % trainer.log_every_n_steps == 0:
