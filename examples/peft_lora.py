@@ -12,7 +12,7 @@ from transformers import (
 )
 
 from id3_optim import load_delta, save_delta
-from id3_optim.integrations.huggingface import ID3Callback, id3_optimizer, unwrapped
+from id3_optim.integrations.huggingface import ID3Callback, id3_optimizer
 from id3_optim.integrations.peft import adapter_groups
 
 options = tiny.arguments(__doc__)
@@ -46,7 +46,7 @@ trainer = Trainer(
 before = trainer.evaluate()["eval_loss"]
 trainer.train()
 after = trainer.evaluate()["eval_loss"]
-optimizer = unwrapped(trainer.optimizer)
+optimizer = trainer.optimizer.optimizer  # inside Accelerate's wrapper
 model.save_pretrained(options.output / "tuned")  # a PEFT adapter like any other
 save_delta(options.output / "delta.safetensors", model, optimizer)
 

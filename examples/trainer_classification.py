@@ -10,7 +10,7 @@ from transformers import (
 )
 
 from id3_optim import save_delta
-from id3_optim.integrations.huggingface import ID3Callback, fresh_parameters, id3_optimizer, unwrapped
+from id3_optim.integrations.huggingface import ID3Callback, fresh_parameters, id3_optimizer
 
 options = tiny.arguments(__doc__)
 source = options.model or tiny.encoder(options.output / "base")
@@ -45,7 +45,7 @@ before = trainer.evaluate()["eval_loss"]
 trainer.train()
 after = trainer.evaluate()["eval_loss"]
 
-optimizer = unwrapped(trainer.optimizer)
+optimizer = trainer.optimizer.optimizer  # inside Accelerate's wrapper
 model.save_pretrained(options.output / "tuned")  # the whole model
 save_delta(options.output / "delta.safetensors", model, optimizer)  # what changed
 tiny.report(optimizer, options.output / "delta.safetensors", before, after)

@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
 from id3_optim import save_delta
-from id3_optim.integrations.huggingface import ID3Callback, id3_optimizer, unwrapped
+from id3_optim.integrations.huggingface import ID3Callback, id3_optimizer
 
 options = tiny.arguments(__doc__)
 source = options.model or tiny.decoder(options.output / "base")
@@ -38,7 +38,7 @@ before = trainer.evaluate()["eval_loss"]
 trainer.train()
 after = trainer.evaluate()["eval_loss"]
 
-optimizer = unwrapped(trainer.optimizer)
+optimizer = trainer.optimizer.optimizer  # inside Accelerate's wrapper
 trainer.model.save_pretrained(options.output / "tuned")
 save_delta(options.output / "delta.safetensors", trainer.model, optimizer)
 tiny.report(optimizer, options.output / "delta.safetensors", before, after)

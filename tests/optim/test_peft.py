@@ -11,8 +11,9 @@ import peft
 from trainer_run import arguments, build, rows, same_bits, tiny_bert
 
 from id3_optim import DeltaError, ID3AdamW, load_delta, save_delta
-from id3_optim.integrations.huggingface import id3_optimizer, unwrapped
+from id3_optim.integrations.huggingface import id3_optimizer
 from id3_optim.integrations.peft import adapter_groups
+from id3_optim.wrappers import unwrapped
 
 
 def lora(base=None, **changes):

@@ -14,7 +14,8 @@ pytest.importorskip("transformers", reason="the Trainer comes with the extra `hf
 
 from trainer_run import HEAD, arguments, build, id3, rows, same_bits, tiny_bert
 
-from id3_optim.integrations.huggingface import ID3Callback, id3_optimizer, parameter_groups, unwrapped
+from id3_optim.integrations.huggingface import ID3Callback, id3_optimizer, parameter_groups
+from id3_optim.wrappers import unwrapped
 
 
 def test_the_pair_is_the_optimizer_made_by_hand(tmp_path):
@@ -121,7 +122,11 @@ def test_logs_say_where_the_budget_goes(tmp_path):
     entries = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert [entry["step"] for entry in entries] == list(range(1, 9))
     assert entries[-1]["n_active"] == unwrapped(trainer.optimizer).budget
-    assert all(entry["threshold"] > 0 and entry["sparsity_entropy"] > 0 for entry in entries)
+    for entry in entries:
+        ranks = [entry[name] for name in ("threshold", "score_q10", "score_q50", "score_q90")]
+        assert ranks == sorted(ranks) and 0 < ranks[0] < ranks[-1] and entry["sparsity_entropy"] > 0
+    scores = unwrapped(trainer.optimizer).last_selection.scores
+    assert entries[-1]["score_q50"] == pytest.approx(float(scores.median()), rel=0.05)
     written = json.loads((tmp_path / "checkpoint-8/trainer_state.json").read_text())["log_history"]
     assert [e["n_active"] for e in written if "loss" in e] == [e["n_active"] for e in entries]
 

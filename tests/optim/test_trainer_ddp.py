@@ -18,7 +18,7 @@ def test_two_processes_train_and_resume_as_one(tmp_path):
     """Under DistributedDataParallel one process writes the deltas, and both resume bit for bit."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     script = Path(__file__).parent / "trainer_run.py"
-    done = subprocess.run([*command, str(script), str(tmp_path)], capture_output=True, text=True)
+    done = subprocess.run([*command, str(script), str(tmp_path)], capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr[-3000:]
     base = tiny_bert()
     load_delta(tmp_path / "checkpoint-4/delta.safetensors").apply(base)

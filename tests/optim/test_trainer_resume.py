@@ -8,7 +8,8 @@ pytest.importorskip("transformers", reason="the Trainer comes with the extra `hf
 import transformers
 from trainer_run import HEAD, arguments, build, id3, rows, same_bits, tiny_bert
 
-from id3_optim.integrations.huggingface import ID3Callback, id3_optimizer, unwrapped
+from id3_optim.integrations.huggingface import ID3Callback, id3_optimizer
+from id3_optim.wrappers import unwrapped
 
 
 def same_state(a, b):

@@ -13,8 +13,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from id3_optim import ID3AdamW, load_delta
-from id3_optim.integrations.huggingface import ID3Callback, id3_optimizer, unwrapped
+from id3_optim.integrations.huggingface import ID3Callback, id3_optimizer
 from id3_optim.integrations.peft import adapter_groups
+from id3_optim.wrappers import unwrapped
 
 LORA = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
 ARGUMENTS = {"max_steps": 4, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "max_grad_norm": 0}

@@ -21,6 +21,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..delta import save_delta
 from ..optimizer import ID3AdamW
+from ..wrappers import unwrapped
 from .run import numbers_to_log, take_total_steps
 
 DELTA_NAME = "delta.safetensors"
@@ -32,16 +33,6 @@ _FROM_ARGUMENTS = {
     "weight_decay": "weight_decay",
 }
 _DEFAULT_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
-
-
-def unwrapped(optimizer) -> ID3AdamW:
-    """The ID3AdamW inside Accelerate's wrapper. Raises TypeError where there is none."""
-    inner = optimizer
-    while not isinstance(inner, ID3AdamW) and hasattr(inner, "optimizer"):
-        inner = inner.optimizer
-    if not isinstance(inner, ID3AdamW):
-        raise TypeError(f"optimizer: expected an ID3AdamW, got {type(inner).__name__}")
-    return inner
 
 
 def fresh_parameters(model: torch.nn.Module, loading_info: dict) -> set[str]:

@@ -29,8 +29,9 @@ def numbers_to_log(optimizer: ID3AdamW) -> dict[str, float]:
     """Where the budget is, in O(|Λ|).
 
     `n_active` (|Λ|), `n_changed` (entries that differ from the pre-trained model; only where originals are
-    kept), `tensor_sparsity` and `sparsity_entropy` (see `id3_optim.analysis`), and of the newest selection
-    `threshold`, its smallest score.
+    kept), `tensor_sparsity` and `sparsity_entropy` (see `id3_optim.analysis`); and of the newest selection's
+    scores, if it found any, the smallest as `threshold` and the 10th, 50th and 90th percentile (nearest rank)
+    as `score_q10`, `score_q50`, `score_q90`.
     """
     numbers = {
         "n_active": optimizer.n_active,
@@ -40,6 +41,9 @@ def numbers_to_log(optimizer: ID3AdamW) -> dict[str, float]:
     changed, newest = count_changed(optimizer), optimizer.last_selection
     if changed is not None:
         numbers["n_changed"] = changed
-    if newest is not None and newest.threshold is not None:
-        numbers["threshold"] = newest.threshold
+    if newest is not None and newest.count:
+        ranked = newest.scores.sort().values
+        at = [round(share * (newest.count - 1)) for share in (0.0, 0.1, 0.5, 0.9)]
+        names = ("threshold", "score_q10", "score_q50", "score_q90")
+        numbers |= zip(names, ranked[at].tolist(), strict=True)
     return numbers
