@@ -194,8 +194,10 @@ def test_gradient_checkpointing_changes_no_bit(tmp_path):
     assert same_bits(*models)
 
 
-def test_float16_with_a_grad_scaler():
-    """On the CPU Accelerate's fp16 neither casts nor scales; this is what it does on a GPU."""
+@pytest.mark.parametrize("measured", [False, True])
+def test_float16_with_a_grad_scaler(measured):
+    """On the CPU Accelerate's fp16 neither casts nor scales; this is what it does on a GPU, where the Trainer
+    unscales the gradients before the step to measure their norm."""
     model = tiny_bert()
     before = copy.deepcopy(model.state_dict())
     optimizer = ID3AdamW(parameter_groups(model, HEAD), lr=1e-2, budget=60, total_steps=6, max_grad_norm=1.0)
@@ -208,6 +210,9 @@ def test_float16_with_a_grad_scaler():
         scaler.scale(loss).backward()
         if step == 0:
             model.classifier.bias.grad[0] = torch.inf
+        if measured:
+            scaler.unscale_(optimizer)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), float("inf"))
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
