@@ -54,7 +54,7 @@ $(HAS_TORCH):
 # compile leaves the pure-Python backends, so `env` says at the end what can run here.
 $(READY): $(HAS_TORCH) pyproject.toml setup.py $(NATIVE)
 	@echo "building the kernels and installing"
-	@$(PIP) --no-build-isolation -e '.[test,hf,plot]'
+	@$(PIP) --no-build-isolation -e '.[test,hf,plot,peft,trl,lightning]'
 	@rm -f $(VENV)/.has-bench $(VENV)/.has-dev
 	@$(BIN)/id3-optim env
 	@touch $@

@@ -1,27 +1,38 @@
 """ID3AdamW inside `transformers.Trainer`, by public arguments and callbacks alone.
 
-    optimizer = ID3AdamW(parameter_groups(model, fresh), lr=1e-3, budget=0.005)
-    trainer = Trainer(model, args, optimizers=(optimizer, None), callbacks=[ID3Callback()], …)
+    args = TrainingArguments(…, learning_rate=1e-3, max_grad_norm=0)
+    pair = id3_optimizer(args, fresh, budget=0.005, max_grad_norm=1.0)
+    trainer = Trainer(model, args, optimizer_cls_and_kwargs=pair, callbacks=[ID3Callback()], …)
 
-Give TrainingArguments `max_grad_norm=0` and the optimizer its own `max_grad_norm` instead: the Trainer clips
-by the norm of all N gradients, so that how far an active entry moves would depend on entries that never
-train.
+or `optimizers=(ID3AdamW(parameter_groups(model, fresh), …), None)`. Give TrainingArguments
+`max_grad_norm=0` and the optimizer its own `max_grad_norm`: the Trainer clips by the norm of all N
+gradients, so that how far an active entry moves would depend on entries that never train.
 """
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..analysis import count_changed, sparsity_entropy, tensor_sparsity
+from ..delta import save_delta
+from ..optimizer import ID3AdamW
+from ..wrappers import unwrapped
+from .run import numbers_to_log, take_total_steps
 
-
-def unwrapped(optimizer):
-    """The optimizer inside Accelerate's wrapper."""
-    while not hasattr(optimizer, "touched") and hasattr(optimizer, "optimizer"):
-        optimizer = optimizer.optimizer
-    return optimizer
+DELTA_NAME = "delta.safetensors"
+# What ID3AdamW takes from the arguments, and where it stands there.
+_FROM_ARGUMENTS = {
+    "lr": "learning_rate",
+    "betas": "adam_beta1 and adam_beta2",
+    "eps": "adam_epsilon",
+    "weight_decay": "weight_decay",
+}
+_DEFAULT_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
 
 
 def fresh_parameters(model: torch.nn.Module, loading_info: dict) -> set[str]:
@@ -42,9 +53,13 @@ def parameter_groups(model: torch.nn.Module, fresh: Iterable[str] = (), **dense_
     group.
 
     dense_options: settings of the dense group alone, such as `lr`. Frozen parameters are left out.
+    Raises ValueError for a fresh name that the model has not.
     """
     fresh = set(fresh)
-    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    named = dict(model.named_parameters())
+    if unknown := sorted(fresh - named.keys()):
+        raise ValueError(f"fresh: expected names of the model's parameters, got {unknown[0]!r}")
+    trainable = [(name, p) for name, p in named.items() if p.requires_grad]
     groups = [{"params": [(name, p) for name, p in trainable if name not in fresh]}]
     dense = [(name, p) for name, p in trainable if name in fresh]
     if dense:
@@ -52,36 +67,84 @@ def parameter_groups(model: torch.nn.Module, fresh: Iterable[str] = (), **dense_
     return groups
 
 
-class ID3Callback(TrainerCallback):
-    """Tells the optimizer how many steps the Trainer will take, and adds its numbers to the Trainer's logs.
+def id3_optimizer(
+    args: TrainingArguments,
+    fresh: Iterable[str] = (),
+    groups: Callable[..., list[dict]] = parameter_groups,
+    **options: Any,
+) -> tuple[Callable, dict[str, Any]]:
+    """The pair for the Trainer's `optimizer_cls_and_kwargs`.
+
+    The Trainer builds the optimizer when training begins, from the model as it is then: one that
+    `model_init` made, or that SFTTrainer has put an adapter on. Learning rate, betas, eps and weight decay
+    (of active entries, biases and norms too) come from `args`; `total_steps` from the run, by ID3Callback.
+
+    fresh: names of parameters to train whole. groups: (model, fresh) → param groups; `adapter_groups` for
+    PEFT. options: ID3AdamW's other arguments, `budget` among them.
+    Raises TypeError for an option that ID3AdamW has not; ValueError for one that contradicts `args` or is
+    out of range.
+    """
+    for name, argument in _FROM_ARGUMENTS.items():
+        if name in options:
+            raise ValueError(f"{name}: expected TrainingArguments' {argument} to say it, got {options[name]}")
+    if options.get("max_grad_norm") is not None and args.max_grad_norm > 0:
+        both = f"got {args.max_grad_norm} beside the optimizer's {options['max_grad_norm']}"
+        raise ValueError(f"max_grad_norm: expected TrainingArguments(max_grad_norm=0), {both}: both clip")
+    if args.optim not in _DEFAULT_OPTIMIZERS:
+        raise ValueError(
+            f"optim: expected TrainingArguments' default beside ID3AdamW, got {args.optim.value}"
+        )
+    options |= {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2)}
+    options |= {"eps": args.adam_epsilon, "weight_decay": args.weight_decay}
+    ID3AdamW([("checked", torch.nn.Parameter(torch.zeros(1)))], **options)  # refuses now what it would later
+
+    def build(model: torch.nn.Module, **kwargs: Any) -> ID3AdamW:
+        return ID3AdamW(groups(model, fresh), **kwargs)
+
+    return lambda: build, options
+
+
+class ID3Callback(TrainerCallback, ExportableState):
+    """Tells the optimizer how many steps the Trainer will take, adds its numbers to the Trainer's logs, and
+    saves the delta in every checkpoint.
 
     The number of steps is the Trainer's own (epochs, accumulation, the last partial batch), taken when
-    training begins; an optimizer that already has a `total_steps` keeps it. Logged: `n_active` (|Λ|),
-    `n_changed` (entries that differ from the pre-trained model), `threshold` (the smallest score of the
-    newest selection), `tensor_sparsity` and `sparsity_entropy` (see `id3_optim.analysis`).
+    training begins; an optimizer that already has a `total_steps` keeps it. A run resumed with another
+    number of steps is refused (ValueError), since its budget was being spent over the first.
+
+    Logged: `run.numbers_to_log`.
+
+    save_deltas: write `delta.safetensors` into each checkpoint folder, once per run or node as the Trainer
+    saves; not in a hyper-parameter search. delta_options: `save_delta`'s own, such as `originals=True`.
     """
 
+    def __init__(self, save_deltas: bool = True, **delta_options: Any) -> None:
+        self.save_deltas, self.delta_options = save_deltas, delta_options
+        self.total_steps_from_run = False
+
+    def state(self) -> dict:
+        """What the Trainer keeps in its checkpoints."""
+        arguments = {"save_deltas": self.save_deltas, **self.delta_options}
+        return {"args": arguments, "attributes": {"total_steps_from_run": self.total_steps_from_run}}
+
     def on_train_begin(self, args, state, control, optimizer=None, **kwargs):
-        optimizer = unwrapped(optimizer)
-        if optimizer.total_steps is None:
-            optimizer.set_total_steps(state.max_steps)
+        # A checkpoint written without this callback has no state of it, and the Trainer needs one to save.
+        saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
+        from_run = saved["attributes"]["total_steps_from_run"]
+        self.total_steps_from_run = take_total_steps(unwrapped(optimizer), state.max_steps, from_run)
 
     def on_log(self, args, state, control, logs=None, optimizer=None, **kwargs):
-        optimizer = unwrapped(optimizer)
-        if "loss" not in logs or not hasattr(optimizer, "touched"):
+        if "loss" not in logs:
             return
-        numbers = {
-            "n_active": optimizer.n_active,
-            "n_changed": count_changed(optimizer),
-            "tensor_sparsity": tensor_sparsity(optimizer),
-            "sparsity_entropy": sparsity_entropy(optimizer),
-        }
-        newest = optimizer.last_selection
-        if newest is not None and newest.threshold is not None:
-            numbers["threshold"] = float(newest.threshold)
+        numbers = numbers_to_log(unwrapped(optimizer))
         logs.update(numbers)
         # The Trainer has already copied `logs` into its history.
         state.log_history[-1].update(numbers)
+
+    def on_save(self, args, state, control, model=None, optimizer=None, **kwargs):
+        if self.save_deltas and args.should_save and not state.is_hyper_param_search:
+            folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+            save_delta(folder / DELTA_NAME, model, optimizer, **self.delta_options)
 
 
 class StepClock(TrainerCallback):

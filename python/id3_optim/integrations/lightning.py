@@ -1,0 +1,104 @@
+"""ID3AdamW inside Lightning's Trainer: `configure_optimizers` gives the optimizer, the callback the rest.
+
+def configure_optimizers(self):
+    return ID3AdamW(self.named_parameters(), lr=1e-3, budget=0.005, max_grad_norm=1.0)
+
+Trainer(callbacks=[ID3Callback()], …)
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+try:
+    import lightning.pytorch as pl
+    from lightning.pytorch.plugins.io import CheckpointIO
+except ModuleNotFoundError:
+    import pytorch_lightning as pl
+    from pytorch_lightning.plugins.io import CheckpointIO
+
+from ..delta import save_delta
+from ..optimizer import ID3AdamW
+from .run import numbers_to_log, take_total_steps
+
+
+def id3_of(trainer: pl.Trainer) -> ID3AdamW:
+    """The run's ID3AdamW. Raises ValueError where there is none, or more than one."""
+    found = [optimizer for optimizer in trainer.optimizers if isinstance(optimizer, ID3AdamW)]
+    if len(found) != 1:
+        raise ValueError(f"configure_optimizers: expected one ID3AdamW, got {len(found)}")
+    return found[0]
+
+
+class ID3Callback(pl.Callback):
+    """Tells the optimizer how many steps the Trainer will take, logs its numbers, and saves the delta beside
+    each checkpoint.
+
+    The number of steps is `trainer.estimated_stepping_batches` when training begins, after a checkpoint has
+    been loaded; an optimizer that has a `total_steps` keeps it. ValueError where the Trainer can not tell
+    (no max_epochs and no max_steps), or a resumed run has another number than the one that it continues.
+
+    Every `log_every_n_steps`: `run.numbers_to_log`, for loggers.
+
+    save_deltas: write `<name>.delta.safetensors` beside each `<name>.ckpt`, and remove it with it; rank 0
+    alone, on local disks. submodule: whose parameters the delta names, "" for the whole LightningModule;
+    every trained parameter must be in it. delta_options: `save_delta`'s own, such as `originals=True`.
+    """
+
+    def __init__(self, save_deltas: bool = True, submodule: str = "", **delta_options: Any) -> None:
+        self.save_deltas, self.submodule, self.delta_options = save_deltas, submodule, delta_options
+        self.total_steps_from_run = False
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self.total_steps_from_run = False  # of an earlier fit; a checkpoint is loaded after this
+        inner = trainer.strategy.checkpoint_io
+        if stage == "fit" and self.save_deltas and not isinstance(inner, DeltaBeside):
+            trainer.strategy.checkpoint_io = DeltaBeside(inner, trainer, self)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        optimizer, steps = id3_of(trainer), trainer.estimated_stepping_batches
+        if 0 < steps < float("inf"):
+            self.total_steps_from_run = take_total_steps(optimizer, int(steps), self.total_steps_from_run)
+        elif optimizer.total_steps is None:
+            raise ValueError(f"max_steps: expected a number of steps, or max_epochs, got {trainer.max_steps}")
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        if trainer.log_every_n_steps and trainer.global_step % trainer.log_every_n_steps == 0:
+            pl_module.log_dict({name: float(n) for name, n in numbers_to_log(id3_of(trainer)).items()})
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"total_steps_from_run": self.total_steps_from_run}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.total_steps_from_run = state_dict["total_steps_from_run"]
+
+    def save_beside(self, trainer: pl.Trainer, path: Path) -> None:
+        """Writes the delta of what training has changed so far."""
+        model = trainer.lightning_module.get_submodule(self.submodule)
+        save_delta(path, model, id3_of(trainer), **self.delta_options)
+
+
+class DeltaBeside(CheckpointIO):
+    """Writes and removes a delta with each checkpoint: no hook of a callback knows a checkpoint's path."""
+
+    def __init__(self, inner: CheckpointIO, trainer: pl.Trainer, callback: ID3Callback) -> None:
+        self.inner, self.trainer, self.callback = inner, trainer, callback
+
+    def save_checkpoint(self, checkpoint, path, storage_options=None) -> None:
+        self.inner.save_checkpoint(checkpoint, path, storage_options)
+        self.callback.save_beside(self.trainer, _delta_path(path))
+
+    def load_checkpoint(self, path, *args, **kwargs) -> dict[str, Any]:
+        return self.inner.load_checkpoint(path, *args, **kwargs)
+
+    def remove_checkpoint(self, path) -> None:
+        self.inner.remove_checkpoint(path)
+        _delta_path(path).unlink(missing_ok=True)
+
+    def teardown(self) -> None:
+        self.inner.teardown()
+
+
+def _delta_path(path) -> Path:
+    return Path(path).with_suffix(".delta.safetensors")

@@ -1,0 +1,53 @@
+"""ID3AdamW over a PEFT adapter: the budget counts over the adapter's own parameters.
+
+    model = get_peft_model(base, LoraConfig(…))
+    model.save_pretrained("initial")  # a delta of the adapter is over this one
+    optimizer = ID3AdamW(adapter_groups(model), lr=1e-3, budget=0.24)  # 76 % sparse
+
+The trained adapter is saved whole by `model.save_pretrained`, and as a delta by `save_delta`. To apply the
+delta, the same initial adapter must be on the model: LoRA's A starts random, and the delta's fingerprint
+covers the entries that it changes, so that a delta of B alone can not tell one A from another.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from peft.utils import ModulesToSaveWrapper
+
+from .huggingface import parameter_groups
+
+
+def adapter_groups(
+    model: torch.nn.Module, fresh: Iterable[str] = (), only: Iterable[str] = (), **dense_options
+) -> list[dict]:
+    """Param groups for ID3AdamW: the adapter's trainable parameters compete for the budget.
+
+    Any PEFT method will do, and any model of which only an adapter is left trainable. Copies that PEFT
+    trains in full (`modules_to_save`, such as a classification head) and `fresh` are a `dense=True` group.
+
+    only: parts of names, such as "lora_B": adapter parameters with none of them are left out and keep their
+    bits (freeze them to spare their gradients). dense_options: settings of the dense group alone, as `lr`.
+    Raises ValueError where no adapter parameter is trainable, or for a part that occurs in none's name.
+    """
+    fresh = set(fresh) | _modules_to_save(model)
+    groups = parameter_groups(model, fresh, **dense_options)
+    adapter = groups[0]["params"]
+    if not adapter:
+        trained = "parameters with requires_grad (PeftModel.from_pretrained(…, is_trainable=True))"
+        raise ValueError(f"model: expected an adapter of {trained}, got none")
+    for part in only:
+        if not any(part in name for name, _ in adapter):
+            raise ValueError(f"only: expected parts of the adapter's parameter names, got {part!r}")
+    if only:
+        groups[0]["params"] = [(n, p) for n, p in adapter if any(part in n for part in only)]
+    return groups
+
+
+def _modules_to_save(model: torch.nn.Module) -> set[str]:
+    """Names of the parameters in modules that PEFT copies and trains whole."""
+    wrappers = {n for n, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper)}
+    return {
+        name
+        for name, p in model.named_parameters()
+        if p.requires_grad and any(name.startswith(f"{wrapper}.modules_to_save.") for wrapper in wrappers)
+    }

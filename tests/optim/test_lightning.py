@@ -1,0 +1,165 @@
+"""ID3AdamW in Lightning's Trainer: number of steps, deltas beside checkpoints, exact resume, precision."""
+
+import pytest
+import torch
+
+pytest.importorskip("lightning", reason="Lightning comes with the extra `lightning`")
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+
+from id3_optim import ID3AdamW, load_delta
+from id3_optim.integrations.lightning import ID3Callback
+
+
+class Tagger(pl.LightningModule):
+    def __init__(self, **options):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = torch.nn.Sequential(
+            torch.nn.Linear(20, 30), torch.nn.GELU(), torch.nn.Dropout(0.1), torch.nn.Linear(30, 4)
+        )
+        self.options = {"lr": 1e-2, "budget": 60} | options
+
+    def training_step(self, batch, batch_idx):
+        loss = torch.nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+        self.log("loss", loss)
+        return loss
+
+    def configure_optimizers(self):
+        optimizer = ID3AdamW(self.named_parameters(), **self.options)
+        decay = torch.optim.lr_scheduler.LinearLR(
+            optimizer, 1.0, 0.1, min(self.trainer.estimated_stepping_batches, 100)
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": decay, "interval": "step"}}
+
+
+def loader(dtype=torch.float32):
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(40, 20, generator=generator, dtype=torch.float32).to(dtype)
+    rows = torch.utils.data.TensorDataset(x, x[:, :4].argmax(1))
+    return torch.utils.data.DataLoader(rows, batch_size=4)
+
+
+def fit(folder, ckpt=None, module=None, callback=None, dtype=torch.float32, **changes):
+    """10 batches of 4, accumulated over 2, for 2 epochs: 10 steps, a checkpoint every 3."""
+    keep = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=3, save_top_k=-1)
+    options = {"max_epochs": 2, "accumulate_grad_batches": 2, "accelerator": "cpu", "logger": False}
+    options |= {"enable_progress_bar": False, "enable_model_summary": False, "log_every_n_steps": 1}
+    options |= {"callbacks": [callback or ID3Callback(), keep]}
+    trainer = pl.Trainer(default_root_dir=folder, **options | changes)
+    module = module or Tagger(max_grad_norm=1.0)
+    pl.seed_everything(5, verbose=False)
+    trainer.fit(module, loader(dtype), ckpt_path=ckpt)
+    return module, trainer.optimizers[0]
+
+
+def same_bits(a, b):
+    return all(torch.equal(value, b.state_dict()[name]) for name, value in a.state_dict().items())
+
+
+def test_the_run_gives_the_number_of_steps(tmp_path):
+    module, optimizer = fit(tmp_path)
+    assert (optimizer.total_steps, optimizer.steps_done, optimizer.n_active) == (10, 10, 60)
+    changed = sum(
+        int((p != q).sum()) for p, q in zip(module.parameters(), Tagger().parameters(), strict=True)
+    )
+    assert 0 < changed <= 60
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true", "bf16-mixed"])
+def test_a_delta_beside_each_checkpoint(tmp_path, precision):
+    dtype = torch.bfloat16 if precision == "bf16-true" else torch.float32
+    fit(tmp_path, precision=precision, callback=ID3Callback(originals=True), dtype=dtype)
+    names = sorted(p.name for p in tmp_path.iterdir())
+    assert names == [f"step={n}.{kind}" for n in (3, 6, 9) for kind in ("ckpt", "delta.safetensors")]
+    for n in (3, 6, 9):
+        saved = torch.load(tmp_path / f"step={n}.ckpt", weights_only=True)["state_dict"]
+        base = Tagger().to(dtype)
+        delta = load_delta(tmp_path / f"step={n}.delta.safetensors")
+        delta.apply(base)
+        assert delta.settings["step"] == n
+        assert all(torch.equal(value, saved[name]) for name, value in base.state_dict().items())
+
+
+def test_a_delta_goes_with_its_checkpoint(tmp_path):
+    keep = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=3, save_top_k=1)
+    fit(tmp_path, callbacks=[ID3Callback(submodule="net"), keep])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step=9.ckpt", "step=9.delta.safetensors"]
+    delta = load_delta(tmp_path / "step=9.delta.safetensors")
+    assert delta.changes.keys() <= {name for name, _ in Tagger().net.named_parameters()}
+    delta.apply(Tagger().net)
+
+
+def test_deltas_can_be_left_out(tmp_path):
+    fit(tmp_path, callback=ID3Callback(save_deltas=False))
+    assert {p.suffix for p in tmp_path.iterdir()} == {".ckpt"}
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true", "bf16-mixed"])
+def test_resume_is_bit_exact(tmp_path, precision):
+    """Dropout is off: Lightning restores no generator states."""
+    dtype = torch.bfloat16 if precision == "bf16-true" else torch.float32
+
+    def start(folder, ckpt=None):
+        module = Tagger(max_grad_norm=1.0, bias_correction="entry")
+        module.net[2].p = 0.0
+        every = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=5, save_top_k=-1)
+        callbacks = [ID3Callback(), every]
+        return fit(folder, ckpt, module, precision=precision, callbacks=callbacks, dtype=dtype)
+
+    straight, optimizer = start(tmp_path / "straight")
+    resumed, second = start(tmp_path / "resumed", tmp_path / "straight/step=5.ckpt")
+    assert (second.steps_done, second.total_steps, second.n_active) == (10, 10, 60)
+    assert same_bits(straight, resumed)
+    for mine, theirs in zip(second.touched(), optimizer.touched(), strict=True):
+        assert torch.equal(mine.indices, theirs.indices)
+
+
+def test_another_number_of_steps_is_refused_with_both(tmp_path):
+    fit(tmp_path)
+    with pytest.raises(ValueError, match=r"max_steps: expected 10, over which .*, got 15"):
+        fit(tmp_path / "longer", tmp_path / "step=6.ckpt", max_epochs=3)
+    given = Tagger(total_steps=30)
+    fit(tmp_path / "given", module=given)
+    _, optimizer = fit(
+        tmp_path / "more", tmp_path / "given/step=6.ckpt", Tagger(total_steps=30), max_epochs=3
+    )
+    assert (optimizer.total_steps, optimizer.steps_done, optimizer.n_active) == (30, 15, 30)
+
+
+def test_a_run_without_an_end_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"max_steps: expected a number of steps, or max_epochs, got -1"):
+        fit(tmp_path, max_epochs=-1)
+
+    class After(pl.Callback):
+        def on_train_batch_end(self, trainer, *args):
+            trainer.should_stop = trainer.global_step == 4
+
+    stop = [ID3Callback(), After()]
+    _, optimizer = fit(tmp_path, module=Tagger(total_steps=6), max_epochs=-1, min_epochs=0, callbacks=stop)
+    assert (optimizer.total_steps, optimizer.steps_done, optimizer.n_active) == (6, 4, 40)
+
+
+def test_another_optimizer_is_refused(tmp_path):
+    class Plain(Tagger):
+        def configure_optimizers(self):
+            return torch.optim.AdamW(self.parameters())
+
+    with pytest.raises(ValueError, match="configure_optimizers: expected one ID3AdamW, got 0"):
+        fit(tmp_path, module=Plain())
+
+
+def test_clipping_of_the_trainer(tmp_path):
+    """In 32 bit it clips by the dense norm; with mixed precision Lightning refuses it beside ID3AdamW."""
+    fit(tmp_path / "a", gradient_clip_val=0.5)
+    with pytest.raises(RuntimeError, match="ID3AdamW, does not allow for gradient clipping"):
+        fit(tmp_path / "b", gradient_clip_val=0.5, precision="bf16-mixed")
+
+
+def test_logs(tmp_path):
+    fit(tmp_path, logger=CSVLogger(tmp_path, "logs"))
+    header, *lines = next(tmp_path.glob("logs/*/metrics.csv")).read_text().splitlines()
+    assert {"n_active", "threshold", "sparsity_entropy"} <= set(header.split(","))
+    assert lines[-1].split(",")[header.split(",").index("n_active")] == "60.0"

@@ -1,0 +1,25 @@
+"""transformers.Trainer under DistributedDataParallel, in two processes."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+pytest.importorskip("transformers", reason="the Trainer comes with the extra `hf`")
+
+from trainer_run import same_bits, tiny_bert
+
+from id3_optim import load_delta
+
+
+def test_two_processes_train_and_resume_as_one(tmp_path):
+    """Under DistributedDataParallel one process writes the deltas, and both resume bit for bit."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    script = Path(__file__).parent / "trainer_run.py"
+    done = subprocess.run([*command, str(script), str(tmp_path)], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr[-3000:]
+    base = tiny_bert()
+    load_delta(tmp_path / "checkpoint-4/delta.safetensors").apply(base)
+    assert same_bits(base, load_file(tmp_path / "checkpoint-4/model.safetensors"))

@@ -1,0 +1,86 @@
+"""A run of `transformers.Trainer` on a tiny classifier: 32 rows in batches of 2, accumulated over 2."""
+
+import gc
+import sys
+
+import torch
+import transformers
+
+from id3_optim import ID3AdamW
+from id3_optim.integrations.huggingface import ID3Callback, id3_optimizer, parameter_groups
+from id3_optim.wrappers import unwrapped
+
+HEAD = {"classifier.weight", "classifier.bias"}
+
+
+def tiny_bert(dtype=torch.float32):
+    """Always the same weights; dropout is on."""
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32
+    )
+    return transformers.BertForSequenceClassification(config).to(dtype)
+
+
+def rows(n=32):
+    generator = torch.Generator().manual_seed(1)
+    return [{"input_ids": torch.randint(0, 50, (8,), generator=generator), "labels": i % 2} for i in range(n)]
+
+
+def arguments(folder, **changes):
+    """8 optimizer steps; a checkpoint every 3."""
+    own = {
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "max_steps": 8,
+        "learning_rate": 1e-2,
+        "save_steps": 3,
+        "logging_steps": 1,
+        "max_grad_norm": 0,
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
+    return transformers.TrainingArguments(output_dir=folder, **own | changes)
+
+
+def id3(model, **options):
+    return ID3AdamW(parameter_groups(model, HEAD), **{"lr": 1e-2, "budget": 0.05} | options)
+
+
+def build(args, model=None, callback=None, **options):
+    """A Trainer; by `optimizers=` unless options bring `optimizer_cls_and_kwargs`."""
+    if "model_init" not in options:
+        options["model"] = model or tiny_bert()
+    if "optimizer_cls_and_kwargs" not in options and "optimizers" not in options:
+        options["optimizers"] = (id3(options["model"]), None)
+    trainer = transformers.Trainer(
+        args=args, train_dataset=rows(), callbacks=[callback or ID3Callback()], **options
+    )
+    trainer.remove_callback(transformers.PrinterCallback)
+    return trainer
+
+
+def same_bits(a, b):
+    """Two models, or dicts of tensors, hold the same names and bits."""
+    a, b = (x if isinstance(x, dict) else x.state_dict() for x in (a, b))
+    return a.keys() == b.keys() and all(torch.equal(value, b[name]) for name, value in a.items())
+
+
+def one_process(folder):
+    """What each of several processes runs: 4 steps, and the last two again from the checkpoint between."""
+    args = arguments(folder, max_steps=4, save_steps=2, gradient_accumulation_steps=1, ddp_backend="gloo")
+    trainers = []
+    for checkpoint in (None, f"{folder}/checkpoint-2"):
+        pair = id3_optimizer(args, HEAD, budget=40, max_grad_norm=1.0)
+        trainers.append(build(args, optimizer_cls_and_kwargs=pair))
+        trainers[-1].train(resume_from_checkpoint=checkpoint)
+        assert unwrapped(trainers[-1].optimizer).n_active == 40
+    assert torch.distributed.get_world_size() == 2
+    assert same_bits(trainers[0].model, trainers[1].model)
+
+
+if __name__ == "__main__":
+    one_process(sys.argv[1])
+    gc.collect()  # what still holds the group must go before it does, or the two may wait for each other
+    torch.distributed.destroy_process_group()
