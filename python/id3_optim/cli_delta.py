@@ -1,4 +1,4 @@
-"""The commands on deltas: `id3-optim inspect | apply | revert | merge | diff`."""
+"""The commands on deltas: `id3-optim inspect | apply | revert | merge | diff | convert`."""
 
 from __future__ import annotations
 
@@ -38,7 +38,12 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     diff.add_argument("--base", required=True, help="local directory or hub name")
     diff.add_argument("--tuned", required=True, help="local directory or hub name")
     diff.add_argument("--no-originals", action="store_true", help="smaller, but without revert and merge")
-    for command in (merge, diff):
+    convert = _add(
+        commands, "convert", run_convert, "make a delta of a summary that the method's toolkit saved"
+    )
+    convert.add_argument("summary", help="file of the toolkit's write_summary_to_disk")
+    convert.add_argument("--model", required=True, help="the base: local directory or hub name")
+    for command in (merge, diff, convert):
         command.add_argument("--output", required=True, metavar="FILE", help="the delta file to write")
         command.add_argument("--compact", action="store_true", help="indices as gaps: 2 bytes less an entry")
 
@@ -213,7 +218,7 @@ def run_diff(arguments: argparse.Namespace) -> None:
     import transformers
 
     from .delta_diff import diff
-    from .delta_entries import named
+    from .wrappers import plain_parameters
 
     config = transformers.AutoConfig.from_pretrained(arguments.tuned)
     kind = transformers.AutoConfig.from_pretrained(arguments.base).model_type
@@ -223,14 +228,26 @@ def run_diff(arguments: argparse.Namespace) -> None:
     if missing:
         raise ValueError(f"--tuned: expected weights for {min(missing)} in {arguments.tuned}, got none")
     base, fresh = _load(config, arguments.base, tuned.dtype)
-    known = {name: param for name, param in named(base).items() if name not in fresh}
-    delta = diff(known, named(tuned), originals=not arguments.no_originals)
+    known = {name: param for name, param in plain_parameters(base).items() if name not in fresh}
+    delta = diff(known, plain_parameters(tuned), originals=not arguments.no_originals)
     summary = _save(delta, arguments)
     sparse = sum(change.indices is not None for change in delta.changes.values())
     counts = f"{summary['entries']:,} entries of {sparse} parameters differ"
     whole = [name for name, change in delta.changes.items() if change.indices is None]
     lines = [counts, *([f"stored whole: {', '.join(whole)}"] if whole else []), _written(summary)]
     _report(arguments, summary | {"whole": whole}, *lines)
+
+
+def run_convert(arguments: argparse.Namespace) -> None:
+    _quiet_transformers()
+    import transformers
+
+    from .toolkit import load_toolkit_summary
+
+    config = transformers.AutoConfig.from_pretrained(arguments.model)
+    base, _ = _load(config, arguments.model, config.dtype or "auto")
+    summary = _save(load_toolkit_summary(arguments.summary, base), arguments)
+    _report(arguments, summary, f"{summary['entries']:,} entries", _written(summary))
 
 
 def _save(delta: Delta, arguments: argparse.Namespace) -> dict[str, Any]:

@@ -12,9 +12,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from . import delta_file
-from .delta_entries import Patch, check_param, find, first_changed, named, read, write
+from .delta_entries import Patch, check_param, find, first_changed, read, write
 from .delta_file import Change, Contents, DeltaError
 from .delta_fingerprint import fingerprint
+from .wrappers import plain_names, unwrapped
 
 __all__ = ["Change", "Delta", "DeltaError", "Undo", "load_delta", "save_delta"]
 
@@ -177,13 +178,7 @@ def save_delta(
     Raises ValueError if the originals are asked for and unknown, or a parameter is not in the model or not a
     plain dense tensor; TypeError for another optimizer; OSError if writing fails (`delta_file.write`).
     """
-    while not hasattr(optimizer, "touched"):
-        if not hasattr(optimizer, "optimizer"):
-            raise TypeError(f"optimizer: expected an ID3AdamW, got {type(optimizer).__name__}")
-        optimizer = optimizer.optimizer
-    names: dict[int, str] = {}
-    for name, param in named(model).items():
-        names.setdefault(id(param), name)
+    optimizer, names = unwrapped(optimizer), plain_names(model)
     touched = [t for t in optimizer.touched() if t.indices.numel()]
     dense = [p for group in optimizer.param_groups if group.get("dense") for p in group["params"]]
     for param in [*(t.param for t in touched), *dense]:

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from .delta import Change, Delta, DeltaError
-from .delta_entries import check_param, named
+from .delta_entries import check_param
 from .delta_file import VALUE_DTYPES
 from .delta_fingerprint import bits, fingerprint, same_bits
+from .wrappers import plain_parameters
 
 _CHUNK = 1 << 22  # entries compared at once: at most 32 MiB of positions
 
@@ -55,7 +56,7 @@ def diff(base: Model, tuned: Model, originals: bool = True) -> Delta:
 def _tensors(model: Model) -> dict[str, Tensor]:
     """Detached tensors by their plain names, a tied one under each of its names."""
     if isinstance(model, nn.Module):
-        return {name: param.detach() for name, param in named(model).items()}
+        return {name: param.detach() for name, param in plain_parameters(model).items()}
     wrapped = bool(model) and all(name.startswith("module.") for name in model)
     found: dict[str, Tensor] = {}
     for name, tensor in model.items():

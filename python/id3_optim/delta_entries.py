@@ -13,6 +13,7 @@ from id3_kernels import Entries
 
 from .delta_file import VALUE_DTYPES, Change, DeltaError
 from .delta_fingerprint import by_kind, same_bits
+from .wrappers import plain_parameters
 
 
 class Patch(NamedTuple):
@@ -21,19 +22,6 @@ class Patch(NamedTuple):
     param: Tensor
     indices: Tensor | None
     values: Tensor
-
-
-def named(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters by their names in the plain model, a tied one under each of its names."""
-    wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel)
-    while isinstance(model, wrappers) or hasattr(model, "_orig_mod"):
-        model = model.module if isinstance(model, wrappers) else model._orig_mod
-    found: dict[str, nn.Parameter] = {}
-    for name, param in model.named_parameters(remove_duplicate=False):
-        plain = ".".join(part for part in name.split(".") if part != "_orig_mod")
-        if found.setdefault(plain, param) is not param:
-            raise DeltaError(f"{plain}: expected one parameter of this name in the model, got two")
-    return found
 
 
 def check_param(name: str, param: Tensor) -> None:
@@ -49,7 +37,7 @@ def check_param(name: str, param: Tensor) -> None:
 
 def find(model: nn.Module, changes: Mapping[str, Change], strict: bool) -> dict[str, Patch]:
     """The place and the new values of each change, all checked; strict=False leaves out missing names."""
-    present, found, owner = named(model), {}, {}
+    present, found, owner = plain_parameters(model), {}, {}
     for name, change in changes.items():
         param = present.get(name)
         if param is None:

@@ -23,7 +23,7 @@ class DeltaSeries:
     that passes several budgets writes one file. A resumed run goes on where the saved one stood.
 
     budgets: entries (int) or shares of what trains now (float), each at most the optimizer's own budget.
-    originals: as for `save_delta`.
+    originals, compact: as for `save_delta`.
     Raises ValueError for a budget out of range, or a strategy that is not "increment" (another one has its
     whole budget at the first step).
     """
@@ -35,9 +35,10 @@ class DeltaSeries:
         optimizer: Any,
         budgets: Sequence[int | float],
         originals: bool = False,
+        compact: bool = False,
     ) -> None:
         self.directory, self.model, self.optimizer = Path(directory), model, unwrapped(optimizer)
-        self.options = {"originals": originals}
+        self.options = {"originals": originals, "compact": compact}
         if self.optimizer.strategy != "increment":
             raise ValueError(f"optimizer: expected the strategy increment, got {self.optimizer.strategy}")
         self.budgets = _resolved(budgets, self.optimizer)

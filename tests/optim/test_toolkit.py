@@ -8,9 +8,12 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from tiny_models import save_llama
 from torch import nn
+from transformers import AutoModelForCausalLM
 
-from id3_optim import DeltaError, load_toolkit_summary
+from id3_optim import DeltaError, load_delta, load_toolkit_summary
+from id3_optim.cli import main
 
 
 @dataclass
@@ -188,3 +191,25 @@ def test_a_state_dict_is_not_a_summary(tmp_path):
     torch.save(Net().state_dict(), tmp_path / "summary.pt")
     with pytest.raises(DeltaError, match="summary: expected values, pointers"):
         load_toolkit_summary(tmp_path / "summary.pt", Net())
+
+
+def test_the_command_writes_a_delta(saved, tmp_path, capsys):
+    folder = save_llama(tmp_path / "llama")
+    base = AutoModelForCausalLM.from_pretrained(folder)
+    summary = summary_of(base)
+    command = [
+        "convert",
+        str(saved(summary)),
+        "--model",
+        str(folder),
+        "--output",
+        str(tmp_path / "d.safetensors"),
+    ]
+    assert main(command) == 0
+    assert "entries" in capsys.readouterr().out
+    load_delta(tmp_path / "d.safetensors").apply(base)
+    expected = AutoModelForCausalLM.from_pretrained(folder)
+    for param, values, pointers in zip(expected.parameters(), summary.values, summary.pointers, strict=True):
+        param.data[tuple(pointers.t())] = values
+    assert all(map(torch.equal, base.parameters(), expected.parameters()))
+    assert main([*command[:3], str(tmp_path), *command[4:]]) == 2  # no model there
