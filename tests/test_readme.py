@@ -9,8 +9,9 @@ README = Path(__file__).parent.parent / "README.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
 
 
-def test_the_readme_shows_an_optimizer_and_the_kernels():
-    assert len(BLOCKS) >= 2 and "ID3AdamW" in BLOCKS[0] and "select_topk" in BLOCKS[1]
+def test_the_readme_shows_an_optimizer_deltas_and_the_kernels():
+    words = ("ID3AdamW", "load_delta", "select_topk")
+    assert all(word in block for word, block in zip(words, BLOCKS, strict=True))
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
