@@ -64,7 +64,25 @@ def add_train(train: argparse.ArgumentParser) -> None:
     add("--model", required=True, help="local directory or hub name")
     add("--output", required=True, metavar="DIR", help="where the tuned model or its delta goes")
     add("--delta-only", action="store_true", help="write the changed entries instead of the model")
-    add("--originals", action="store_true", help="with --delta-only: also what was there before, for revert")
+    add(
+        "--originals", action="store_true", help="in deltas: also what was there before, for revert and merge"
+    )
+    add(
+        "--save-every",
+        type=int,
+        metavar="STEPS",
+        help="write checkpoints, each with its delta, to resume from",
+    )
+    add("--keep", type=int, metavar="N", help="with --save-every: only the newest N checkpoints")
+    add("--resume", action="store_true", help="go on from the newest checkpoint in the output directory")
+    add(
+        "--save-at",
+        nargs="+",
+        type=budget,
+        default=[],
+        metavar="BUDGET",
+        help="also a delta at these budgets",
+    )
     add("--report", metavar="JSON", help="also write every number of the run to this file")
     add("--save-plots", action="store_true", help="also draw losses and allocation into the output directory")
     add_selection(train.add_argument_group("what is trained"))
@@ -132,7 +150,7 @@ def run_train(arguments: argparse.Namespace) -> None:
     transformers.logging.disable_progress_bar()
     names = train.Settings.__dataclass_fields__
     options = {name: value for name, value in vars(arguments).items() if name in names}
-    options["text_column"] = tuple(arguments.text_column)
+    options |= {"text_column": tuple(arguments.text_column), "save_at": tuple(arguments.save_at)}
     numbers, start, optimizer = train.train(train.Settings(**options))
     if arguments.save_plots:
         from . import analysis
@@ -149,6 +167,7 @@ def run_train(arguments: argparse.Namespace) -> None:
 def check_ranges(arguments: argparse.Namespace) -> None:
     """What the Trainer would answer with a traceback, or take without a word."""
     least = {"steps": 1, "batch_size": 1, "accumulate": 1, "log_every": 1, "max_length": 2, "warmup": 0}
+    least |= {"save_every": 1, "keep": 1}
     least |= {"weight_decay": 0, "max_grad_norm": 0}
     for name, lowest in least.items():
         value = getattr(arguments, name)
@@ -160,8 +179,10 @@ def check_ranges(arguments: argparse.Namespace) -> None:
             raise ValueError(f"--{name.replace('_', '-')}: expected more than 0, got {value}")
     if len(arguments.text_column) > 2:
         raise ValueError(f"--text-column: expected one or two columns, got {len(arguments.text_column)}")
-    if arguments.originals and not arguments.delta_only:
-        raise ValueError("--originals: needs --delta-only")
+    if arguments.originals and not (arguments.delta_only or arguments.save_at or arguments.save_every):
+        raise ValueError("--originals: needs --delta-only, --save-at or --save-every")
+    if arguments.keep and not arguments.save_every:
+        raise ValueError("--keep: needs --save-every")
     if arguments.report:  # after hours of training would be late to learn that it can not be written
         Path(arguments.report).parent.mkdir(parents=True, exist_ok=True)
     for path in (arguments.train, arguments.eval):

@@ -9,16 +9,22 @@ import torch
 import transformers
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers.trainer_utils import get_last_checkpoint
 
 from . import schedules, tasks
 from .delta import save_delta
 from .heuristics import D3, Bias, Magnitude, Random
-from .integrations.huggingface import ID3Callback, StepClock, fresh_parameters, parameter_groups
+from .integrations.huggingface import (
+    DELTA_NAME,
+    ID3Callback,
+    StepClock,
+    fresh_parameters,
+    parameter_groups,
+)
 from .optimizer import ID3AdamW
 from .report import summarise
+from .series import DeltaSeries
 from .tasks import Task
-
-DELTA_NAME = "delta.safetensors"
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,10 @@ class Settings:
     cpu: bool = False
     delta_only: bool = False
     originals: bool = False
+    save_every: int | None = None
+    keep: int | None = None
+    resume: bool = False
+    save_at: tuple[int | float, ...] = ()
     log_every: int = 10
 
 
@@ -97,7 +107,7 @@ class ProgressBar(transformers.TrainerCallback):
 
 
 def trainer_arguments(settings: Settings) -> transformers.TrainingArguments:
-    """The Trainer's arguments: linear decay after a short warm-up, no checkpoints, no clipping.
+    """The Trainer's arguments: linear decay after a short warm-up, no clipping.
 
     The Trainer clips by the norm of all N gradients; ID3AdamW by that of the active entries
     (`max_grad_norm`). Even at 0 the Trainer measures the norm of all gradients for its log; the report
@@ -118,7 +128,9 @@ def trainer_arguments(settings: Settings) -> transformers.TrainingArguments:
         use_cpu=settings.cpu,
         seed=settings.seed,
         logging_steps=settings.log_every,
-        save_strategy="no",
+        save_strategy="no" if settings.save_every is None else "steps",
+        save_steps=settings.save_every or 500,
+        save_total_limit=settings.keep,
         report_to="none",
         disable_tqdm=True,
         dataloader_pin_memory=torch.cuda.is_available() and not settings.cpu,
@@ -157,18 +169,6 @@ def load_pretrained(model_class: type, source: str, **options) -> tuple[torch.nn
         if name in fresh:
             parameter.data = parameter.data.float()
     return model, fresh
-
-
-def load_base(delta_path: Path, source: str) -> torch.nn.Module:
-    """The model that a `--delta-only` run started from: its class and dtype by the configuration beside the
-    delta.
-
-    A new head holds random numbers; the delta brings all of it.
-    """
-    config = transformers.AutoConfig.from_pretrained(delta_path.parent)
-    model_class = getattr(transformers, (config.architectures or ["AutoModel"])[0])
-    options = {"config": config, "dtype": config.dtype, "ignore_mismatched_sizes": True}
-    return load_pretrained(model_class, source, **options)[0]
 
 
 def build_optimizer(settings: Settings, start: Start) -> torch.optim.Optimizer:
@@ -233,11 +233,21 @@ def fit(
         compute_metrics=tasks.metrics(task.kind),
     )
     trainer.remove_callback(transformers.PrinterCallback)
-    trainer.train()
+    trainer.train(resume_from_checkpoint=newest_checkpoint(settings))
     measured = trainer.evaluate()
     names = ("eval_accuracy", "eval_token_loss", "eval_perplexity", "eval_loss")
     metrics = {name: float(measured[name]) for name in names if name in measured}
     return Run(metrics, trainer.state.log_history, clock)
+
+
+def newest_checkpoint(settings: Settings) -> str | None:
+    """The folder to resume from, None to begin. Raises ValueError where there is none to resume."""
+    if not settings.resume:
+        return None
+    folder = get_last_checkpoint(settings.output) if Path(settings.output).is_dir() else None
+    if folder is None:
+        raise ValueError(f"--resume: expected a checkpoint of --save-every in {settings.output}, got none")
+    return folder
 
 
 def write_model(settings: Settings, start: Start, optimizer) -> Path:
@@ -254,8 +264,10 @@ def write_model(settings: Settings, start: Start, optimizer) -> Path:
 
 def train(settings: Settings) -> tuple[dict, Start, torch.optim.Optimizer]:
     """The whole run: read, load, train, evaluate, write. Returns the report, the model, its optimizer."""
-    if settings.delta_only and settings.optimizer != "id3":
-        raise ValueError("--delta-only: needs --optimizer id3; AdamW changes every entry")
+    if settings.optimizer != "id3" and (settings.delta_only or settings.save_at):
+        option = "--delta-only" if settings.delta_only else "--save-at"
+        raise ValueError(f"{option}: needs --optimizer id3; AdamW changes every entry")
+    newest_checkpoint(settings)  # refused before anything is loaded
     task = tasks.read_task(
         settings.train,
         settings.eval,
@@ -267,7 +279,9 @@ def train(settings: Settings) -> tuple[dict, Start, torch.optim.Optimizer]:
     if start.fresh:
         print(f"new in this model, so trained whole (dense): {', '.join(sorted(start.fresh))}")
     optimizer = build_optimizer(settings, start)
-    callbacks = [ID3Callback()] if settings.optimizer == "id3" else []
+    callbacks = [ID3Callback(originals=settings.originals)] if settings.optimizer == "id3" else []
+    if settings.save_at:
+        DeltaSeries(settings.output, start.model, optimizer, settings.save_at, originals=settings.originals)
     run = fit(start, task, optimizer, settings, callbacks)
     write_model(settings, start, optimizer)
     return summarise(settings, start, optimizer, run), start, optimizer

@@ -1,6 +1,7 @@
 """`id3_optim.train` and the data it reads: from files to a tuned model, with models made on the spot."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,10 +15,11 @@ from transformers import (
 )
 
 from id3_optim import tasks
+from id3_optim.cli_delta import load_model
 from id3_optim.delta import load_delta
 from id3_optim.integrations.huggingface import ID3Callback
 from id3_optim.report import table, write_report
-from id3_optim.train import Settings, build_optimizer, fit, load_base, load_start, train
+from id3_optim.train import Settings, build_optimizer, fit, load_start, train
 
 
 @pytest.fixture(scope="module")
@@ -192,8 +194,9 @@ def test_a_delta_on_its_base_is_the_tuned_model(settings, bf16):
     _, start, _ = train(tuned)
     path = Path(tuned.output) / "delta.safetensors"
     assert not (path.parent / "model.safetensors").exists()
-    model = load_base(path, settings.model)
-    load_delta(path).apply(model, strict=True)
+    delta = load_delta(path)
+    model = load_model(delta, path.parent, settings.model)
+    delta.apply(model, strict=True)
     for name, value in model.state_dict().items():
         assert torch.equal(value, start.model.state_dict()[name]), name
     assert start.model.bert.pooler.dense.weight.dtype == (torch.bfloat16 if bf16 else torch.float32)
@@ -292,3 +295,29 @@ def test_a_label_that_training_never_saw(tmp_path):
     (tmp_path / "eval.csv").write_text("text,label\nx,1\ny,3\n")
     with pytest.raises(ValueError, match=r"eval.csv: label '3' does not occur in .*train.csv"):
         tasks.read_task(str(tmp_path / "train.csv"), str(tmp_path / "eval.csv"))
+
+
+def test_a_resumed_run_ends_where_the_straight_one_does(settings, tmp_path):
+    straight = replace(settings, output=str(tmp_path / "straight"), steps=12, save_every=5, bf16=True)
+    _, whole, optimizer = train(straight)
+    assert load_delta(tmp_path / "straight/checkpoint-10/delta.safetensors").settings["step"] == 10
+    shutil.copytree(tmp_path / "straight/checkpoint-5", tmp_path / "cut/checkpoint-5")
+    _, resumed, second = train(replace(straight, output=str(tmp_path / "cut"), resume=True))
+    assert (second.steps_done, second.n_active) == (12, optimizer.n_active)
+    assert all(map(torch.equal, whole.model.parameters(), resumed.model.parameters()))
+    with pytest.raises(ValueError, match="budget: the optimizer has"):
+        train(replace(straight, output=str(tmp_path / "cut"), resume=True, budget=7))
+
+
+def test_there_must_be_something_to_resume(settings, tmp_path):
+    with pytest.raises(ValueError, match="--resume: expected a checkpoint of --save-every"):
+        train(replace(settings, output=str(tmp_path / "empty"), resume=True))
+
+
+def test_deltas_along_the_budget(settings, tmp_path):
+    train(replace(settings, output=str(tmp_path), steps=10, budget=100, save_at=(20, 50), originals=True))
+    names = sorted(path.name for path in tmp_path.glob("delta-*"))
+    assert names == ["delta-20.safetensors", "delta-50.safetensors"]
+    assert load_delta(tmp_path / names[1]).inspect()["originals"]
+    with pytest.raises(ValueError, match="--save-at: needs --optimizer id3"):
+        train(replace(settings, optimizer="adamw", save_at=(20,)))
