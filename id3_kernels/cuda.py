@@ -19,18 +19,26 @@ def _row_major(tensors):
     return [None if t is None else t.contiguous() for t in tensors]
 
 
+def _refuse_float64(*tensors):
+    if any(t is not None and t.dtype == torch.float64 for t in tensors):
+        raise ValueError("cuda backend: float64 is not supported, use cpu or reference")
+
+
 def d3_score(param, grad, eps, exp):
     """See the op table."""
+    _refuse_float64(param)
     return _ops.d3_score(param.contiguous(), grad.contiguous(), eps, exp)
 
 
 def select_topk(params, grads, offsets, indices, k, eps, exp):
     """See the op table."""
+    _refuse_float64(*params)
     return _ops.select_topk(_row_major(params), _row_major(grads), offsets, indices, k, eps, exp)
 
 
 def select_topk_by_score(scores, offsets, indices, k):
     """See the op table."""
+    _refuse_float64(*scores)
     return _ops.select_topk_by_score(_row_major(scores), offsets, indices, k)
 
 
@@ -48,6 +56,7 @@ def scatter_(tensors, offsets, indices, values):
 
 def squared_norm(tensors, offsets, indices):
     """See the op table."""
+    _refuse_float64(*tensors)
     return _ops.squared_norm(_row_major(tensors), offsets, indices)
 
 
@@ -58,6 +67,7 @@ def join_(arrays, offsets, b_offsets, b_indices):
 
 def adamw_(params, grads, *rest):
     """See the op table."""
+    _refuse_float64(*params)
     rows = _row_major(params)
     _ops.adamw_(rows, _row_major(grads), *rest)
     write_back(params, rows, *rest[:2])
@@ -65,6 +75,7 @@ def adamw_(params, grads, *rest):
 
 def adamw_compact_(params, values, *rest):
     """See the op table."""
+    _refuse_float64(*params)
     rows = _row_major(params)
     _ops.adamw_compact_(rows, values.contiguous(), *rest)
     write_back(params, rows, *rest[:2])

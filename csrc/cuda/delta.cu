@@ -90,6 +90,7 @@ __device__ __forceinline__ void copy_item(void* to, int64_t to_place, const void
 
 __device__ __forceinline__ void copy(int item_bytes, void* to, int64_t to_place, const void* from,
                                      int64_t place) {
+  if (item_bytes == 1) copy_item<uint8_t>(to, to_place, from, place);
   if (item_bytes == 2) copy_item<uint16_t>(to, to_place, from, place);
   if (item_bytes == 4) copy_item<uint32_t>(to, to_place, from, place);
   if (item_bytes == 8) copy_item<uint64_t>(to, to_place, from, place);

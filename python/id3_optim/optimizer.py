@@ -63,7 +63,7 @@ class ID3AdamW(torch.optim.Optimizer):
     max_grad_norm: clip by the norm over everything that this step updates: the active entries, the new
         ones included, and dense groups. (`clip_grad_norm_` outside clips by the dense gradients' norm.)
     keep_originals: remember each active entry's first value, so that a saved delta can be checked and undone.
-    backend: "cpu", "triton" or "reference"; None: the best for each parameter's device.
+    backend: "cpu", "cuda", "triton" or "reference"; None: the best for each parameter's device.
 
     Raises ValueError or TypeError for anything out of range, before anything changes.
     """

@@ -3,11 +3,13 @@
 import importlib.util
 import shutil
 
+import emulated
 import pytest
 import torch
 from hypothesis import settings
 
 import id3_kernels
+from id3_kernels import backend as backends
 from id3_kernels.backend import available_backends, kernels_for
 
 
@@ -16,14 +18,15 @@ class Backend:
 
     def __init__(self, name: str):
         self.name = name
-        self.device = torch.device("cuda" if name == "triton" and torch.cuda.is_available() else "cpu")
-        self.has_float64 = name != "triton"
-        self.is_slow = name == "triton" and self.device.type == "cpu"  # interpreted
+        for_gpu = name in ("triton", "cuda")
+        self.device = torch.device("cuda" if for_gpu and torch.cuda.is_available() else "cpu")
+        self.has_float64 = not for_gpu
+        self.is_slow = for_gpu and self.device.type == "cpu"  # interpreted or emulated
 
     @property
     def table(self):
         """The unchecked ops, as an optimizer calls them."""
-        return kernels_for(self.device, self.name)
+        return backends.kernels_for(self.device, self.name)
 
     def __getattr__(self, function: str):
         def call(*args, **kwargs):
@@ -41,7 +44,7 @@ class Backend:
         return [self.here(v) for v in value] if isinstance(value, list | tuple) else value
 
     def examples(self, count: int, interpreted: int) -> settings:
-        """Hypothesis settings: so many examples, or so many where Triton is interpreted."""
+        """Hypothesis settings: so many examples, or so many where a GPU is stood in for."""
         return settings(max_examples=interpreted if self.is_slow else count)
 
 
@@ -53,6 +56,7 @@ def _unavailable(name: str) -> None:
     could_be_had = {
         "cpu": shutil.which("c++") or shutil.which("g++"),
         "triton": importlib.util.find_spec("triton"),
+        "cuda": importlib.util.find_spec("id3_kernels._cuda"),
     }
     if reason and could_be_had[name]:
         pytest.fail(reason)
@@ -60,10 +64,29 @@ def _unavailable(name: str) -> None:
         pytest.skip(reason)
 
 
-@pytest.fixture(params=["reference", "cpu", "triton"])
+@pytest.fixture(params=["reference", "cpu", "triton", "cuda"])
 def backend(request) -> Backend:
-    _unavailable(request.param)
+    if request.param == "cuda" and not torch.cuda.is_available():
+        request.getfixturevalue("emulated_cuda")
+    else:
+        _unavailable(request.param)
     return Backend(request.param)
+
+
+@pytest.fixture
+def emulated_cuda(monkeypatch):
+    """The backend `cuda` on CPU tensors: its Python as it is, its kernels run by the host."""
+    if shutil.which("g++") is None:
+        pytest.skip("needs g++")
+    from id3_kernels import cuda
+
+    def with_cuda(device, name):
+        return cuda if name == "cuda" else kernels_for(device, name)
+
+    why_not = backends._why_not
+    monkeypatch.setattr(cuda, "_ops", emulated)
+    monkeypatch.setattr(backends, "_why_not", lambda name: None if name == "cuda" else why_not(name))
+    monkeypatch.setattr(backends, "kernels_for", with_cuda)
 
 
 @pytest.fixture

@@ -56,9 +56,8 @@ class Block {
   Block(unsigned threads, std::function<void()> body) : body_(std::move(body)), fibers_(threads) {
     current_ = this;
     for (unsigned t = 0; t < threads; ++t) {
-      fibers_[t].stack.reset(new char[kStackBytes]);
       getcontext(&fibers_[t].context);
-      fibers_[t].context.uc_stack.ss_sp = fibers_[t].stack.get();
+      fibers_[t].context.uc_stack.ss_sp = stack(t);
       fibers_[t].context.uc_stack.ss_size = kStackBytes;
       fibers_[t].context.uc_link = &scheduler_;
       makecontext(&fibers_[t].context, &Block::enter, 0);
@@ -92,7 +91,6 @@ class Block {
   static constexpr size_t kStackBytes = 64 << 10;
   struct Fiber {
     ucontext_t context;
-    std::unique_ptr<char[]> stack;
     uint64_t met_block = 0, met_warp = 0;
     bool done = false;
   };
@@ -105,6 +103,13 @@ class Block {
       return true;
     };
     while (!all_here()) yield();
+  }
+
+  // Kept from block to block: making them anew would take most of the time.
+  static char* stack(size_t thread) {
+    static std::vector<std::unique_ptr<char[]>> stacks;
+    while (stacks.size() <= thread) stacks.emplace_back(new char[kStackBytes]);
+    return stacks[thread].get();
   }
 
   void yield() {

@@ -1,0 +1,141 @@
+"""The op table through the CUDA kernels as the host compiler builds them, on CPU tensors.
+
+`emulated_cuda/cuda_runtime.h` stands in for CUDA and runs a kernel thread by thread.
+"""
+
+import ctypes
+import functools
+import subprocess
+import tempfile
+from ctypes import c_double, c_float, c_int32, c_int64, c_void_p
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).parent
+CSRC = HERE.parents[1] / "csrc"
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+class Row(ctypes.Structure):
+    """`TensorRow` of csrc/cuda/tensors.h."""
+
+    _fields_ = [("param", c_void_p), ("grad", c_void_p), ("param_dtype", c_int32), ("grad_dtype", c_int32)]
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """Compiles the kernels; takes some seconds."""
+    sources = [*sorted((CSRC / "cuda").glob("*.cu")), HERE / "emulated_cuda/harness.cpp"]
+    flags = ["-O1", "-std=c++20", "-ffp-contract=off", "-fPIC", "-shared", "-Wall", "-Wno-unknown-pragmas"]
+    includes = [f"-I{HERE / 'emulated_cuda'}", f"-I{CSRC}"]
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "emulated.so"
+        command = ["g++", *flags, *includes, "-x", "c++", *map(str, sources), "-o", str(out)]
+        subprocess.run(command, check=True)
+        loaded = ctypes.CDLL(str(out))
+    loaded.cut_into_chunks_emulated.restype = loaded.blocks_for_emulated.restype = c_int64
+    loaded.squared_norm_emulated.restype = c_double
+    return loaded
+
+
+def address(tensor):
+    return None if tensor is None else c_void_p(tensor.data_ptr())
+
+
+def rows(params, grads):
+    """The tensors as the kernels see them; float64 is only moved, so its code does not matter."""
+    n = max(len(params), len(grads))
+    table = (Row * max(n, 1))()
+    for j in range(n):
+        pair = [column[j] if j < len(column) else None for column in (params, grads)]
+        codes = [DTYPES.index(t.dtype) if t is not None and t.dtype in DTYPES else 0 for t in pair]
+        table[j] = Row(*(None if t is None else t.data_ptr() for t in pair), *codes)
+    return table
+
+
+def entries(offsets, indices):
+    """offsets, indices and their capacity as arguments."""
+    return offsets.numel() - 1, address(offsets), address(indices), c_int64(indices.numel())
+
+
+def d3_score(param, grad, eps, exp):
+    scores = torch.empty(param.shape)
+    library().d3_score_emulated(
+        rows([param], [grad]), c_int64(param.numel()), c_float(eps), c_double(exp), address(scores)
+    )
+    return scores
+
+
+def select(params, grads, numels, offsets, indices, k, eps, exp, given):
+    """The result, and whether tiles were listed by their maxima."""
+    sizes, out = torch.tensor([*numels, 0]), torch.full_like(offsets, -7)
+    picked, scores = torch.full((k,), -7, dtype=torch.int32), torch.full((k,), float("nan"))
+    if k == 0 or not sum(numels):
+        return (out.zero_(), picked.zero_(), scores.zero_()), False
+    few = library().select_topk_emulated(
+        rows(params, grads), address(sizes), *entries(offsets, indices)[:3], c_int64(k), c_int64(k),
+        c_float(eps), c_double(exp), int(given), address(out), address(picked), address(scores),
+    )  # fmt: skip
+    assert few >= 0, "the workspace is not as the next call expects it"
+    return (out, picked, scores), bool(few)
+
+
+def select_topk(params, grads, offsets, indices, k, eps, exp):
+    return select(params, grads, [p.numel() for p in params], offsets, indices, k, eps, exp, False)[0]
+
+
+def select_topk_by_score(scores, offsets, indices, k):
+    numels = [0 if s is None else s.numel() for s in scores]
+    return select([], scores, numels, offsets, indices, k, 0, 0, True)[0]
+
+
+def gather(tensors, offsets, indices):
+    values = torch.empty(indices.numel(), dtype=tensors[0].dtype if tensors else torch.float32)
+    library().gather_emulated(
+        rows(tensors, []), *entries(offsets, indices), values.element_size(), address(values)
+    )
+    return values
+
+
+def scatter_(tensors, offsets, indices, values):
+    library().scatter_emulated(
+        rows(tensors, []), *entries(offsets, indices), values.element_size(), address(values)
+    )
+
+
+def squared_norm(tensors, offsets, indices):
+    total = library().squared_norm_emulated(rows([], tensors), *entries(offsets, indices))
+    return torch.tensor(total, dtype=torch.float64)
+
+
+def join_(arrays, offsets, b_offsets, b_indices):
+    positions = torch.full((b_indices.numel(),), -7)
+    pointers = (c_void_p * len(arrays))(*(a.data_ptr() for a in arrays))
+    widths = (c_int32 * len(arrays))(*(a.element_size() for a in arrays))
+    library().join_emulated(
+        pointers, widths, len(arrays), c_int64(arrays[0].numel()), address(offsets),
+        *entries(b_offsets, b_indices), address(positions),
+    )  # fmt: skip
+    return positions
+
+
+def adamw_(params, grads, *rest):
+    _adamw(params, grads, None, *rest)
+
+
+def adamw_compact_(params, values, *rest):
+    _adamw(params, [], values, *rest)
+
+
+def _adamw(
+    params, grads, values, offsets, indices, exp_avg, exp_avg_sq, master, age, step,
+    lr, beta1, beta2, eps, weight_decay, maximize, grad_scale, found_inf, clip,
+):  # fmt: skip
+    scalars = [None if t is None else t.float() for t in (grad_scale, found_inf, clip)]
+    library().adamw_emulated(
+        rows(params, grads), *entries(offsets, indices), address(values),
+        0 if values is None else DTYPES.index(values.dtype),
+        *map(address, (exp_avg, exp_avg_sq, master, age, step)),
+        *map(c_double, (lr, beta1, beta2, eps, weight_decay)), int(maximize), *map(address, scalars),
+    )  # fmt: skip
