@@ -12,7 +12,7 @@ CPP := $(NATIVE) $(wildcard benchmarks/*.cpp)
 HAS_TORCH := $(VENV)/.has-$(firstword $(TORCH))
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test bench lint format clean
+.PHONY: setup demo test bench gpu-check lint format clean
 
 setup: $(READY)
 
@@ -24,6 +24,12 @@ test: $(READY)
 
 bench: $(READY) $(VENV)/.has-bench
 	$(BIN)/python -m benchmarks
+
+# For a machine with a GPU and no network: uses its own Python (torch, triton, pytest, hypothesis, nvcc), not .venv.
+# PART: tests, sanitize or bench; all without it.
+gpu-check:
+	-$(PYTHON) setup.py build_ext --inplace > build-gpu.log 2>&1 || tail -n 20 build-gpu.log
+	PYTHONPATH=.:python $(PYTHON) -m benchmarks.gpu_check $(if $(PART),--part $(PART))
 
 lint: $(READY) $(VENV)/.has-dev
 	$(BIN)/ruff check .
@@ -37,7 +43,7 @@ format: $(READY) $(VENV)/.has-dev
 
 # Leaves the environment itself, which VENV may share with others.
 clean:
-	rm -rf build dist runs *.egg-info python/*.egg-info id3_kernels/*.so
+	rm -rf build build-gpu.log dist runs *.egg-info python/*.egg-info id3_kernels/*.so
 	rm -rf .pytest_cache .hypothesis .benchmarks .ruff_cache
 	rm -f $(READY) $(VENV)/.has-*
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
