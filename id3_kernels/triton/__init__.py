@@ -1,5 +1,6 @@
 """The op table on a GPU through Triton (on CPU tensors under TRITON_INTERPRET=1, for tests)."""
 
+from .collect import collect_
 from .delta import gather, join_, scatter_, squared_norm, union
 from .launch import why_unavailable
 from .score import d3_score
@@ -9,6 +10,7 @@ from .update import adamw_, adamw_compact_
 __all__ = [
     "adamw_",
     "adamw_compact_",
+    "collect_",
     "d3_score",
     "gather",
     "join_",

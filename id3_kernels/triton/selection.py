@@ -111,15 +111,15 @@ class _Reading(NamedTuple):
 
 def select_topk(params, grads, offsets, indices, k, eps, exp):
     """See the op table. Reads a tensor of other than row-major strides through a copy of it."""
-    return _select(params, grads, offsets, indices, k, kind_of(exp), eps, exp)
+    return select(params, grads, offsets, indices, k, kind_of(exp), eps, exp)
 
 
 def select_topk_by_score(scores, offsets, indices, k):
     """See the op table."""
-    return _select([None] * len(scores), scores, offsets, indices, k, "given", 0.0, 0.0)
+    return select([None] * len(scores), scores, offsets, indices, k, "given", 0.0, 0.0)
 
 
-def _select(params, grads, offsets, indices, k, kind, eps, exp):
+def select(params, grads, offsets, indices, k, kind, eps, exp):
     launch.check(*params, *grads)
     device = offsets.device
     grads = [None if g is None else g.contiguous() for g in grads]
