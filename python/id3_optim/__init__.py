@@ -1,6 +1,7 @@
 """Selective fine-tuning by step-by-step unmasking (ID3), at the cost of one read of weights and gradients."""
 
 from .delta import Delta, DeltaError, load_delta, save_delta
+from .grad_scaler import GradScaler
 from .heuristics import D3, Bias, Fisher, Magnitude, Random, fisher_scores
 from .optimizer import ID3AdamW
 
@@ -10,6 +11,7 @@ __all__ = [
     "Delta",
     "DeltaError",
     "Fisher",
+    "GradScaler",
     "ID3AdamW",
     "Magnitude",
     "Random",
