@@ -21,7 +21,7 @@ class GradScaler(torch.amp.GradScaler):
         release = getattr(optimizer, "_release", None)
         if release is None:
             return found
-        for held in release.tensors(optimizer._shards):
+        for held in release.scaled_tensors(optimizer):
             here = found.setdefault(held.device, found_inf.to(held.device, copy=True))
             torch._amp_foreach_non_finite_check_and_unscale_([held], here, inv_scale.to(held.device))
         release.seen_by_scaler = True

@@ -247,11 +247,8 @@ class ID3AdamW(torch.optim.Optimizer):
 
     def _overflowed(self) -> bool:
         found_inf = getattr(self, "found_inf", None)  # a GradScaler sets it around step()
-        if found_inf is not None and self._release is not None and not self._release.seen_by_scaler:
-            raise RuntimeError(
-                "release_gradients: torch's GradScaler does not see released gradients (fp16 in the "
-                "transformers Trainer uses it): use id3_optim.GradScaler, or bf16"
-            )
+        if found_inf is not None and self._release is not None:
+            self._release.check_scaler()
         return found_inf is not None and bool(found_inf.item())
 
     def _gradients(self) -> list[list[Tensor | None] | None]:

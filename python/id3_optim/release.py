@@ -1,7 +1,7 @@
 """Gradients never whole: hooks keep what a step needs of each tensor's gradient, and let the gradient go.
 
-A step needs the values at active entries and the few entries that may join. Both are taken the moment autograd
-has finished a tensor; what is kept adds up over micro-batches, and `step()` works on it alone.
+A step needs the values at active entries and the few entries that may join. Both are taken the moment that
+autograd has finished a tensor; what is kept adds up over micro-batches, and `step()` works on it alone.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ class Release:
         """At a step: takes the gradients that no hook has taken (assigned by hand, unfrozen since)."""
         if self._root is not None:
             raise RuntimeError(
-                "release_gradients: expected every backward pass to end, got one that failed: call zero_grad()"
+                "release_gradients: expected passes that ended, got one that failed: call zero_grad()"
             )
         self._prepare(optimizer)
         for group in optimizer.param_groups:
@@ -136,6 +136,14 @@ class Release:
         )  # fmt: skip
         shard.seen[j] = True
         param.grad = None
+
+    def check_scaler(self) -> None:
+        """Raises RuntimeError where somebody else's GradScaler is at work."""
+        if not self.seen_by_scaler:
+            raise RuntimeError(
+                "release_gradients: torch's GradScaler does not see released gradients (fp16 in the "
+                "transformers Trainer and Accelerate uses it): use id3_optim.GradScaler, or bf16"
+            )
 
     # --- passes --------------------------------------------------------------------------------------
 
@@ -213,10 +221,12 @@ class Release:
         order = in_order[score[in_order].argsort(descending=True, stable=True)][:k]
         return torch.bincount(shard[order[score[order] > 0]], minlength=len(self.best)).tolist()
 
-    def tensors(self, shards: list[Shard]) -> list[Tensor]:
-        """Every gradient that is held, as the tensors (and parts of tensors) that hold them."""
+    def scaled_tensors(self, optimizer: ID3AdamW) -> list[Tensor]:
+        """All that is proportional to the loss scale, as the tensors (and parts of tensors) that hold it."""
         held = [best.grad for best in self.best]
-        for shard in shards:
+        if isinstance(optimizer.heuristic, D3):
+            held += [best.score for best in self.best]
+        for shard in optimizer._shards:
             held += [shard.arrays["gradient"][slice(*ends)] for ends in shard.seen_rows()]
         return [t for t in held if t.numel()]
 

@@ -212,11 +212,11 @@ class Shard:
 
         grads None: the released ones, one call for each run of tensors that have one.
         """
-        _, first, last = part
+        _, i, j = part
         if grads is not None:
-            self._update(self.kernels.adamw_, first, last, grads[first:last], numbers, maximize, scalars)
+            self._update(self.kernels.adamw_, i, j, grads[i:j], numbers, maximize, scalars)
             return
-        for first, last in self._seen_runs(first, last):
+        for first, last in self._seen_runs(i, j):
             values = self.arrays["gradient"][self.bounds[first] : self.bounds[last]]
             self._update(self.kernels.adamw_compact_, first, last, values, numbers, maximize, scalars)
 

@@ -52,7 +52,7 @@ class Blocks(torch.nn.Module):
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("micro_batches", [1, 3])
 def test_gradient_checkpoints(outside, reentrant, micro_batches):
-    """Reentrant ones run passes within the pass. The dense twin is given the last micro-batch to choose by."""
+    """Reentrant ones run passes within the pass. The dense twin sees the last micro-batch alone."""
     twins = Twins(Blocks(outside), budget=300, total_steps=3)
     twins.dense[0].reentrant, twins.released[0].reentrant = None, reentrant
     for step in range(3):
@@ -249,7 +249,7 @@ def test_copies_hook_their_own_parameters(model, copied, begun):
     first, twins.released = twins.released, copied(twins.released)
     loss_at(50)(first[0]).backward()
     if begun:
-        for net, optimizer in (twins.dense, twins.released):
+        for _, optimizer in (twins.dense, twins.released):
             optimizer.step()
             optimizer.zero_grad()
     for step in range(3, 10):
