@@ -1,4 +1,4 @@
-"""The command `id3-optim`: train, inspect, apply, revert, env.
+"""The command `id3-optim`: train, inspect, apply, revert, estimate, env.
 
 What a user got wrong (a file, a column, a number) ends in one line on stderr and exit code 2; `--debug` shows
 where.
@@ -14,6 +14,8 @@ import os
 import platform
 import sys
 from pathlib import Path
+
+from .cli_estimate import add_estimate
 
 
 def budget(text: str) -> int | float:
@@ -41,6 +43,7 @@ def parser() -> argparse.ArgumentParser:
     inspect.add_argument("delta", help="delta file, or the output directory of `train --delta-only`")
     inspect.add_argument("--json", action="store_true", help="as JSON")
     inspect.set_defaults(run=run_inspect)
+    add_estimate(commands, budget)
     env = commands.add_parser("env", help="versions, and which backends can run here")
     env.set_defaults(run=run_env)
     return main
@@ -122,6 +125,8 @@ def add_schedule(group: argparse._ArgumentGroup) -> None:
     add("--max-grad-norm", type=float, default=1.0, help="clip the active entries' gradients; 0: do not")
     add("--seed", type=int, default=42, help="the same seed gives the same run")
     add("--bf16", action="store_true", help="bfloat16 weights, with float32 masters for active entries alone")
+    add("--release-gradients", action="store_true", help="drop each gradient as the backward pass makes it")
+    add("--memory-report", action="store_true", help="also print predicted and measured memory")
     add("--cpu", action="store_true", help="stay on the CPU where there is a GPU")
     add(
         "--log-every",
@@ -156,6 +161,10 @@ def run_train(arguments: argparse.Namespace) -> None:
     if arguments.report:
         report.write_report(arguments.report, numbers)
     print(report.table(numbers))
+    if arguments.memory_report:
+        from .estimate import table
+
+        print(table(numbers["memory"]))
     print(f"written to {arguments.output}")
 
 
@@ -173,6 +182,9 @@ def check_ranges(arguments: argparse.Namespace) -> None:
             raise ValueError(f"--{name.replace('_', '-')}: expected more than 0, got {value}")
     if len(arguments.text_column) > 2:
         raise ValueError(f"--text-column: expected one or two columns, got {len(arguments.text_column)}")
+    for name in ("release_gradients", "memory_report"):
+        if getattr(arguments, name) and arguments.optimizer != "id3":
+            raise ValueError(f"--{name.replace('_', '-')}: needs --optimizer id3")
     if arguments.originals and not arguments.delta_only:
         raise ValueError("--originals: needs --delta-only")
     if arguments.report:  # after hours of training would be late to learn that it can not be written
