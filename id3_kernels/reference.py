@@ -142,10 +142,9 @@ def collect_(
 def keep_best_(grad, position, index, score, best_score, best_place, best_grad, again):
     """Merges entries of one tensor (int64 index, score; a score of 0 is none) into the best so far."""
     k, found = best_score.numel(), score > 0
-    nobody = torch.full_like(index, -1)
-    place = torch.cat([best_place, torch.where(found, (position << 32) | index, nobody)])
-    held = _read(grad, index).to(best_grad.dtype)
-    held = torch.cat([best_grad, torch.where(found, held, torch.zeros_like(held))])
+    place = torch.cat([best_place, torch.where(found, (position << 32) | index, -1)])
+    held = _read(grad, torch.where(found, index, 0)).to(best_grad.dtype)
+    held = torch.cat([best_grad, torch.where(found, held, 0)])
     score = torch.cat([best_score, score])
     place, order = place.sort(stable=True)  # of equal places the older comes first
     score, held = score[order], held[order]

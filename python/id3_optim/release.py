@@ -7,6 +7,7 @@ autograd has finished a tensor; what is kept adds up over micro-batches, and `st
 from __future__ import annotations
 
 import sys
+import threading
 import weakref
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
@@ -60,6 +61,7 @@ class Release:
         self.select_from = select_from
         self.hooked = True  # False: `remove_hooks` was called
         self._handles: dict[int, torch.utils.hooks.RemovableHandle] = {}
+        self._lock = threading.Lock()  # autograd has a thread for each device
         self.clear()
 
     def clear(self) -> None:
@@ -75,10 +77,10 @@ class Release:
         self._in_pass: set[int] = set()
 
     def __getstate__(self) -> dict:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_handles", "_at")}
+        return {name: x for name, x in self.__dict__.items() if name not in ("_handles", "_lock", "_at")}
 
     def __setstate__(self, state: dict) -> None:
-        self.__dict__.update(state, _handles={})
+        self.__dict__.update(state, _handles={}, _lock=threading.Lock())
         self._end_pass()
 
     # --- hooks ---------------------------------------------------------------------------------------
@@ -100,8 +102,9 @@ class Release:
         _remove(self._handles)
 
     def take(self, optimizer: ID3AdamW, param: Tensor) -> None:
-        """What a hook does."""
-        self._enter(optimizer, param)
+        """What a hook does. Never asks a GPU for anything."""
+        with self._lock:
+            self._enter(optimizer, param)
         self._collect(optimizer, param)
 
     def take_rest(self, optimizer: ID3AdamW) -> None:

@@ -8,6 +8,7 @@ import torch
 from cases import SPECIAL_EXPS
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from id3_kernels import Entries
 from id3_kernels.reference import wide_dtype
@@ -130,3 +131,36 @@ def test_an_index_outside_the_tensor_is_refused(cpu):
                 torch.ones(4), torch.ones(4), None, outside, torch.ones(1), False, 0,
                 *nobody(k, torch.float32), False, 1.0, 2.0,
             )  # fmt: skip
+
+
+class NoQuestions(TorchDispatchMode):
+    """Fails at what makes the host wait for a GPU: a number read back, a result whose size is data."""
+
+    ASKING = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "unique", "item")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        assert name.strip("_") not in [asking.strip("_") for asking in self.ASKING], f"{name} waits"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("given_score", [False, True])
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("numel", [100, 5000])
+def test_a_gpu_hook_never_waits(monkeypatch, given_score, again, numel):
+    """What Triton's collect_ does between its kernels, which the interpreter is not asked to run here."""
+    launch = pytest.importorskip("id3_kernels.triton.launch", reason="triton is not installed")
+    from id3_kernels.triton import collect_
+
+    monkeypatch.setattr(launch, "run", lambda *_: None)
+    monkeypatch.setattr(launch, "check", lambda *_: None)
+    param, grad, indices = torch.ones(numel), torch.ones(numel), torch.tensor([1, 5, 7], dtype=torch.int32)
+    score = grad.clone() if given_score else None
+    best, values = nobody(4, torch.float32), torch.zeros(3)
+    arguments = (param, grad, score, indices, values, again, 0, *best, again, 1.0, 2.0)
+    collect_(*arguments)  # fills the tables of this shape, once
+    with NoQuestions():
+        collect_(*arguments)
+        if not again:
+            with pytest.raises(AssertionError, match="waits"):
+                grad.nonzero()

@@ -157,6 +157,17 @@ def test_zero_grad_forgets_what_hooks_took(model):
     twins.check_same()
 
 
+def test_the_models_zero_grad_is_not_seen(model):
+    """What hooks took before it counts in the next step, which takes it all."""
+    twins = Twins(model, strategy="static")
+    twins.step(loss_at(0))
+    loss_at(1)(twins.released[0]).backward()
+    twins.released[0].zero_grad()
+    loss_at(1)(twins.dense[0]).backward()
+    twins.step(loss_at(2))
+    twins.check_same()
+
+
 class Fails(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
