@@ -17,7 +17,8 @@
 namespace id3::cpu {
 namespace {
 
-constexpr int64_t kTileGrain = 256;    // tiles per thread below which starting a thread costs more
+constexpr int64_t kTileGrain =
+    1024;  // tiles per thread: a hook starts many small loops, and a thread may start late
 constexpr int64_t kEntryGrain = 8192;  // entries, the same
 constexpr int64_t kTogether = 32;      // tiles between two looks at active entries: they stay in the cache
 

@@ -236,9 +236,13 @@ class Release:
 
 def _take(optimizer: weakref.ref[ID3AdamW], param: Tensor) -> None:
     alive = optimizer()
-    if alive is not None and alive._release is not None:
+    if alive is None or alive._release is None:
+        return
+    if torch.is_grad_enabled():  # create_graph=True
         with torch.no_grad():
             alive._release.take(alive, param)
+    else:
+        alive._release.take(alive, param)
 
 
 def _ended(release: weakref.ref[Release], root: int) -> None:
