@@ -163,9 +163,10 @@ def time_here(options: argparse.Namespace) -> dict[str, object]:
 
 
 def _fresh(options: argparse.Namespace, *more: str) -> dict[str, object]:
-    """The measurement in a process of its own; freed memory goes back to the system at once."""
-    env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
-    env["OMP_NUM_THREADS"] = str(options.threads)
+    """The measurement in a process of its own; where memory counts, what is freed goes back at once."""
+    env = os.environ | {"OMP_NUM_THREADS": str(options.threads)}
+    if any(more_option.startswith("--method") for more_option in more):
+        env |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
     command = [sys.executable, "-m", "benchmarks.release", "--here", f"--device={options.device}", *more]
     command += [f"--batch={options.batch}", f"--length={options.length}", f"--rounds={options.rounds}"]
     done = subprocess.run(command, env=env, check=True, stdout=subprocess.PIPE, text=True)

@@ -17,10 +17,11 @@
 namespace id3::cpu {
 namespace {
 
-constexpr int64_t kTileGrain =
-    1024;  // tiles per thread: a hook starts many small loops, and a thread may start late
-constexpr int64_t kEntryGrain = 8192;  // entries, the same
-constexpr int64_t kTogether = 32;      // tiles between two looks at active entries: they stay in the cache
+// Tiles, and entries, per thread below which starting a thread costs more: a backward pass has hundreds of
+// these loops, and on a busy machine a thread starts late.
+constexpr int64_t kTileGrain = 1024;
+constexpr int64_t kEntryGrain = 8192;
+constexpr int64_t kTogether = 32;  // tiles between two looks at active entries: they stay in the cache
 
 template <class Value>
 struct Found {
