@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import CheckpointFunction
+from torch.autograd.function import BackwardCFunction
 
 from id3_kernels import Entries
 
@@ -155,7 +155,7 @@ class Release:
         task = torch._C._current_graph_task_id()
         again = id(param) in self._in_pass
         if task != self._root:
-            if _in_reentrant_checkpoint():
+            if _within_a_backward():
                 begins, root = not self._in_pass or (again and self._root is None), None
             else:  # a task that is older than what came so far is the root of it
                 begins, root = not self._in_pass or self._root is not None or task > self._first, task
@@ -257,10 +257,11 @@ def _remove(handles: dict) -> None:
     handles.clear()
 
 
-def _in_reentrant_checkpoint() -> bool:
+def _within_a_backward() -> bool:
+    """Whether this pass was started by a Function's own backward, as reentrant checkpoints do."""
     frame = sys._getframe()
     while frame is not None:
-        if frame.f_code is CheckpointFunction.backward.__code__:
+        if frame.f_code is BackwardCFunction.apply.__code__:
             return True
         frame = frame.f_back
     return False
