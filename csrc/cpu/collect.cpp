@@ -2,6 +2,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <limits>
 #include <vector>
 
 #include "checks.h"
@@ -109,7 +110,13 @@ template <class Value>
 class Collector {
  public:
   Collector(ScoredTensor<Value> scored, Strided grad, Value* values, bool add)
-      : scored_(scored), grad_(grad), values_(values), add_(add) {}
+      : scored_(scored), magnitude_(scored), grad_(grad), values_(values), add_(add) {
+    const Exponent exponent = scored.rule.exponent;
+    bounded_ = !scored.rule.given &&
+               (exponent == Exponent::half || exponent == Exponent::one || exponent == Exponent::two);
+    magnitude_.rule.exponent = Exponent::zero;
+    magnitude_.active = magnitude_.active_end;
+  }
 
   void gather_all() const {
     at::parallel_for(0, scored_.active_end - scored_.active, kEntryGrain,
@@ -132,10 +139,11 @@ class Collector {
               std::vector<Found<Value>>& found) const {
     Key<Value> maxima[kTogether];
     const size_t capacity = k + std::max<int64_t>(k / 2, 1024);
+    bool by_gradient = bounded_;
     int64_t from = active_from(tile * kTile);
     for (; tile < end; tile += kTogether) {
       const int64_t together = std::min(kTogether, end - tile);
-      run_simd<TileMaxima>(scored_, tile * kTile, together, &maxima[0]);
+      by_gradient = mark(tile, together, floor, by_gradient && floor > 1, maxima);
       for (int64_t i = 0; i < together; ++i) {
         if (maxima[i] < floor) continue;
         look((tile + i) * kTile, floor, found);
@@ -148,6 +156,31 @@ class Collector {
       gather(from, to);
       from = to;
     }
+  }
+
+  // maxima: for each tile a number that none of its keys exceeds, below the floor where none reaches it. With
+  // `by_gradient` that is seen from |g| alone: no score is above that of the same |g| at a weight of zero,
+  // and rounding keeps the order. Returns whether to go on like that, which pays where few tiles are left.
+  bool mark(int64_t tile, int64_t together, Key<Value> floor, bool by_gradient, Key<Value>* maxima) const {
+    if (!by_gradient) {
+      run_simd<TileMaxima>(scored_, tile * kTile, together, maxima);
+      return bounded_ && floor == 1;
+    }
+    run_simd<TileMaxima>(magnitude_, tile * kTile, together, maxima);
+    int64_t left = 0;
+    for (int64_t i = 0; i < together; ++i) {
+      const bool below = at_zero_weight(score_of<Value>(maxima[i])) < score_of<Value>(floor);
+      maxima[i] = below ? 0 : std::numeric_limits<Key<Value>>::max();
+      left += !below;
+    }
+    return left <= together / 2;
+  }
+
+  Value at_zero_weight(Value grad) const {
+    const ScoreRule<Value>& rule = scored_.rule;
+    if (rule.exponent == Exponent::half) return d3_unflushed<Exponent::half>(Value(0), grad, rule.eps, 0);
+    if (rule.exponent == Exponent::one) return d3_unflushed<Exponent::one>(Value(0), grad, rule.eps, 0);
+    return d3_unflushed<Exponent::two>(Value(0), grad, rule.eps, 0);
   }
 
   int64_t active_from(int64_t index) const {
@@ -192,7 +225,8 @@ class Collector {
     });
   }
 
-  ScoredTensor<Value> scored_;
+  ScoredTensor<Value> scored_, magnitude_;
+  bool bounded_;  // whether |g| alone bounds a score
   Strided grad_;
   Value* values_;
   bool add_;

@@ -92,6 +92,25 @@ def test_many_ties_many_tiles_and_any_thread_count(cpu, threads, kind, k):
         check_best(problem, best, oracle.topk(scores, active, k), torch.float32)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("eps", [1e-30, 1e-3, 1.0])
+@pytest.mark.parametrize("exp", [0.5, 1.0, 2.0, -1.0])
+def test_weights_that_hide_and_weights_that_do_not(cpu, exp, eps, dtype):
+    """Where |g| alone settles most tiles, and where scores hang on small weights."""
+    rng = np.random.default_rng(1)
+    params, grads = ([], [])
+    for scale, kind in ((1e-2, "normal"), (1.0, "quantised"), (30.0, "normal"), (1e-2, "special")):
+        params.append(cases.tensor("normal", (60_000,), dtype, "plain", rng) * scale)
+        grads.append(cases.tensor(kind, (60_000,), dtype, "plain", rng))
+    active = cases.some_entries([60_000] * 4, 0.02, rng)
+    problem = cases.Problem(params, grads, active, 300)
+    scores = [oracle.d3_score(p, g, eps, exp) for p, g in zip(params, grads, strict=True)]
+    for order in ((0, 1, 2, 3), (3, 2, 1, 0)):
+        best = nobody(300, wide_dtype(dtype))
+        collect(cpu, problem, order, best, eps, exp)
+        check_best(problem, best, oracle.topk(scores, active, 300), wide_dtype(dtype))
+
+
 def test_scores_of_others_and_growing_values(backend):
     grads = [torch.tensor([1.0, -2.0, 3.0, 4.0]), torch.tensor([5.0, 6.0])]
     scores = [torch.tensor([0.5, 9.0, 9.0, float("nan")]), torch.tensor([0.25, 9.0])]
