@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from . import reference
+from .collect import collect_by_selection_
 from .entries import write_back
 
 union = reference.union
@@ -40,6 +41,12 @@ def select_topk_by_score(scores, offsets, indices, k):
     """See the op table."""
     _refuse_float64(*scores)
     return _ops.select_topk_by_score(_row_major(scores), offsets, indices, k)
+
+
+def collect_(param, *rest):
+    """See the op table."""
+    _refuse_float64(param)
+    collect_by_selection_(select_topk, select_topk_by_score, param, *rest)
 
 
 def gather(tensors, offsets, indices):

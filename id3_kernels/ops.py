@@ -27,6 +27,9 @@ SCHEMAS = {
     "float exp) -> (Tensor, Tensor, Tensor)",
     "select_topk_by_score": "(Tensor?[] scores, Tensor offsets, Tensor indices, SymInt k) "
     "-> (Tensor, Tensor, Tensor)",
+    "collect_": "(Tensor param, Tensor grad, Tensor? score, Tensor indices, Tensor(a!) values, bool add, "
+    "int position, Tensor(b!) best_score, Tensor(c!) best_place, Tensor(d!) best_grad, bool again, "
+    "float eps, float exp) -> ()",
     "union": "(Tensor a_offsets, Tensor a_indices, Tensor b_offsets, Tensor b_indices) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
     "join_": "(Tensor(a!)[] arrays, Tensor(b!) offsets, Tensor b_offsets, Tensor b_indices) -> Tensor",
@@ -65,6 +68,7 @@ FAKES: dict[str, Callable] = {
     "select_topk_by_score": lambda scores, offsets, indices, k: _selection_fake(
         offsets, k, next((s.dtype for s in scores if s is not None), torch.float32)
     ),
+    "collect_": lambda *_: None,
     "union": _union_fake,
     "join_": lambda arrays, offsets, b_offsets, b_indices: b_offsets.new_empty(b_indices.numel()),
     "gather": lambda tensors, offsets, indices: tensors[0].new_empty(indices.numel()),

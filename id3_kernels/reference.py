@@ -118,6 +118,50 @@ def _padded(values: Tensor, length: int) -> Tensor:
     return out
 
 
+def collect_(
+    param, grad, score, indices, values, add, position, best_score, best_place, best_grad, again, eps, exp
+):
+    """Keeps what a step needs of one tensor's gradient, so that the gradient can go.
+
+    values [n] (float32, float64 for float64) become, or with `add` grow by, the gradient at `indices`.
+    best_score, best_place (position << 32 | flat index), best_grad [k] become the best k of what they hold
+    and of the tensor's other entries, best first, ties to the lowest place; no entry: 0, -1, 0. Scores are
+    D3's, or `score`. `again`: entries of this tensor may be held; the larger score stays, else the older.
+    """
+    here = _read(grad, indices).to(values.dtype)
+    values.add_(here) if add else values.copy_(here)
+    k = best_score.numel()
+    if k == 0:
+        return
+    key = _order_key(d3_score(param, grad, eps, exp) if score is None else score).reshape(-1)
+    key[indices.to(torch.int64)] = 0
+    index = _best(key, k)
+    keep_best_(grad, position, index, key[index].view(values.dtype), best_score, best_place, best_grad, again)
+
+
+def keep_best_(grad, position, index, score, best_score, best_place, best_grad, again):
+    """Merges entries of one tensor (int64 index, score; a score of 0 is none) into the best so far."""
+    k, found = best_score.numel(), score > 0
+    place = torch.cat([best_place, torch.where(found, (position << 32) | index, -1)])
+    held = _read(grad, torch.where(found, index, 0)).to(best_grad.dtype)
+    held = torch.cat([best_grad, torch.where(found, held, 0)])
+    score = torch.cat([best_score, score])
+    place, order = place.sort(stable=True)  # of equal places the older comes first
+    score, held = score[order], held[order]
+    if again:
+        same = place[1:] == place[:-1]
+        newer_wins = score[1:] > score[:-1]
+        lost = torch.zeros_like(place, dtype=torch.bool)
+        lost[:-1] = same & newer_wins
+        lost[1:] |= same & ~newer_wins
+        place, score, held = (
+            torch.where(lost, empty, x) for empty, x in ((-1, place), (0, score), (0, held))
+        )
+    order = score.sort(descending=True, stable=True).indices[:k]
+    for best, merged in ((best_score, score), (best_place, place), (best_grad, held)):
+        best.copy_(merged[order])
+
+
 # --- sets of entries -------------------------------------------------------------------------------
 
 

@@ -3,12 +3,13 @@
 from .delta import gather, join_, scatter_, squared_norm, union
 from .launch import why_unavailable
 from .score import d3_score
-from .selection import select_topk, select_topk_by_score
+from .selection import collect_, select_topk, select_topk_by_score
 from .update import adamw_, adamw_compact_
 
 __all__ = [
     "adamw_",
     "adamw_compact_",
+    "collect_",
     "d3_score",
     "gather",
     "join_",

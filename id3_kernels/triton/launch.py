@@ -103,6 +103,9 @@ def table(values: tuple[int, ...], device: torch.device, dtype: torch.dtype = to
 
 def addresses(tensors: list[Tensor | None], device: torch.device) -> Tensor:
     """int64 [M]: where each tensor's memory begins; 0 for None."""
+    if len(tensors) == 1:  # a fill takes its number along: nothing is copied, nobody waits
+        address = 0 if tensors[0] is None else tensors[0].data_ptr()
+        return torch.full((1,), address, dtype=torch.int64, device=device)
     return table(tuple(0 if t is None else t.data_ptr() for t in tensors), device)
 
 
@@ -157,7 +160,7 @@ class Layout(NamedTuple):
     length: Tensor
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=64)  # one for each shape of a model, and a few for all of it
 def layout(spans: tuple[Span, ...], device: torch.device) -> Layout:
     """The chunk table of a list of tensors, built once per list.
 

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..collect import collect_by_selection_
 from . import launch
 from .launch import TILE, Layout, Span, load_any, load_wide
 from .score import d3, exponent, key, kind_of, normal_key
@@ -117,6 +118,12 @@ def select_topk(params, grads, offsets, indices, k, eps, exp):
 def select_topk_by_score(scores, offsets, indices, k):
     """See the op table."""
     return _select([None] * len(scores), scores, offsets, indices, k, "given", 0.0, 0.0)
+
+
+def collect_(param, *rest):
+    """See the op table."""
+    launch.check(param)
+    collect_by_selection_(select_topk, select_topk_by_score, param, *rest)
 
 
 def _select(params, grads, offsets, indices, k, kind, eps, exp):

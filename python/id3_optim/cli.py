@@ -1,4 +1,4 @@
-"""The command `id3-optim`: train, inspect, apply, revert, merge, diff, env.
+"""The command `id3-optim`: train, estimate, inspect, apply, revert, merge, diff, convert, env.
 
 What a user got wrong (a file, a column, a number) ends in one line on stderr and exit code 2; `--debug` shows
 where.
@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 from . import cli_delta
+from .cli_estimate import add_estimate
 from .extras import require
 
 
@@ -37,6 +38,7 @@ def parser() -> argparse.ArgumentParser:
     commands = main.add_subparsers(dest="command", required=True, metavar="command")
     add_train(commands.add_parser("train", help="fine-tune a model", formatter_class=Defaults))
     cli_delta.add_commands(commands)
+    add_estimate(commands, budget)
     env = commands.add_parser("env", help="versions, and which backends can run here")
     env.set_defaults(run=run_env)
     return main
@@ -127,6 +129,8 @@ def add_schedule(group: argparse._ArgumentGroup) -> None:
     add("--max-grad-norm", type=float, default=1.0, help="clip the active entries' gradients; 0: do not")
     add("--seed", type=int, default=42, help="the same seed gives the same run")
     add("--bf16", action="store_true", help="bfloat16 weights, with float32 masters for active entries alone")
+    add("--release-gradients", action="store_true", help="drop each gradient as the backward pass makes it")
+    add("--memory-report", action="store_true", help="also print predicted and measured memory")
     add("--cpu", action="store_true", help="stay on the CPU where there is a GPU")
     add(
         "--log-every",
@@ -161,6 +165,10 @@ def run_train(arguments: argparse.Namespace) -> None:
     if arguments.report:
         report.write_report(arguments.report, numbers)
     print(report.table(numbers))
+    if arguments.memory_report:
+        from .estimate import table
+
+        print(table(numbers["memory"]))
     print(f"written to {arguments.output}")
 
 
@@ -179,6 +187,9 @@ def check_ranges(arguments: argparse.Namespace) -> None:
             raise ValueError(f"--{name.replace('_', '-')}: expected more than 0, got {value}")
     if len(arguments.text_column) > 2:
         raise ValueError(f"--text-column: expected one or two columns, got {len(arguments.text_column)}")
+    for name in ("release_gradients", "memory_report"):
+        if getattr(arguments, name) and arguments.optimizer != "id3":
+            raise ValueError(f"--{name.replace('_', '-')}: needs --optimizer id3")
     if arguments.originals and not (arguments.delta_only or arguments.save_at or arguments.save_every):
         raise ValueError("--originals: needs --delta-only, --save-at or --save-every")
     if arguments.keep and not arguments.save_every:

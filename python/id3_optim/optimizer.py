@@ -18,15 +18,16 @@ from .changes import Touched
 from .dense import numbers_of, update_dense
 from .heuristics import D3, Bias, Heuristic
 from .memory import memory_report
+from .release import Release
 from .schedules import Schedule, uniform
 from .selection import select
 from .state import Layout, Shard
-from .validation import check_choices, check_group, refuse_not_applicable
+from .validation import check_choices, check_group, check_release, refuse_not_applicable
 
 _OWN_STATE = (
     "budget", "budget_given", "heuristic", "strategy", "schedule", "total_steps", "bias_correction",
     "max_grad_norm", "n_entries", "steps_done", "last_selection", "phase_seconds", "_layout", "_shards",
-    "_targets", "_most_at_once",
+    "_targets", "_most_at_once", "_release",
 )  # fmt: skip
 
 
@@ -64,6 +65,9 @@ class ID3AdamW(torch.optim.Optimizer):
         ones included, and dense groups. (`clip_grad_norm_` outside clips by the dense gradients' norm.)
     keep_originals: remember each active entry's first value, so that a saved delta can be checked and undone.
     backend: "cpu", "cuda", "triton" or "reference"; None: the best for each parameter's device.
+    release_gradients: hooks take what a step needs of each gradient during the backward pass and set `.grad`
+        to None, tensor by tensor; the entries chosen and their values keep their bits.
+    select_from: which micro-batch's scores choose with released gradients: "last", or "max" over all.
 
     Raises ValueError or TypeError for anything out of range, before anything changes.
     """
@@ -88,10 +92,13 @@ class ID3AdamW(torch.optim.Optimizer):
         keep_originals: bool = True,
         maximize: bool = False,
         backend: str | None = None,
+        release_gradients: bool = False,
+        select_from: str = "last",
         **not_applicable: Any,
     ):
         refuse_not_applicable(not_applicable)
         check_choices(strategy, bias_correction, heuristic)
+        check_release(release_gradients, select_from, strategy)
         heuristics.describe(heuristic)
         schedules.describe(schedule)
         schedules.check_budget(budget)
@@ -108,7 +115,10 @@ class ID3AdamW(torch.optim.Optimizer):
         self.steps_done = 0
         self.last_selection: Selection | None = None
         self.phase_seconds = {"select": 0.0, "update": 0.0}
-        self._layout = Layout(keep_originals, bias_correction == "entry", strategy == "repeat", backend)
+        self._layout = Layout(
+            keep_originals, bias_correction == "entry", strategy == "repeat", backend, release_gradients
+        )
+        self._release: Release | None = None
         self._shards: list[Shard] = []
         self._targets: list[int] = []  # c(t) for every step, tabulated once budget and total_steps are known
         self._most_at_once = 0
@@ -121,6 +131,9 @@ class ID3AdamW(torch.optim.Optimizer):
             )
         if total_steps is not None:
             self.set_total_steps(total_steps)
+        if release_gradients:
+            self._release = Release(select_from)
+            self._release.attach(self)
 
     # --- what stands before the first step -----------------------------------------------------------
 
@@ -136,6 +149,8 @@ class ID3AdamW(torch.optim.Optimizer):
         if self.n_entries is not None and not group["dense"]:
             self.n_entries += _trainable(group)
             self._adopt(len(self.param_groups) - 1)
+        if getattr(self, "_release", None) is not None:
+            self._release.attach(self)
 
     def set_total_steps(self, total_steps: int) -> None:
         """Sets T, the steps over which the budget is spent. Raises ValueError to change it after step 0."""
@@ -147,7 +162,7 @@ class ID3AdamW(torch.optim.Optimizer):
         self._targets = []
 
     def _begin(self) -> None:
-        """Fixes N, the budget and the shards, at the first step or when a state is loaded."""
+        """Fixes N, the budget and the shards, at the first gradient or step or when a state is loaded."""
         if self.n_entries is None:
             n_entries = sum(_trainable(group) for group in self.param_groups if not group["dense"])
             self.budget = schedules.resolve_budget(self.budget_given, n_entries)
@@ -189,12 +204,11 @@ class ID3AdamW(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         if self._overflowed():
+            self._forget_gradients()
             return loss
-        if self.total_steps is None:
-            raise ValueError(
-                "total_steps: expected the number of steps of the run (set_total_steps), got None"
-            )
-        self._begin()
+        self._ready()
+        if self._release is not None:
+            self._release.take_rest(self)
         grads = self._gradients()
         started = time.perf_counter()
         self._select_and_join(grads)
@@ -202,43 +216,77 @@ class ID3AdamW(torch.optim.Optimizer):
         self._update(grads)
         self.phase_seconds["select"] += selected - started
         self.phase_seconds["update"] += time.perf_counter() - selected
+        self._forget_gradients()
         self.steps_done += 1
         return loss
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As torch's; forgets what hooks have taken too (which `model.zero_grad()` can not)."""
+        super().zero_grad(set_to_none)
+        self._forget_gradients()
+
+    def remove_hooks(self) -> None:
+        """Takes the hooks of `release_gradients` off; gradients stay whole then, until a step takes them."""
+        if self._release is not None:
+            self._release.remove_hooks()
+
+    def _forget_gradients(self) -> None:
+        if self._release is not None:
+            self._release.clear()
+            for shard in self._shards:
+                shard.seen = [False] * len(shard.params)
+
+    def _ready(self) -> None:
+        if self.total_steps is None:
+            raise ValueError(
+                "total_steps: expected the number of steps of the run (set_total_steps), got None"
+            )
+        self._begin()
+
     def _overflowed(self) -> bool:
         found_inf = getattr(self, "found_inf", None)  # a GradScaler sets it around step()
+        if found_inf is not None and self._release is not None:
+            self._release.check_scaler()
         return found_inf is not None and bool(found_inf.item())
 
-    def _gradients(self) -> list[list[Tensor | None]]:
-        """The gradients per shard, each one fit for its parameter, those of dense groups too."""
+    def _gradients(self) -> list[list[Tensor | None] | None]:
+        """The gradients per shard (None: released), each fit for its parameter, those of dense groups too."""
         for shard in self._shards:
             for p, position in zip(shard.params, shard.positions, strict=True):
-                if p.dtype != shard.dtype or p.device != shard.device:
-                    expected, got = f"{shard.dtype} on {shard.device}", f"{p.dtype} on {p.device}"
-                    raise ValueError(
-                        f"{self._name(position)}: expected {expected} as at the first step, got {got}"
-                    )
+                self._check_place(p, position, shard)
         position = 0
         for group in self.param_groups:
             for p in group["params"]:
-                g = p.grad
-                if g is not None and (g.dtype != p.dtype or g.layout != torch.strided):
-                    checks.gradient(f"gradient of {self._name(position)}", g, p)
+                self._check_gradient(p, position)
                 position += 1
+        if self._release is not None:
+            return [None for _ in self._shards]
         return [[p.grad for p in shard.params] for shard in self._shards]
 
-    def _select_and_join(self, grads: list[list[Tensor | None]]) -> None:
+    def _check_place(self, p: Tensor, position: int, shard: Shard) -> None:
+        if p.dtype != shard.dtype or p.device != shard.device:
+            expected, got = f"{shard.dtype} on {shard.device}", f"{p.dtype} on {p.device}"
+            raise ValueError(f"{self._name(position)}: expected {expected} as at the first step, got {got}")
+
+    def _check_gradient(self, p: Tensor, position: int) -> None:
+        g = p.grad
+        if g is not None and (g.dtype != p.dtype or g.layout != torch.strided):
+            checks.gradient(f"gradient of {self._name(position)}", g, p)
+
+    def _select_and_join(self, grads: list[list[Tensor | None] | None]) -> None:
         repeat = self.strategy == "repeat"
         k = self.budget if repeat else self._wanted()
         if k <= 0:
             return
-        names = self._names()
-        picked, scores = select(self._shards, grads, self.heuristic, k, names, fresh=repeat)
-        for shard, new in zip(self._shards, picked, strict=True):
-            if repeat:
-                shard.replace(new)
-            elif new.indices.numel():
-                shard.join(new)
+        if self._release is not None:
+            scores = self._release.join(self._shards, k)
+        else:
+            picked, scores = select(self._shards, grads, self.heuristic, k, self._names(), fresh=repeat)
+            for shard, new in zip(self._shards, picked, strict=True):
+                if repeat:
+                    shard.replace(new)
+                elif new.indices.numel():
+                    shard.join(new)
         threshold = scores.min().item() if scores.numel() else None
         self.last_selection = Selection(self.steps_done, scores, threshold)
 
@@ -247,7 +295,7 @@ class ID3AdamW(torch.optim.Optimizer):
         target = self._targets[min(self.steps_done, len(self._targets) - 1)]
         return min(target - self.n_active, self._most_at_once)
 
-    def _update(self, grads: list[list[Tensor | None]]) -> None:
+    def _update(self, grads: list[list[Tensor | None] | None]) -> None:
         scale, clip = getattr(self, "grad_scale", None), self._clip_coefficient(grads)
         for shard, g in zip(self._shards, grads, strict=True):
             shard.count_step(g, self.steps_done + 1)
@@ -259,13 +307,11 @@ class ID3AdamW(torch.optim.Optimizer):
             if group["dense"]:
                 update_dense(self.state, group, scale, clip)
 
-    def _clip_coefficient(self, grads: list[list[Tensor | None]]) -> Tensor | None:
+    def _clip_coefficient(self, grads: list[list[Tensor | None] | None]) -> Tensor | None:
         """min(1, max_grad_norm / (norm + 1e-6)), or None without clipping."""
         if self.max_grad_norm is None:
             return None
-        squares = [
-            shard.kernels.squared_norm(g, *shard.active) for shard, g in zip(self._shards, grads, strict=True)
-        ]
+        squares = [shard.squared_norm(g) for shard, g in zip(self._shards, grads, strict=True)]
         dense = [p.grad for g in self.param_groups if g["dense"] for p in g["params"] if p.grad is not None]
         squares += [torch.linalg.vector_norm(g, dtype=torch.float64).square() for g in dense]
         if not squares:
@@ -319,7 +365,7 @@ class ID3AdamW(torch.optim.Optimizer):
         `select_tiles` (one score maximum per 256 entries) and `select_mask` (the bit per entry that the
         Triton backend keeps to leave active entries out) live only while a step selects.
         """
-        return memory_report(self._shards, self._layout, self.state.values())
+        return memory_report(self._shards, self._layout, self.state.values(), self._release)
 
     def state_dict(self) -> dict[str, Any]:
         """torch's shape, settings in `param_groups[0]["id3"]`; `torch.load(weights_only=True)` reads it."""
@@ -332,9 +378,15 @@ class ID3AdamW(torch.optim.Optimizer):
         schedule, strategy), before anything changes; `strict=False` lets settings differ.
         """
         checkpoint.load_state_dict(self, state_dict, strict, super().load_state_dict)
+        self._forget_gradients()
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {name: getattr(self, name) for name in _OWN_STATE}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if getattr(self, "_release", None) is not None:  # a copy hooks its own parameters
+            self._release.attach(self)
 
     def _names(self) -> list[str] | None:
         if "param_names" not in self.param_groups[0]:

@@ -22,9 +22,10 @@ class Layout:
     age: bool  # steps since it joined, for bias_correction="entry"
     repeat: bool  # entries may leave: remember every entry that was ever active
     backend: str | None
+    release: bool = False  # hooks gather the active entries' gradients: room for them
 
     def columns(self, dtype: torch.dtype) -> dict[str, torch.dtype]:
-        """The arrays kept for parameters of `dtype`: name -> dtype, `indices` first."""
+        """The arrays saved for parameters of `dtype`: name -> dtype, `indices` first."""
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         columns = {"indices": torch.int32, "exp_avg": wide, "exp_avg_sq": wide}
         if dtype in LOW_PRECISION:
@@ -34,6 +35,11 @@ class Layout:
         if self.age:
             columns["age"] = torch.int32
         return columns
+
+    def arrays(self, dtype: torch.dtype) -> dict[str, torch.dtype]:
+        """The arrays kept: those saved, and the gradients of a step that is not yet taken."""
+        columns = self.columns(dtype)
+        return columns | ({"gradient": columns["exp_avg"]} if self.release else {})
 
 
 class Slice(NamedTuple):
@@ -50,7 +56,8 @@ class Shard:
     `arrays["indices"]` and its companions have room for `capacity` entries and hold the active ones in
     (tensor, flat index) order; `offsets` int64 [M + 1] says which are whose, `bounds` is its host copy.
     `steps` int64 [M] counts the steps in which each tensor had a gradient; `updated_at` int64 [M], on the
-    host, is how many steps of the optimizer were done after the last of them.
+    host, is how many steps of the optimizer were done after the last of them. With released gradients,
+    `seen[j]` says whether tensor j had one since the last step; its part of `arrays["gradient"]` holds it.
     """
 
     def __init__(self, device: torch.device, dtype: torch.dtype, layout: Layout):
@@ -66,8 +73,9 @@ class Shard:
         self.bounds = [0]
         self.steps = torch.zeros(0, dtype=torch.int64, device=device)
         self.updated_at = torch.zeros(0, dtype=torch.int64, device="cpu")
+        self.seen: list[bool] = []
         self.arrays = {
-            name: torch.empty(0, dtype=d, device=device) for name, d in layout.columns(dtype).items()
+            name: torch.empty(0, dtype=d, device=device) for name, d in layout.arrays(dtype).items()
         }
         self.ever: Entries | None = None
         self.ever_originals: Tensor | None = None
@@ -91,6 +99,7 @@ class Shard:
         else:
             self.slices.append(Slice(group, n - 1, n))
         self.bounds.append(self.bounds[-1])
+        self.seen.append(False)
         self.offsets = torch.cat([self.offsets, self.offsets[-1:]])
         self.steps = torch.cat([self.steps, self.steps.new_zeros(1)])
         self.updated_at = torch.cat([self.updated_at, self.updated_at.new_zeros(1)])
@@ -124,14 +133,16 @@ class Shard:
             self.arrays[name] = old.new_empty(capacity)
             self.arrays[name][: self.n_active] = old[: self.n_active]
 
-    def join(self, new: Entries) -> None:
-        """Adds entries that are not active yet, with zero moments."""
+    def join(self, new: Entries, gradient: Tensor | None = None) -> None:
+        """Adds entries that are not active yet, with zero moments (and their gradients, where released)."""
         self.reserve(self.n_active + new.indices.numel())
         where = self.kernels.join_(list(self.arrays.values()), self.offsets, *new)
         values = self.kernels.gather(self.params, *new)
         for name in ("originals", "master"):
             if name in self.arrays:
                 self.arrays[name][where] = values.to(self.arrays[name].dtype)
+        if gradient is not None:
+            self.arrays["gradient"][where] = gradient
         self.bounds = self.offsets.tolist()
 
     def replace(self, new: Entries) -> None:
@@ -176,27 +187,57 @@ class Shard:
 
     # --- update ------------------------------------------------------------------------------------
 
-    def count_step(self, grads: list[Tensor | None], number: int) -> None:
-        """Counts the optimizer's step `number` (the first is 1) for every tensor that has a gradient."""
-        if all(g is not None for g in grads):
+    def count_step(self, grads: list[Tensor | None] | None, number: int) -> None:
+        """Counts the optimizer's step `number` (the first is 1) for every tensor that has a gradient.
+
+        grads None: the released ones.
+        """
+        present = self.seen if grads is None else [g is not None for g in grads]
+        if all(present):
             self.steps += 1
             self.updated_at.fill_(number)
         else:
-            has_gradient = torch.tensor([g is not None for g in grads], device="cpu")
+            has_gradient = torch.tensor(present, device="cpu")
             self.steps += has_gradient.to(self.device)
             self.updated_at[has_gradient] = number
 
-    def update(self, part: Slice, grads: list[Tensor | None], numbers: tuple, maximize: bool, scalars: tuple):
-        """One AdamW step on the active entries of one param group: one call for all its tensors."""
-        _, first, last = part
+    def squared_norm(self, grads: list[Tensor | None] | None) -> Tensor:
+        """float64 []: the sum of squares of the active entries' gradients. None: the released ones."""
+        if grads is not None:
+            return self.kernels.squared_norm(grads, *self.active)
+        values = self.arrays["gradient"][: self.n_active]
+        for j, (begin, end) in enumerate(pairwise(self.bounds)):
+            if not self.seen[j]:
+                values[begin:end] = 0
+        offsets = torch.zeros(2, dtype=torch.int64, device=self.device)
+        offsets[1:].fill_(self.n_active)
+        everything = torch.arange(self.n_active, dtype=torch.int32, device=self.device)
+        return self.kernels.squared_norm([values], offsets, everything)
+
+    def update(
+        self, part: Slice, grads: list[Tensor | None] | None, numbers: tuple, maximize: bool, scalars: tuple
+    ):
+        """One AdamW step on the active entries of one param group: one call for all its tensors.
+
+        grads None: the released ones, one call for each run of tensors that have one.
+        """
+        _, i, j = part
+        if grads is not None:
+            self._update(self.kernels.adamw_, i, j, grads[i:j], numbers, maximize, scalars)
+            return
+        for first, last in self._seen_runs(i, j):
+            values = self.arrays["gradient"][self.bounds[first] : self.bounds[last]]
+            self._update(self.kernels.adamw_compact_, first, last, values, numbers, maximize, scalars)
+
+    def _update(self, adamw_, first: int, last: int, gradient, numbers, maximize, scalars) -> None:
         begin, end = self.bounds[first], self.bounds[last]
         if begin == end:
             return
         rows = {name: array[begin:end] for name, array in self.arrays.items()}
         state = [rows.get(name) for name in ("exp_avg", "exp_avg_sq", "master", "age")]
-        self.kernels.adamw_(
+        adamw_(
             self.params[first:last],
-            grads[first:last],
+            gradient,
             self.offsets[first : last + 1] - begin,
             rows["indices"],
             *state,
@@ -207,12 +248,24 @@ class Shard:
         )
         torch.autograd.graph.increment_version(self.params[first:last])
 
+    def _seen_runs(self, first: int, last: int) -> list[tuple[int, int]]:
+        """The longest runs of neighbours among the tensors first:last that had a gradient."""
+        edges = [j for j in range(first, last) if self.seen[j] != (j > first and self.seen[j - 1])]
+        edges += [last] if last > first and self.seen[last - 1] else []
+        return list(zip(edges[::2], edges[1::2], strict=True))
+
+    def seen_rows(self) -> list[tuple[int, int]]:
+        """Where in `arrays["gradient"]` released gradients stand, as [begin, end) pairs."""
+        runs = self._seen_runs(0, len(self.params))
+        return [(self.bounds[first], self.bounds[last]) for first, last in runs]
+
     # --- state_dict --------------------------------------------------------------------------------
 
     def cut(self, j: int) -> dict:
         """The state of tensor j as torch's per-parameter dict: copies, so that later steps leave it alone."""
         begin, end = self.bounds[j : j + 2]
-        state = {name: array[begin:end].clone() for name, array in self.arrays.items()}
+        saved = self.layout.columns(self.dtype)
+        state = {name: self.arrays[name][begin:end].clone() for name in saved}
         state |= {"step": self.steps[j].clone(), "shape": list(self.params[j].shape)}
         if self.layout.repeat:
             indices, originals = self.touched(j)
@@ -229,6 +282,8 @@ class Shard:
         self.updated_at.fill_(steps_done)  # not stored: changed_since errs on the side of too much
         for name, array in self.arrays.items():
             self.arrays[name] = array.new_empty(max(array.numel(), self.n_active))
+            if name not in self.layout.columns(self.dtype):
+                continue
             for s, (begin, end) in zip(states, pairwise(self.bounds), strict=True):
                 self.arrays[name][begin:end] = s[name]
         if self.layout.repeat:
@@ -251,6 +306,7 @@ class Shard:
             "originals": size.get("originals", 0)
             + (0 if originals is None else originals.numel() * originals.element_size()),
             "ages": size.get("age", 0),
+            "accumulator": size.get("gradient", 0),
             "ever_active": ever,
             "tensor_tables": 8 * (self.offsets.numel() + self.steps.numel()),
         }

@@ -13,6 +13,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from . import schedules, tasks
 from .delta import save_delta
+from .estimate import MemoryWatch, estimate_from_config
 from .heuristics import D3, Bias, Magnitude, Random
 from .integrations.huggingface import (
     DELTA_NAME,
@@ -58,6 +59,8 @@ class Settings:
     accumulate: int = 1
     seed: int = 42
     bf16: bool = False
+    release_gradients: bool = False
+    memory_report: bool = False
     backend: str | None = None
     cpu: bool = False
     delta_only: bool = False
@@ -200,6 +203,7 @@ def build_optimizer(settings: Settings, start: Start) -> torch.optim.Optimizer:
         bias_correction=settings.bias_correction,
         max_grad_norm=settings.max_grad_norm or None,
         backend=settings.backend,
+        release_gradients=settings.release_gradients,
     )
 
 
@@ -275,6 +279,7 @@ def train(settings: Settings) -> tuple[dict, Start, torch.optim.Optimizer]:
         text_columns=list(settings.text_column),
         label_column=settings.label_column,
     )
+    watch = MemoryWatch() if settings.memory_report else None
     start = load_start(settings, task, trainer_arguments(settings).device)
     if start.fresh:
         print(f"new in this model, so trained whole (dense): {', '.join(sorted(start.fresh))}")
@@ -282,6 +287,21 @@ def train(settings: Settings) -> tuple[dict, Start, torch.optim.Optimizer]:
     callbacks = [ID3Callback(originals=settings.originals)] if settings.optimizer == "id3" else []
     if settings.save_at:
         DeltaSeries(settings.output, start.model, optimizer, settings.save_at, originals=settings.originals)
+    if watch:
+        callbacks.append(watch)
     run = fit(start, task, optimizer, settings, callbacks)
     write_model(settings, start, optimizer)
-    return summarise(settings, start, optimizer, run), start, optimizer
+    report = summarise(settings, start, optimizer, run)
+    if watch:
+        report["memory"] = {"predicted": predicted_memory(settings), "measured": watch.measured}
+    return report, start, optimizer
+
+
+def predicted_memory(settings: Settings) -> dict[str, int]:
+    """Bytes by kind for batches of the longest texts allowed, from the model's configuration alone."""
+    shown = "released" if settings.release_gradients else "dense"
+    options = {"batch": settings.batch_size, "length": settings.max_length, "bf16": settings.bf16}
+    options |= {"static": settings.strategy != "increment"} | (
+        {"steps": settings.steps} if settings.steps else {}
+    )
+    return estimate_from_config(settings.model, settings.budget, **options)[shown]

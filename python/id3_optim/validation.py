@@ -13,6 +13,7 @@ from id3_kernels import checks
 from .heuristics import Bias, Heuristic, Random
 
 STRATEGIES = ("increment", "static", "repeat")
+SELECT_FROM = ("last", "max")
 BIAS_CORRECTIONS = ("tensor", "entry")
 _NOT_APPLICABLE = {
     "amsgrad": "a maximum over moments that start at different steps has no meaning",
@@ -42,6 +43,31 @@ def check_choices(strategy: str, bias_correction: str, heuristic: Heuristic) -> 
         kind = type(heuristic).__name__
         raise ValueError(
             f"strategy: 'repeat' makes no sense with {kind}, which never changes its mind; use 'static'"
+        )
+
+
+def check_release(release_gradients: bool, select_from: str, strategy: str) -> None:
+    if select_from not in SELECT_FROM:
+        raise ValueError(f"select_from: expected one of {', '.join(SELECT_FROM)}, got {select_from!r}")
+    if not release_gradients:
+        if select_from != "last":
+            raise ValueError(f"select_from: {select_from!r} needs release_gradients=True")
+        return
+    if strategy == "repeat":
+        raise ValueError(
+            "release_gradients: does not go with strategy 'repeat': entries that come back would need "
+            "gradients that are gone"
+        )
+    check_one_process()
+
+
+def check_one_process() -> None:
+    """Refuses several processes: a hook sees the gradients of its own alone."""
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        raise ValueError(
+            f"release_gradients: expected one process, got {distributed.get_world_size()}: a hook sees the "
+            "gradients of its own alone; use release_gradients=False under DistributedDataParallel"
         )
 
 

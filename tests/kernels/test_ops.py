@@ -31,11 +31,19 @@ def adamw_arguments(gradient):
     return (params, gradient, *held(), *moments, None, age, step, *numbers, ONE * 2, ONE * 0, ONE * 0.5)
 
 
+def collect_arguments():
+    """A tensor of which one of three best entries is held already, with a lower score."""
+    param, grad = (tensors[0] for tensors in two_tensors())
+    best = torch.tensor([9.0, 0.5, 0.0]), torch.tensor([7, (1 << 32) + 29, -1]), torch.tensor([4.0, 5.0, 0.0])
+    return (param, grad, None, torch.tensor([0, 3], dtype=torch.int32), torch.ones(2), True, 1, *best, True)
+
+
 # Per op: arguments that use each input, with results that fill their capacity (behind it anything may stand).
 SAMPLES = {
     "d3_score": lambda: (two_tensors()[0][0], two_tensors()[1][0], 1.0, 2.0),
     "select_topk": lambda: (*two_tensors(), *held(), 4, 1.0, 2.0),
     "select_topk_by_score": lambda: ([two_tensors()[1][0], None], *held(), 4),
+    "collect_": lambda: (*collect_arguments(), 1.0, 2.0),
     "union": lambda: (*held(), *Entries.from_lists([[1], [0, 2]])),
     "join_": lambda: (
         [torch.cat([held().indices, torch.zeros(3, dtype=torch.int32)]), torch.arange(8.0)],
@@ -48,7 +56,7 @@ SAMPLES = {
     "adamw_": lambda: adamw_arguments([two_tensors()[1][0], None]),
     "adamw_compact_": lambda: adamw_arguments(torch.linspace(-1, 1, 5)),
 }
-MUTATING = {"join_", "scatter_", "adamw_", "adamw_compact_"}
+MUTATING = {"collect_", "join_", "scatter_", "adamw_", "adamw_compact_"}
 
 
 @pytest.fixture(autouse=True)

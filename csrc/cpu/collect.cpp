@@ -1,0 +1,296 @@
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <limits>
+#include <vector>
+
+#include "checks.h"
+#include "cpu/cut.h"
+#include "cpu/entries.h"
+#include "cpu/simd.h"
+#include "cpu/strided.h"
+#include "cpu/tiles.h"
+
+// What is kept of one tensor's gradient before it goes: the values at active entries, and the best entries
+// outside them among those of all tensors seen so far.
+
+namespace id3::cpu {
+namespace {
+
+// Tiles, and entries, per thread below which starting a thread costs more: a backward pass has hundreds of
+// these loops, and on a busy machine a thread starts late.
+constexpr int64_t kTileGrain = 1024;
+constexpr int64_t kEntryGrain = 8192;
+constexpr int64_t kTogether = 32;  // tiles between two looks at active entries: they stay in the cache
+
+template <class Value>
+struct Found {
+  Key<Value> key;
+  int32_t index;
+  Value grad;
+};
+
+// Best first.
+template <class Value>
+bool precedes(const Found<Value>& a, const Found<Value>& b) {
+  return a.key != b.key ? a.key > b.key : a.index < b.index;
+}
+
+template <class Value>
+bool lower_index(const Found<Value>& a, const Found<Value>& b) {
+  return a.index < b.index;
+}
+
+// The best k entries of all tensors so far, best first; a score of 0 is no entry and stands at the end.
+template <class Value>
+struct Best {
+  Value* score;
+  int64_t* place;  // tensor position << 32 | flat index
+  Value* grad;
+  int64_t k;
+
+  int64_t held() const {
+    return std::partition_point(score, score + k, [](Value s) { return s > Value(0); }) - score;
+  }
+
+  Key<Value> key(int64_t i) const { return reinterpret_bits<Key<Value>>(score[i]); }
+
+  // The smallest key with which an entry of this tensor can still come in: ties go to the lowest place.
+  Key<Value> floor(int64_t position) const {
+    if (k == 0 || !(score[k - 1] > Value(0))) return 1;
+    return key(k - 1) + (place[k - 1] >> 32 < position ? 1 : 0);
+  }
+
+  // An entry that is held already keeps the larger score, and of equal ones the older. `found` is left with
+  // what is still to come in, in index order.
+  void drop_repeated(int64_t position, std::vector<Found<Value>>& found) {
+    std::sort(found.begin(), found.end(), lower_index<Value>);
+    int64_t kept = 0;
+    const int64_t count = held();
+    for (int64_t i = 0; i < count; ++i) {
+      if (place[i] >> 32 == position) {
+        const Found<Value> same{0, static_cast<int32_t>(place[i] & 0xffffffff), 0};
+        const auto at = std::lower_bound(found.begin(), found.end(), same, lower_index<Value>);
+        if (at != found.end() && at->index == same.index) {
+          if (at->key > key(i)) continue;
+          at->key = 0;
+        }
+      }
+      put(kept++, score[i], place[i], grad[i]);
+    }
+    for (int64_t i = kept; i < count; ++i) put(i, 0, -1, 0);
+    found.erase(std::remove_if(found.begin(), found.end(), [](const auto& f) { return f.key == 0; }),
+                found.end());
+  }
+
+  // Merges `found`, best first, from the back: in place.
+  void merge(int64_t position, const std::vector<Found<Value>>& found) {
+    int64_t i = held() - 1, j = static_cast<int64_t>(found.size()) - 1;
+    for (int64_t out = i + j + 1; j >= 0; --out) {
+      const int64_t here = position << 32 | found[j].index;
+      const bool held_is_worse = i >= 0 && (key(i) != found[j].key ? key(i) < found[j].key : place[i] > here);
+      if (out < k) {
+        if (held_is_worse)
+          put(out, score[i], place[i], grad[i]);
+        else
+          put(out, score_of<Value>(found[j].key), here, found[j].grad);
+      }
+      held_is_worse ? --i : --j;
+    }
+  }
+
+ private:
+  void put(int64_t at, Value new_score, int64_t new_place, Value new_grad) {
+    score[at] = new_score, place[at] = new_place, grad[at] = new_grad;
+  }
+};
+
+template <class Value>
+class Collector {
+ public:
+  Collector(ScoredTensor<Value> scored, Strided grad, Value* values, bool add)
+      : scored_(scored), magnitude_(scored), grad_(grad), values_(values), add_(add) {
+    const Exponent exponent = scored.rule.exponent;
+    bounded_ = !scored.rule.given &&
+               (exponent == Exponent::half || exponent == Exponent::one || exponent == Exponent::two);
+    magnitude_.rule.exponent = Exponent::zero;
+    magnitude_.active = magnitude_.active_end;
+  }
+
+  void gather_all() const {
+    at::parallel_for(0, scored_.active_end - scored_.active, kEntryGrain,
+                     [&](int64_t begin, int64_t end) { gather(begin, end); });
+  }
+
+  // The k best entries from `floor` on, in no order; gathers on its way.
+  std::vector<Found<Value>> best(int64_t k, Key<Value> floor) const {
+    const Parts parts((scored_.numel + kTile - 1) / kTile, kTileGrain);
+    std::vector<std::vector<Found<Value>>> found(parts.count);
+    parts.run([&](int64_t part) { stream(parts.begin(part), parts.begin(part + 1), k, floor, found[part]); });
+    for (int64_t part = 1; part < parts.count; ++part)
+      found[0].insert(found[0].end(), found[part].begin(), found[part].end());
+    cut(k, found[0]);
+    return std::move(found[0]);
+  }
+
+ private:
+  void stream(int64_t tile, int64_t end, int64_t k, Key<Value> floor,
+              std::vector<Found<Value>>& found) const {
+    Key<Value> maxima[kTogether];
+    const size_t capacity = k + std::max<int64_t>(k / 2, 1024);
+    bool by_gradient = bounded_;
+    int64_t from = active_from(tile * kTile);
+    for (; tile < end; tile += kTogether) {
+      const int64_t together = std::min(kTogether, end - tile);
+      by_gradient = mark(tile, together, floor, by_gradient && floor > 1, maxima);
+      for (int64_t i = 0; i < together; ++i) {
+        if (maxima[i] < floor) continue;
+        look((tile + i) * kTile, floor, found);
+        if (found.size() <= capacity) continue;
+        cut(k, found);
+        // What comes later stands at higher indices and loses every tie.
+        floor = std::max_element(found.begin(), found.end(), precedes<Value>)->key + 1;
+      }
+      const int64_t to = active_from((tile + together) * kTile);
+      gather(from, to);
+      from = to;
+    }
+  }
+
+  // maxima: for each tile a number that none of its keys exceeds, below the floor where none reaches it. With
+  // `by_gradient` that is seen from |g| alone: no score is above that of the same |g| at a weight of zero,
+  // and rounding keeps the order. Returns whether to go on like that, which pays where few tiles are left.
+  bool mark(int64_t tile, int64_t together, Key<Value> floor, bool by_gradient, Key<Value>* maxima) const {
+    if (!by_gradient) {
+      run_simd<TileMaxima>(scored_, tile * kTile, together, maxima);
+      return bounded_ && floor == 1;
+    }
+    run_simd<TileMaxima>(magnitude_, tile * kTile, together, maxima);
+    int64_t left = 0;
+    for (int64_t i = 0; i < together; ++i) {
+      const bool below = at_zero_weight(score_of<Value>(maxima[i])) < score_of<Value>(floor);
+      maxima[i] = below ? 0 : std::numeric_limits<Key<Value>>::max();
+      left += !below;
+    }
+    return left <= together / 2;
+  }
+
+  Value at_zero_weight(Value grad) const {
+    const ScoreRule<Value>& rule = scored_.rule;
+    if (rule.exponent == Exponent::half) return d3_unflushed<Exponent::half>(Value(0), grad, rule.eps, 0);
+    if (rule.exponent == Exponent::one) return d3_unflushed<Exponent::one>(Value(0), grad, rule.eps, 0);
+    return d3_unflushed<Exponent::two>(Value(0), grad, rule.eps, 0);
+  }
+
+  int64_t active_from(int64_t index) const {
+    if (index >= scored_.numel) return scored_.active_end - scored_.active;
+    return first_active(scored_, index) - scored_.active;
+  }
+
+  void look(int64_t first, Key<Value> floor, std::vector<Found<Value>>& found) const {
+    alignas(64) Key<Value> keys[kTile];
+    run_simd<TileKeys>(scored_, first, &keys[0]);
+    visit_dtype<Value>(grad_.dtype, [&](auto stored) {
+      const auto* grads = static_cast<const decltype(stored)*>(grad_.data);
+      for (int64_t i = 0; i < kTile; ++i) {
+        if (keys[i] < floor) continue;
+        const int64_t index = first + i;
+        found.push_back({keys[i], static_cast<int32_t>(index), widen(grads[grad_.place(index)])});
+      }
+    });
+  }
+
+  static void cut(int64_t k, std::vector<Found<Value>>& found) {
+    if (static_cast<int64_t>(found.size()) <= k) return;
+    std::nth_element(found.begin(), found.begin() + k - 1, found.end(), precedes<Value>);
+    found.resize(k);
+  }
+
+  // values = or += the gradient at the active entries first .. last.
+  void gather(int64_t first, int64_t last) const {
+    visit_dtype<Value>(grad_.dtype, [&](auto stored) {
+      const auto* grads = static_cast<const decltype(stored)*>(grad_.data);
+      for (; first < last; first += kBlock) {
+        const int64_t count = std::min(kBlock, last - first);
+        check_index_range(scored_.active + first, count, grad_.numel, 0);
+        with_places(grad_, scored_.active + first, count, [&](const auto* places) {
+          Value* out = values_ + first;
+          for (int64_t i = 0; i < count; ++i) {
+            const Value here = widen(grads[places[i]]);
+            out[i] = add_ ? out[i] + here : here;
+          }
+        });
+      }
+    });
+  }
+
+  ScoredTensor<Value> scored_, magnitude_;
+  bool bounded_;  // whether |g| alone bounds a score
+  Strided grad_;
+  Value* values_;
+  bool add_;
+};
+
+struct Arguments {
+  const at::Tensor &param, &grad;
+  const std::optional<at::Tensor>& score;
+  const at::Tensor &indices, &values;
+  bool add;
+  int64_t position;
+  const at::Tensor &best_score, &best_place, &best_grad;
+  bool again;
+  double eps, exp;
+};
+
+template <class Value>
+void collect(const Arguments& a) {
+  const auto dtype = at::CppTypeToScalarType<Value>::value;
+  const int64_t n = a.indices.numel(), k = a.best_score.numel();
+  check_vector("indices", a.indices, at::kInt, n);
+  check_vector("values", a.values, dtype, n);
+  check_vector("best_score", a.best_score, dtype, k);
+  check_vector("best_place", a.best_place, at::kLong, k);
+  check_vector("best_grad", a.best_grad, dtype, k);
+  ScoredTensor<Value> scored;
+  scored.param = Strided(a.param);
+  scored.grad = Strided(a.score ? *a.score : a.grad);
+  scored.rule = {exponent_of(a.exp), static_cast<Value>(a.eps), a.exp, a.score.has_value()};
+  scored.numel = a.grad.numel();
+  scored.active = a.indices.template const_data_ptr<int32_t>();
+  scored.active_end = scored.active + n;
+  const Collector<Value> collector(scored, Strided(a.grad), a.values.template mutable_data_ptr<Value>(),
+                                   a.add);
+  if (k == 0) return collector.gather_all();
+  Best<Value> best{a.best_score.template mutable_data_ptr<Value>(), a.best_place.mutable_data_ptr<int64_t>(),
+                   a.best_grad.template mutable_data_ptr<Value>(), k};
+  std::vector<Found<Value>> found = collector.best(k, best.floor(a.position));
+  if (a.again) best.drop_repeated(a.position, found);
+  std::sort(found.begin(), found.end(), precedes<Value>);
+  best.merge(a.position, found);
+}
+
+void collect_cpu(const at::Tensor& param, const at::Tensor& grad, const std::optional<at::Tensor>& score,
+                 const at::Tensor& indices, const at::Tensor& values, bool add, int64_t position,
+                 const at::Tensor& best_score, const at::Tensor& best_place, const at::Tensor& best_grad,
+                 bool again, double eps, double exp) {
+  check_float_tensor("param", param);
+  check_grad("grad", grad, param);
+  const bool is_double = param.scalar_type() == at::kDouble;
+  if (score) {
+    check_float_tensor("score", *score);
+    TORCH_CHECK_VALUE(score->sizes() == grad.sizes(), "score: expected shape ", shape_text(grad.sizes()),
+                      ", got ", shape_text(score->sizes()));
+    TORCH_CHECK_VALUE(score->scalar_type() == (is_double ? at::kDouble : at::kFloat),
+                      "score: expected float32, or float64 as its parameter, got ", score->scalar_type());
+  }
+  const Arguments a{param,      grad,       score,     indices, values, add, position,
+                    best_score, best_place, best_grad, again,   eps,    exp};
+  is_double ? collect<double>(a) : collect<float>(a);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(id3, CPU, m) { m.impl("collect_", &collect_cpu); }
+
+}  // namespace id3::cpu

@@ -1,0 +1,35 @@
+"""The command `id3-optim estimate`: the peak memory of a step, without running one."""
+
+import argparse
+import json
+
+
+def add_estimate(commands, budget) -> None:
+    """Adds the command; budget reads `320000` or `0.5%`."""
+    command = commands.add_parser("estimate", help="predict the peak memory of a training step")
+    add = command.add_argument
+    add("--model", required=True, help="configuration: local directory, config.json or hub name")
+    add("--budget", type=budget, default="0.5%", help="entries (320000) or a share of the model (0.5%%)")
+    add("--batch", type=int, default=1, help="texts of one forward pass")
+    add("--length", type=int, default=512, help="tokens of each text")
+    add("--steps", type=int, default=1000, help="optimizer steps over which the budget is spent")
+    add("--static", action="store_true", help="the whole budget at the first step")
+    add("--bf16", action="store_true", help="bfloat16 weights")
+    add("--checkpointing", action="store_true", help="with gradient checkpointing")
+    add("--json", action="store_true", help="bytes, as JSON")
+    command.set_defaults(run=run_estimate)
+
+
+def run_estimate(arguments: argparse.Namespace) -> None:
+    for name in ("batch", "length", "steps"):
+        if getattr(arguments, name) < 1:
+            raise ValueError(f"--{name}: expected at least 1, got {getattr(arguments, name)}")
+    import transformers
+
+    from . import estimate
+
+    transformers.logging.set_verbosity_error()
+    names = ("budget", "batch", "length", "steps", "static", "bf16", "checkpointing")
+    options = {name: getattr(arguments, name) for name in names}
+    report = estimate.estimate_from_config(arguments.model, **options)
+    print(json.dumps(report, indent=2) if arguments.json else estimate.table(report))

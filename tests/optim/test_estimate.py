@@ -1,0 +1,94 @@
+"""Predicted memory: from a configuration alone, against passes that run."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny_models import save_bert, save_llama, write_reviews
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from id3_optim import ID3AdamW
+from id3_optim.cli import main
+from id3_optim.estimate import LiveBytes, entry_bytes, estimate, estimate_from_config
+from id3_optim.train import Settings, train
+
+
+def loss_of(model, rows=2, length=24):
+    ids = torch.zeros(rows, length, dtype=torch.int64)
+    return model(input_ids=ids, labels=ids, use_cache=False).loss
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_the_prediction_is_what_real_passes_hold(tmp_path, bf16):
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    real = AutoModelForCausalLM.from_pretrained(save_llama(tmp_path), dtype=dtype).train()
+    want = estimate(real, loss_of, 200, steps=10)
+    got = estimate_from_config(tmp_path, 200, batch=2, length=24, steps=10, bf16=bf16)
+    for name, kinds in want.items():
+        assert got[name] == {kind: pytest.approx(size, rel=0.1) for kind, size in kinds.items()}
+        assert got[name]["weights"] == kinds["weights"]
+    assert got["released"]["optimizer_state"] == 200 * (22 if bf16 else 20)
+    assert got["released"]["candidates"] == 20 * 16
+
+
+def test_live_bytes_of_known_tensors():
+    kept = torch.zeros(1000)
+    with LiveBytes([kept]) as live:
+        a = kept.view(10, 100) + 1
+        b = a.t().clone()
+        del a
+        c = b * 2
+        del b, c
+    assert (live.peak, live.now) == (8000, 0)
+
+
+def test_released_gradients_stay_within_one_tensor():
+    config = LlamaConfig(
+        vocab_size=300, hidden_size=64, num_hidden_layers=6, num_attention_heads=4, intermediate_size=128
+    )
+    report = estimate(LlamaForCausalLM(config).train(), lambda net: loss_of(net, 1, 4), 0.01)
+    released, dense = report["released"], report["dense"]
+    assert released["forward"] == dense["forward"]
+    assert released["pass"] < 3 * released["gradients"] < dense["gradients"] < dense["pass"]
+    assert report["adamw"]["optimizer_state"] == 2 * dense["weights"]
+
+
+def test_bytes_of_an_entry_are_the_optimizers():
+    for dtype in (torch.float32, torch.bfloat16):
+        for release in (False, True):
+            param = torch.nn.Parameter(torch.ones(100, dtype=dtype))
+            optimizer = ID3AdamW([param], budget=100, total_steps=1, release_gradients=release)
+            param.grad = torch.ones_like(param)
+            optimizer.step()
+            kinds = ("indices", "moments", "masters", "originals", "accumulator")
+            report = optimizer.memory_report()
+            assert sum(report[kind] for kind in kinds) == 100 * entry_bytes(dtype, release)
+
+
+def test_command(tmp_path, capsys):
+    arguments = ["estimate", "--model", str(save_llama(tmp_path)), "--budget", "200", "--length", "24"]
+    assert main(arguments) == 0
+    assert "optimizer state" in capsys.readouterr().out
+    assert main([*arguments, "--json", "--checkpointing", "--bf16"]) == 0
+    assert json.loads(capsys.readouterr().out)["released"]["optimizer_state"] == 200 * 22
+    assert main([*arguments, "--batch", "0"]) == 2
+    assert "--batch: expected at least 1, got 0" in capsys.readouterr().err
+    assert main([*arguments[:3], "--budget", "2.5"]) == 2
+    assert "budget" in capsys.readouterr().err
+
+
+def test_train_releases_and_reports(tmp_path):
+    save_bert(tmp_path / "bert")
+    reviews = str(write_reviews(tmp_path / "reviews.csv"))
+    settings = Settings(
+        model=str(tmp_path / "bert"), train=reviews, eval=reviews, output=str(tmp_path / "out"),
+        budget=300, steps=8, batch_size=8, lr=1e-2, cpu=True, max_length=16,
+    )  # fmt: skip
+    _, dense, _ = train(settings)
+    report, released, _ = train(replace(settings, release_gradients=True, memory_report=True))
+    assert all(map(torch.equal, dense.model.parameters(), released.model.parameters()))
+    predicted, measured = report["memory"]["predicted"], report["memory"]["measured"]
+    assert measured["candidates"] == 16 * -(-300 // 8) == predicted["candidates"]
+    assert measured["weights"] == pytest.approx(predicted["weights"], rel=0.05)  # a head and a pooler
+    assert measured["peak"] >= 0 and predicted["optimizer_state"] == 300 * 20
