@@ -20,7 +20,7 @@ namespace {
 
 // Tiles, and entries, per thread below which starting a thread costs more: a backward pass has hundreds of
 // these loops, and on a busy machine a thread starts late.
-constexpr int64_t kTileGrain = 1024;
+constexpr int64_t kTileGrain = 512;
 constexpr int64_t kEntryGrain = 8192;
 constexpr int64_t kTogether = 32;  // tiles between two looks at active entries: they stay in the cache
 
