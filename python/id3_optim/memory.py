@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable
 
 import torch
 
+from id3_kernels import backend
+
 from .release import Release
 from .state import Layout, Shard
 
@@ -14,10 +16,10 @@ def memory_report(
     shards: list[Shard], layout: Layout, dense_states: Iterable[dict], release: Release | None
 ) -> dict[str, int]:
     """Bytes by kind, `total` last; see `ID3AdamW.memory_report`."""
-    kinds = Shard(torch.device("cpu"), torch.float32, layout).bytes_by_kind()
+    kinds = _bytes_by_kind(Shard(torch.device("cpu"), torch.float32, layout))
     report = dict.fromkeys(kinds, 0)
     for shard in shards:
-        for kind, size in shard.bytes_by_kind().items():
+        for kind, size in _bytes_by_kind(shard).items():
             report[kind] += size
     report["dense_state"] = sum(t.nbytes for state in dense_states for t in state.values())
     at_once = max if release else sum  # hooks select from one tensor at a time
@@ -30,6 +32,21 @@ def memory_report(
     return report
 
 
+def _bytes_by_kind(shard: Shard) -> dict[str, int]:
+    size = {name: array.nbytes for name, array in shard.arrays.items()}
+    ever, ever_originals = shard.ever, shard.ever_originals
+    return {
+        "indices": size["indices"],
+        "moments": size["exp_avg"] + size["exp_avg_sq"],
+        "masters": size.get("master", 0),
+        "originals": size.get("originals", 0) + (0 if ever_originals is None else ever_originals.nbytes),
+        "ages": size.get("age", 0),
+        "accumulator": size.get("gradient", 0),
+        "ever_active": 0 if ever is None else ever.indices.nbytes,
+        "tensor_tables": 8 * (shard.offsets.numel() + shard.steps.numel()),
+    }
+
+
 def _tile_bytes(shard: Shard, at_once: Callable) -> int:
     if shard.layout.release and not _keeps_a_mask(shard):
         return 0  # the C++ kernel keeps the maxima of a few tiles alone
@@ -38,4 +55,5 @@ def _tile_bytes(shard: Shard, at_once: Callable) -> int:
 
 
 def _keeps_a_mask(shard: Shard) -> bool:
-    return shard.layout.backend == "triton" or (shard.layout.backend is None and shard.device.type != "cpu")
+    on_gpu = shard.layout.backend is None and shard.device.type != "cpu"
+    return shard.layout.backend == "triton" or (on_gpu and backend.for_gpu().__name__.endswith("triton"))

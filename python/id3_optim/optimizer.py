@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from id3_kernels import backend as backends
-from id3_kernels import checks
 
-from . import changes, checkpoint, heuristics, schedules
+from . import changes, checkpoint, gradients, heuristics, schedules
 from .changes import Touched
 from .dense import numbers_of, update_dense
 from .heuristics import D3, Bias, Heuristic
@@ -209,7 +208,7 @@ class ID3AdamW(torch.optim.Optimizer):
         self._ready()
         if self._release is not None:
             self._release.take_rest(self)
-        grads = self._gradients()
+        grads = gradients.of_step(self)
         started = time.perf_counter()
         self._select_and_join(grads)
         selected = time.perf_counter()
@@ -249,30 +248,6 @@ class ID3AdamW(torch.optim.Optimizer):
             self._release.check_scaler()
         return found_inf is not None and bool(found_inf.item())
 
-    def _gradients(self) -> list[list[Tensor | None] | None]:
-        """The gradients per shard (None: released), each fit for its parameter, those of dense groups too."""
-        for shard in self._shards:
-            for p, position in zip(shard.params, shard.positions, strict=True):
-                self._check_place(p, position, shard)
-        position = 0
-        for group in self.param_groups:
-            for p in group["params"]:
-                self._check_gradient(p, position)
-                position += 1
-        if self._release is not None:
-            return [None for _ in self._shards]
-        return [[p.grad for p in shard.params] for shard in self._shards]
-
-    def _check_place(self, p: Tensor, position: int, shard: Shard) -> None:
-        if p.dtype != shard.dtype or p.device != shard.device:
-            expected, got = f"{shard.dtype} on {shard.device}", f"{p.dtype} on {p.device}"
-            raise ValueError(f"{self._name(position)}: expected {expected} as at the first step, got {got}")
-
-    def _check_gradient(self, p: Tensor, position: int) -> None:
-        g = p.grad
-        if g is not None and (g.dtype != p.dtype or g.layout != torch.strided):
-            checks.gradient(f"gradient of {self._name(position)}", g, p)
-
     def _select_and_join(self, grads: list[list[Tensor | None] | None]) -> None:
         repeat = self.strategy == "repeat"
         k = self.budget if repeat else self._wanted()
@@ -296,7 +271,7 @@ class ID3AdamW(torch.optim.Optimizer):
         return min(target - self.n_active, self._most_at_once)
 
     def _update(self, grads: list[list[Tensor | None] | None]) -> None:
-        scale, clip = getattr(self, "grad_scale", None), self._clip_coefficient(grads)
+        scale, clip = getattr(self, "grad_scale", None), gradients.clip_coefficient(self, grads)
         for shard, g in zip(self._shards, grads, strict=True):
             shard.count_step(g, self.steps_done + 1)
             scalars = tuple(None if x is None else x.to(shard.device) for x in (scale, None, clip))
@@ -306,21 +281,6 @@ class ID3AdamW(torch.optim.Optimizer):
         for group in self.param_groups:
             if group["dense"]:
                 update_dense(self.state, group, scale, clip)
-
-    def _clip_coefficient(self, grads: list[list[Tensor | None] | None]) -> Tensor | None:
-        """min(1, max_grad_norm / (norm + 1e-6)), or None without clipping."""
-        if self.max_grad_norm is None:
-            return None
-        squares = [shard.squared_norm(g) for shard, g in zip(self._shards, grads, strict=True)]
-        dense = [p.grad for g in self.param_groups if g["dense"] for p in g["params"] if p.grad is not None]
-        squares += [torch.linalg.vector_norm(g, dtype=torch.float64).square() for g in dense]
-        if not squares:
-            return None
-        norm = torch.stack([s.to(squares[0].device) for s in squares]).sum().sqrt()
-        scale = getattr(self, "grad_scale", None)
-        if scale is not None:
-            norm = norm / scale.to(norm.device)
-        return (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0).float()
 
     # --- what others may ask -------------------------------------------------------------------------
 

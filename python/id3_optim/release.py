@@ -18,6 +18,7 @@ from torch.autograd.function import BackwardCFunction
 
 from id3_kernels import Entries
 
+from .gradients import check_gradient, check_place
 from .heuristics import D3, scores
 from .state import Shard
 from .validation import check_one_process
@@ -123,8 +124,8 @@ class Release:
         i, j = self._at[id(param)]
         shard, best, heuristic = optimizer._shards[i], self.best[i], optimizer.heuristic
         position, score, d3 = shard.positions[j], None, (0.0, 0.0)
-        optimizer._check_place(param, position, shard)
-        optimizer._check_gradient(param, position)
+        check_place(optimizer, shard, param, position)
+        check_gradient(optimizer, param, position)
         if isinstance(heuristic, D3):
             d3 = heuristic.eps, heuristic.exp
         elif best.score.numel():

@@ -294,23 +294,6 @@ class Shard:
                 before = [s["ever_originals" if "ever_originals" in s else "originals"] for s in states]
                 self.ever_originals = torch.cat([values.to(self.device) for values in before])
 
-    def bytes_by_kind(self) -> dict[str, int]:
-        """Allocated bytes, by what they hold."""
-        size = {name: a.numel() * a.element_size() for name, a in self.arrays.items()}
-        ever = 0 if self.ever is None else self.ever.indices.numel() * 4
-        originals = self.ever_originals
-        return {
-            "indices": size["indices"],
-            "moments": size["exp_avg"] + size["exp_avg_sq"],
-            "masters": size.get("master", 0),
-            "originals": size.get("originals", 0)
-            + (0 if originals is None else originals.numel() * originals.element_size()),
-            "ages": size.get("age", 0),
-            "accumulator": size.get("gradient", 0),
-            "ever_active": ever,
-            "tensor_tables": 8 * (self.offsets.numel() + self.steps.numel()),
-        }
-
 
 def _bounds(rows: list[Tensor]) -> list[int]:
     bounds = [0]

@@ -1,0 +1,62 @@
+"""The gradients of one step: checked, one list per shard, and the norm that clips them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from id3_kernels import checks
+
+from .state import Shard
+
+if TYPE_CHECKING:
+    from .optimizer import ID3AdamW
+
+Gradients = list[list[Tensor | None] | None]  # per shard, one for each of its tensors; None: released
+
+
+def of_step(optimizer: ID3AdamW) -> Gradients:
+    """The gradients per shard, each fit for its parameter, those of dense groups too."""
+    for shard in optimizer._shards:
+        for param, position in zip(shard.params, shard.positions, strict=True):
+            check_place(optimizer, shard, param, position)
+    position = 0
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            check_gradient(optimizer, param, position)
+            position += 1
+    if optimizer._release is not None:
+        return [None for _ in optimizer._shards]
+    return [[p.grad for p in shard.params] for shard in optimizer._shards]
+
+
+def check_place(optimizer: ID3AdamW, shard: Shard, param: Tensor, position: int) -> None:
+    """Raises ValueError for a parameter that has moved or changed its dtype since the first step."""
+    if param.dtype != shard.dtype or param.device != shard.device:
+        expected, got = f"{shard.dtype} on {shard.device}", f"{param.dtype} on {param.device}"
+        raise ValueError(f"{optimizer._name(position)}: expected {expected} as at the first step, got {got}")
+
+
+def check_gradient(optimizer: ID3AdamW, param: Tensor, position: int) -> None:
+    """Raises ValueError for a gradient that the kernels can not take."""
+    g = param.grad
+    if g is not None and (g.dtype != param.dtype or g.layout != torch.strided):
+        checks.gradient(f"gradient of {optimizer._name(position)}", g, param)
+
+
+def clip_coefficient(optimizer: ID3AdamW, grads: Gradients) -> Tensor | None:
+    """float32 []: min(1, max_grad_norm / (norm + 1e-6)), or None without clipping."""
+    if optimizer.max_grad_norm is None:
+        return None
+    squares = [shard.squared_norm(g) for shard, g in zip(optimizer._shards, grads, strict=True)]
+    dense = [p.grad for g in optimizer.param_groups if g["dense"] for p in g["params"] if p.grad is not None]
+    squares += [torch.linalg.vector_norm(g, dtype=torch.float64).square() for g in dense]
+    if not squares:
+        return None
+    norm = torch.stack([s.to(squares[0].device) for s in squares]).sum().sqrt()
+    scale = getattr(optimizer, "grad_scale", None)  # a GradScaler sets it around step()
+    if scale is not None:
+        norm = norm / scale.to(norm.device)
+    return (optimizer.max_grad_norm / (norm + 1e-6)).clamp(max=1.0).float()
