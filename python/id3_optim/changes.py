@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
 class Touched(NamedTuple):
     """Entries of one parameter that training may have changed: indices int32 [n], flat and ascending.
 
-    From `changed_since`, indices is None for a parameter of a dense group: all of it may have changed.
+    From `changed_since`, indices is None for a parameter of a dense group: all of it may have changed. The
+    tensors are the optimizer's own: clone what is to outlive the next step.
     """
 
     param: Tensor
@@ -54,7 +56,7 @@ def touched(optimizer: ID3AdamW) -> Iterator[Touched]:
 
 def changed_since(optimizer: ID3AdamW, step: int) -> Iterator[Touched]:
     """See `ID3AdamW.changed_since`."""
-    if not 0 <= step <= optimizer.steps_done:
+    if not isinstance(step, numbers.Integral) or not 0 <= step <= optimizer.steps_done:
         raise ValueError(f"step: expected 0 to {optimizer.steps_done} (steps_done), got {step}")
     return _changed_since(optimizer, step)
 

@@ -47,7 +47,7 @@ class Undo:
         self._previous = []
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Delta:
     """A set of changed entries, by parameter name, with absolute values.
 

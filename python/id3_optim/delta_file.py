@@ -28,7 +28,8 @@ from . import delta_gaps
 
 VERSION = 1
 KEY = "id3_delta"
-_HEADER_LIMIT_BYTES = 16 << 20  # about 50 000 parameters; bounds what a crafted length can make us allocate
+# As the safetensors library; some 250 000 parameters. Bounds what a crafted file can make us parse.
+_HEADER_LIMIT_BYTES = 100_000_000
 _STALE_SECONDS = 3600.0  # nobody writes one delta for longer
 _STORED = {
     "F32": torch.float32,
@@ -103,13 +104,14 @@ def write(path: str | os.PathLike, contents: Contents, compact: bool = False) ->
 
 
 def _sync_directory(directory: Path) -> None:
-    """Makes the rename itself durable, where the system allows a directory to be opened."""
+    """Makes the rename itself durable, where the system can: some network file systems refuse."""
     if os.name == "posix":
-        handle = os.open(directory, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        with contextlib.suppress(OSError):
+            handle = os.open(directory, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
 
 
 def _remove_stale(target: Path) -> None:
@@ -137,7 +139,10 @@ def _to_bytes(contents: Contents, compact: bool) -> bytes:
         "fingerprint": None if contents.fingerprint is None else f"{contents.fingerprint:016x}",
         "settings": contents.settings,
     }
-    return safetensors.torch.save(tensors, {KEY: json.dumps(head, allow_nan=False, separators=(",", ":"))})
+    content = safetensors.torch.save(tensors, {KEY: json.dumps(head, allow_nan=False, separators=(",", ":"))})
+    (header_bytes,) = struct.unpack("<Q", content[:8])
+    _require(header_bytes <= _HEADER_LIMIT_BYTES, "delta", "names and shapes of 100 MB at most", header_bytes)
+    return content
 
 
 # --- reading ---------------------------------------------------------------------------------------
@@ -181,7 +186,7 @@ def _header_bytes(file: BinaryIO, size: int) -> bytes:
     _require(size >= 8, "delta file", "at least 8 bytes", size)
     (length,) = struct.unpack("<Q", file.read(8).ljust(8, b"\0"))
     limit = min(size - 8, _HEADER_LIMIT_BYTES)
-    _require(length <= limit, "delta file", f"a header of at most {limit} bytes", length)
+    _require(length <= limit, "delta file", f"a safetensors header of at most {limit} bytes", length)
     raw = file.read(length)
     _require(len(raw) == length, "delta file", f"a header of {length} bytes", len(raw))
     return raw

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import numbers
 import time
 from collections.abc import Callable, Iterable, Iterator
 from itertools import pairwise
@@ -101,8 +103,11 @@ class ID3AdamW(torch.optim.Optimizer):
         heuristics.describe(heuristic)
         schedules.describe(schedule)
         schedules.check_budget(budget)
-        if max_grad_norm is not None and not max_grad_norm > 0:
-            raise ValueError(f"max_grad_norm: expected more than 0 or None, got {max_grad_norm}")
+        # Plain numbers: they go into states and delta files, as JSON.
+        budget = int(budget) if isinstance(budget, numbers.Integral) else float(budget)
+        if max_grad_norm is not None and not 0 < max_grad_norm < math.inf:
+            raise ValueError(f"max_grad_norm: expected a finite number above 0, or None, got {max_grad_norm}")
+        max_grad_norm = None if max_grad_norm is None else float(max_grad_norm)
         backend = backend or backends.wish()
         if backend is not None:
             backends.require(backend)

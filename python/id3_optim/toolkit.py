@@ -54,7 +54,7 @@ def load_toolkit_summary(path: str | os.PathLike, base: nn.Module, strict: bool 
         changes[name] = _change(name, param, values, pointers, shape)
     sparse = {n: c for n, c in changes.items() if c.indices is not None}
     mark = fingerprint({n: (c.indices, c.originals) for n, c in sparse.items()})
-    settings = {"method": "selective-optimizers", "budget_used": int(summary.budget_used)}
+    settings = {"method": "selective-optimizers", "budget_used": summary.budget_used}
     return Delta(changes, mark, settings)
 
 
@@ -74,10 +74,25 @@ def _read(path: str | os.PathLike) -> _Summary:
     missing = [field for field in _FIELDS if field not in fields]
     if missing:
         raise DeltaError(f"summary: expected {', '.join(_FIELDS)}, got no {', '.join(missing)}")
-    lists = [summary.values, summary.pointers, summary.shapes]
-    if not all(isinstance(column, list) for column in lists) or len({len(column) for column in lists}) != 1:
+    columns = [summary.values, summary.pointers, summary.shapes]
+    if not all(isinstance(column, list) for column in columns) or len(set(map(len, columns))) != 1:
         raise DeltaError("summary: expected values, pointers and shapes as lists of one length, got others")
+    kinds = (Tensor, Tensor, torch.Size)
+    for column, kind in zip(columns, kinds, strict=True):
+        for item in column:
+            if not (item is None or (isinstance(item, kind) and _is_dense(item))):
+                raise DeltaError(f"summary: expected {kind.__name__} or None, got {type(item).__name__}")
+    used = summary.budget_used
+    if isinstance(used, Tensor) and used.numel() == 1:
+        used = used.item()
+    if not isinstance(used, int) or not isinstance(summary.bn_metadata, list):
+        raise DeltaError("summary: expected a count as budget_used and a list as bn_metadata, got others")
+    summary.budget_used = used
     return summary
+
+
+def _is_dense(item: Any) -> bool:
+    return not isinstance(item, Tensor) or (item.layout == torch.strided and item.device.type == "cpu")
 
 
 def _in_order(base: nn.Module) -> list[tuple[str, Tensor]]:
@@ -90,11 +105,8 @@ def _in_order(base: nn.Module) -> list[tuple[str, Tensor]]:
 
 def _change(name: str, param: Tensor, values: Any, pointers: Any, shape: Any) -> Change:
     expected = f"{param.dtype} {tuple(param.shape)}"
-    if not isinstance(values, Tensor) or (values.dtype, tuple(shape or ())) != (
-        param.dtype,
-        tuple(param.shape),
-    ):
-        got = f"{getattr(values, 'dtype', type(values).__name__)} {tuple(shape or ())}"
+    if (values.dtype, shape) != (param.dtype, param.shape):
+        got = f"{values.dtype} {tuple(shape or ())}"
         raise DeltaError(f"{name}: expected {expected} as in the base, got {got}")
     flat = _flat(name, param.shape, pointers, values.numel())
     order = flat.argsort()

@@ -11,15 +11,25 @@ def plain_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
     Raises ValueError if two parameters have one plain name.
     """
-    wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel)
-    while isinstance(model, wrappers) or hasattr(model, "_orig_mod"):
-        model = model.module if isinstance(model, wrappers) else model._orig_mod
+    while (inner := _wrapped(model)) is not None:
+        model = inner
     found: dict[str, nn.Parameter] = {}
     for name, param in model.named_parameters(remove_duplicate=False):
         plain = ".".join(part for part in name.split(".") if part != "_orig_mod")
         if found.setdefault(plain, param) is not param:
             raise ValueError(f"{plain}: expected one parameter of this name in the model, got two")
     return found
+
+
+def _wrapped(model: nn.Module) -> nn.Module | None:
+    """The module inside a wrapper, None where there is no wrapper.
+
+    Asked of the module's own children: a PeftModel passes unknown attributes on to what it holds.
+    """
+    if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+        return model.module
+    inside = ("_orig_mod", "_forward_module")  # torch.compile's, Lightning Fabric's
+    return next((model._modules[name] for name in inside if name in model._modules), None)
 
 
 def plain_names(model: nn.Module) -> dict[int, str]:

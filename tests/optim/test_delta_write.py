@@ -12,7 +12,8 @@ import torch
 from hand_trained import HandTrained
 from torch import nn
 
-from id3_optim.delta import load_delta, save_delta
+from id3_optim import delta_file
+from id3_optim.delta import DeltaError, load_delta, save_delta
 from id3_optim.optimizer import Touched
 
 
@@ -25,7 +26,8 @@ KILLED_FIFTY_TIMES = """
 import os, random, signal, sys, time
 import torch
 from hand_trained import HandTrained
-from id3_optim.delta import load_delta, save_delta
+from id3_optim import delta_file
+from id3_optim.delta import DeltaError, load_delta, save_delta
 from id3_optim.optimizer import Touched
 
 torch.set_num_threads(1)  # threads do not survive a fork
@@ -192,3 +194,28 @@ def test_a_link_is_followed(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "real")
     save_delta(tmp_path / "link", *large(1))
     assert (tmp_path / "link").is_symlink() and load_delta(tmp_path / "real").settings["step"] == 1
+
+
+def test_a_directory_that_can_not_be_synced_is_no_failure(path, monkeypatch):
+    """Some network file systems refuse; the file itself is safe by then."""
+    model, fsync = nn.Linear(4, 1), os.fsync
+
+    def refuse_directories(handle):
+        if os.fstat(handle).st_mode & 0o040000:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        fsync(handle)
+
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda handle: (synced.append(handle), refuse_directories(handle)))
+    touched = Touched(model.weight, torch.arange(4, dtype=torch.int32), None)
+    save_delta(path, model, HandTrained([touched], []))
+    assert len(synced) == 2 and load_delta(path).changes["weight"].indices.numel() == 4
+
+
+def test_names_that_no_reader_would_take_are_not_written(path, monkeypatch):
+    model = nn.Linear(4, 1)
+    touched = Touched(model.weight, torch.arange(4, dtype=torch.int32), None)
+    monkeypatch.setattr(delta_file, "_HEADER_LIMIT_BYTES", 200)
+    with pytest.raises(DeltaError, match="delta: expected names and shapes of 100 MB at most"):
+        save_delta(path, model, HandTrained([touched], []))
+    assert not path.exists()

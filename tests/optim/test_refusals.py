@@ -1,5 +1,8 @@
 """What ID3AdamW refuses, by its message, before anything changes."""
 
+import json
+
+import numpy as np
 import pytest
 import torch
 from parameters import one_parameter
@@ -28,7 +31,13 @@ from id3_optim import Bias, ID3AdamW, Random
             ValueError,
             "bias_correction: expected one of tensor, entry, got 'none'",
         ),
-        ({"max_grad_norm": 0.0}, ValueError, "max_grad_norm: expected more than 0 or None, got 0.0"),
+        (
+            {"max_grad_norm": 0.0},
+            ValueError,
+            "max_grad_norm: expected a finite number above 0, or None, got 0",
+        ),
+        ({"max_grad_norm": float("inf")}, ValueError, "max_grad_norm: expected a finite number above 0"),
+        ({"max_grad_norm": float("nan")}, ValueError, "max_grad_norm: expected a finite number above 0"),
         ({"backend": "gpu"}, ValueError, "backend: expected one of reference, cpu, triton, cuda, got 'gpu'"),
         ({"backend": "cuda"}, ValueError, "backend: 'cuda' can not run here"),
         ({"lr": -1.0}, ValueError, r"param_groups\[0\]: lr: out of range: -1.0"),
@@ -92,3 +101,14 @@ def test_a_gradient_that_does_not_fit_is_refused_before_anything_changes():
     moved.grad, moved.data = None, moved.data.bfloat16()
     with pytest.raises(ValueError, match=r"parameter 0: expected torch.float32 on cpu as at the first step"):
         optimizer.step()
+
+
+def test_numpy_numbers_become_plain_ones():
+    options = {"budget": np.int64(3), "total_steps": np.int64(5), "max_grad_norm": np.float32(0.5)}
+    optimizer = ID3AdamW([one_parameter()], **options)
+    optimizer.step()
+    json.dumps(optimizer.settings())
+    assert (
+        json.loads(json.dumps(ID3AdamW([one_parameter()], budget=np.float32(0.5)).settings()))["budget"]
+        == 0.5
+    )

@@ -146,9 +146,32 @@ def statistics(summary):
     return "statistics of 1 layers.*strict=False"
 
 
+def no_count(summary):
+    summary.budget_used = None
+    return "expected a count as budget_used"
+
+
+def plain_list(summary):
+    summary.values[1] = [1.0, 2.0]
+    return "summary: expected Tensor or None, got list"
+
+
+def number(summary):
+    summary.shapes[1] = 5
+    return "summary: expected Size or None, got int"
+
+
+def sparse(summary):
+    summary.values[1] = summary.values[1].to_sparse()
+    return "summary: expected Tensor or None"
+
+
 @pytest.mark.parametrize(
     "spoil",
-    [other_shape, other_dtype, fewer, outside, negative, twice, miscounted, uneven, statistics],
+    [
+        *(other_shape, other_dtype, fewer, outside, negative, twice, miscounted, uneven, statistics),
+        *(no_count, plain_list, number, sparse),
+    ],
 )
 def test_what_does_not_fit_is_refused(saved, spoil):
     summary = summary_of(Net())
