@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
-import numbers
 import time
 from collections.abc import Callable, Iterable, Iterator
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,31 +15,27 @@ from id3_kernels import backend as backends
 from . import changes, checkpoint, gradients, heuristics, schedules
 from .changes import Touched
 from .dense import numbers_of, update_dense
-from .heuristics import D3, Bias, Heuristic
+from .heuristics import D3, Heuristic
 from .memory import memory_report
 from .release import Release
 from .schedules import Schedule, uniform
-from .selection import select
+from .selection import Selection, select
 from .state import Layout, Shard
-from .validation import check_choices, check_group, check_release, refuse_not_applicable
+from .validation import (
+    check_choices,
+    check_group,
+    check_names,
+    check_release,
+    plain_budget,
+    plain_norm,
+    refuse_not_applicable,
+)
 
 _OWN_STATE = (
     "budget", "budget_given", "heuristic", "strategy", "schedule", "total_steps", "bias_correction",
     "max_grad_norm", "n_entries", "steps_done", "last_selection", "phase_seconds", "_layout", "_shards",
     "_targets", "_most_at_once", "_release",
 )  # fmt: skip
-
-
-class Selection(NamedTuple):
-    """What the newest selection did: at which step which scores [count] joined, and the smallest of them."""
-
-    step: int
-    scores: Tensor
-    threshold: float | None
-
-    @property
-    def count(self) -> int:
-        return self.scores.numel()
 
 
 class ID3AdamW(torch.optim.Optimizer):
@@ -102,12 +96,7 @@ class ID3AdamW(torch.optim.Optimizer):
         check_release(release_gradients, select_from, strategy)
         heuristics.describe(heuristic)
         schedules.describe(schedule)
-        schedules.check_budget(budget)
-        # Plain numbers: they go into states and delta files, as JSON.
-        budget = int(budget) if isinstance(budget, numbers.Integral) else float(budget)
-        if max_grad_norm is not None and not 0 < max_grad_norm < math.inf:
-            raise ValueError(f"max_grad_norm: expected a finite number above 0, or None, got {max_grad_norm}")
-        max_grad_norm = None if max_grad_norm is None else float(max_grad_norm)
+        budget, max_grad_norm = plain_budget(budget), plain_norm(max_grad_norm)
         backend = backend or backends.wish()
         if backend is not None:
             backends.require(backend)
@@ -129,10 +118,7 @@ class ID3AdamW(torch.optim.Optimizer):
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, defaults | {"maximize": maximize, "dense": False})
         self.state[checkpoint.MARKER] = {}
-        if isinstance(heuristic, Bias) and "param_names" not in self.param_groups[0]:
-            raise ValueError(
-                "params: heuristic Bias needs model.named_parameters(), got parameters without names"
-            )
+        check_names(heuristic, self.param_groups[0])
         if total_steps is not None:
             self.set_total_steps(total_steps)
         if release_gradients:

@@ -13,6 +13,18 @@ from .heuristics import D3, Heuristic, scores
 from .state import Shard
 
 
+class Selection(NamedTuple):
+    """What the newest selection did: at which step which scores [count] joined, and the smallest of them."""
+
+    step: int
+    scores: Tensor
+    threshold: float | None
+
+    @property
+    def count(self) -> int:
+        return self.scores.numel()
+
+
 class Candidates(NamedTuple):
     """Entries with their scores, on the CPU: global tensor position, flat index, score; [n] each."""
 

@@ -10,6 +10,7 @@ import torch
 
 from id3_kernels import checks
 
+from . import schedules
 from .heuristics import Bias, Heuristic, Random
 
 STRATEGIES = ("increment", "static", "repeat")
@@ -91,3 +92,23 @@ def check_group(group: dict[str, Any], i: int) -> None:
         if hasattr(p, "ds_id"):
             raise ValueError(f"{name}: parameters partitioned by DeepSpeed ZeRO are not supported")
         checks.plain(name, p)
+
+
+def check_names(heuristic: Heuristic, group: dict[str, Any]) -> None:
+    if isinstance(heuristic, Bias) and "param_names" not in group:
+        raise ValueError(
+            "params: heuristic Bias needs model.named_parameters(), got parameters without names"
+        )
+
+
+def plain_budget(budget: int | float) -> int | float:
+    """The budget as a plain number, numpy's too: it goes into states and delta files, as JSON."""
+    schedules.check_budget(budget)
+    return int(budget) if isinstance(budget, numbers.Integral) else float(budget)
+
+
+def plain_norm(max_grad_norm: float | None) -> float | None:
+    """Likewise."""
+    if max_grad_norm is not None and not 0 < max_grad_norm < math.inf:
+        raise ValueError(f"max_grad_norm: expected a finite number above 0, or None, got {max_grad_norm}")
+    return None if max_grad_norm is None else float(max_grad_norm)
