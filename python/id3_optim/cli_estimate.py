@@ -3,6 +3,8 @@
 import argparse
 import json
 
+from .extras import require
+
 
 def add_estimate(commands, budget) -> None:
     """Adds the command; budget reads `320000` or `0.5%`."""
@@ -24,6 +26,7 @@ def run_estimate(arguments: argparse.Namespace) -> None:
     for name in ("batch", "length", "steps"):
         if getattr(arguments, name) < 1:
             raise ValueError(f"--{name}: expected at least 1, got {getattr(arguments, name)}")
+    require("transformers", extra="hf")
     import transformers
 
     from . import estimate

@@ -18,8 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from . import schedules
-from .integrations.huggingface import unwrapped
 from .state import Layout
+from .wrappers import unwrapped
 
 BEST_BYTES = 16  # of a candidate: score, place, gradient
 
