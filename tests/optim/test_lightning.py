@@ -1,5 +1,8 @@
 """ID3AdamW in Lightning's Trainer: number of steps, deltas beside checkpoints, exact resume, precision."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -163,3 +166,20 @@ def test_logs(tmp_path):
     header, *lines = next(tmp_path.glob("logs/*/metrics.csv")).read_text().splitlines()
     assert {"n_active", "threshold", "sparsity_entropy"} <= set(header.split(","))
     assert lines[-1].split(",")[header.split(",").index("n_active")] == "60.0"
+
+
+def test_it_needs_no_transformers():
+    """torchmetrics, which Lightning imports, takes transformers where it is installed: it goes first."""
+    program = (
+        "import sys, lightning.pytorch\n"
+        "for name in [n for n in sys.modules if n.split('.')[0] == 'transformers']: del sys.modules[name]\n"
+        "sys.modules['transformers'] = None\n"
+        "import torch, id3_optim.integrations.lightning\n"
+        "from id3_optim.integrations.groups import fresh_parameters, parameter_groups\n"
+        "model = torch.nn.Linear(2, 2)\n"
+        "fresh = fresh_parameters(model, {'missing_keys': ['bias'], 'mismatched_keys': []})\n"
+        "print([group['dense'] for group in parameter_groups(model, fresh)[1:]])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.strip() == "[True]"
