@@ -12,6 +12,7 @@ from id3_optim import D3, Bias, ID3AdamW, load_delta, save_delta
 
 pytest.importorskip("transformers", reason="the Trainer comes with the extra `hf`")
 
+import transformers
 from trainer_run import HEAD, arguments, build, id3, rows, same_bits, tiny_bert
 
 from id3_optim.integrations.huggingface import ID3Callback, id3_optimizer, parameter_groups
@@ -129,6 +130,26 @@ def test_logs_say_where_the_budget_goes(tmp_path):
     assert entries[-1]["score_q50"] == pytest.approx(float(scores.median()), rel=0.05)
     written = json.loads((tmp_path / "checkpoint-8/trainer_state.json").read_text())["log_history"]
     assert [e["n_active"] for e in written if "loss" in e] == [e["n_active"] for e in entries]
+
+
+def test_a_callback_of_an_earlier_trainer_leaves_total_steps_alone(tmp_path):
+    callback, args = ID3Callback(), arguments(tmp_path, save_strategy="no")
+    for given, expected in ((None, 8), (50, 50)):
+        model = tiny_bert()
+        optimizer = id3(model, total_steps=given)
+        build(args, model, callback, optimizers=(optimizer, None)).train()
+        assert optimizer.total_steps == expected
+
+
+def test_no_deltas_in_a_hyperparameter_search(tmp_path):
+    class Search(transformers.TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            state.is_hyper_param_search = True
+
+    trainer = build(arguments(tmp_path, max_steps=3))
+    trainer.add_callback(Search())
+    trainer.train()
+    assert (tmp_path / "checkpoint-3").exists() and not list(tmp_path.rglob("delta.safetensors"))
 
 
 class RisingLoss:
