@@ -258,3 +258,15 @@ def test_a_compiled_model_saves_plain_names(tmp_path):
     base = tiny_bert()
     load_delta(tmp_path / "checkpoint-3/delta.safetensors").apply(base)
     assert same_bits(base, trainer.model)
+
+
+def test_the_pair_may_release_gradients(tmp_path):
+    models = []
+    for options in ({}, {"release_gradients": True}):
+        args = arguments(tmp_path, save_strategy="no", gradient_accumulation_steps=1)
+        pair = id3_optimizer(args, HEAD, budget=0.05, max_grad_norm=1.0, **options)
+        trainer = build(args, optimizer_cls_and_kwargs=pair)
+        trainer.train()
+        models.append(trainer.model)
+        assert unwrapped(trainer.optimizer).defaults["weight_decay"] == 0.0
+    assert same_bits(*models)
