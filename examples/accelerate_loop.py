@@ -6,7 +6,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding, set_seed
 
 from id3_optim import ID3AdamW, save_delta
-from id3_optim.integrations.huggingface import fresh_parameters, parameter_groups
+from id3_optim.integrations.groups import fresh_parameters, parameter_groups
 
 options = tiny.arguments(__doc__)
 set_seed(0)

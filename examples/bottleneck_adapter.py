@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
 
 from id3_optim import ID3AdamW, save_delta
-from id3_optim.integrations.huggingface import parameter_groups
+from id3_optim.integrations.groups import parameter_groups
 
 
 class Bottleneck(torch.nn.Module):

@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
 
 from id3_optim import ID3AdamW, save_delta
-from id3_optim.integrations.huggingface import fresh_parameters, parameter_groups
+from id3_optim.integrations.groups import fresh_parameters, parameter_groups
 from id3_optim.integrations.lightning import ID3Callback
 
 

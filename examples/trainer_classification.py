@@ -10,7 +10,7 @@ from transformers import (
 )
 
 from id3_optim import save_delta
-from id3_optim.integrations.huggingface import ID3Callback, fresh_parameters, id3_optimizer
+from id3_optim.integrations.huggingface import ID3Callback, fresh_parameters, id3_optimizer, report_first
 
 options = tiny.arguments(__doc__)
 source = options.model or tiny.encoder(options.output / "base")
@@ -41,6 +41,7 @@ trainer = Trainer(
     ),
     callbacks=[ID3Callback()],
 )
+report_first(trainer)  # so that what `report_to` names gets ID3's numbers, too
 before = trainer.evaluate()["eval_loss"]
 trainer.train()
 after = trainer.evaluate()["eval_loss"]

@@ -23,9 +23,12 @@ def fresh_state():
     AcceleratorState._reset_state(True)
 
 
-@pytest.mark.parametrize("trainer", ["transformers.Trainer", "PEFT", "TRL", "Accelerate", "Lightning"])
-def test_snippet(trainer, tmp_path, monkeypatch, capsys):
-    (block,) = BLOCKS[trainer]
+TRAINERS = ["transformers.Trainer", "PEFT", "TRL", "Accelerate", "Lightning"]
+
+
+@pytest.mark.parametrize("section", [*TRAINERS, "Streaming to an inference server"])
+def test_snippet(section, tmp_path, monkeypatch, capsys):
+    (block,) = BLOCKS[section]
     monkeypatch.chdir(tmp_path)
     names = {"__name__": "__main__"}
     for source in (FIRST, block):

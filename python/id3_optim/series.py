@@ -12,7 +12,7 @@ from torch import nn
 
 from .delta import save_delta
 from .schedules import resolve_budget
-from .wrappers import unwrapped
+from .wrappers import plain_names, unwrapped
 
 
 class DeltaSeries:
@@ -24,8 +24,8 @@ class DeltaSeries:
 
     budgets: entries (int) or shares of what trains now (float), each at most the optimizer's own budget.
     originals, compact: as for `save_delta`.
-    Raises ValueError for a budget out of range, or a strategy that is not "increment" (another one has its
-    whole budget at the first step).
+    Raises ValueError for a budget out of range, a strategy that is not "increment" (another one has its
+    whole budget at the first step), or a model that holds not all that the optimizer trains.
     """
 
     def __init__(
@@ -41,6 +41,7 @@ class DeltaSeries:
         self.options = {"originals": originals, "compact": compact}
         if self.optimizer.strategy != "increment":
             raise ValueError(f"optimizer: expected the strategy increment, got {self.optimizer.strategy}")
+        check_holds(model, self.optimizer)
         self.budgets = _resolved(budgets, self.optimizer)
         self.paths: list[Path] = []  # written so far by this process
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -65,6 +66,15 @@ class DeltaSeries:
         path = self.directory / f"delta-{n_active}.safetensors"
         save_delta(path, self.model, optimizer, **self.options)
         self.paths.append(path)
+
+
+def check_holds(model: nn.Module, optimizer: Any) -> None:
+    """Raises ValueError if the model lacks a parameter that the optimizer trains: no delta could name it."""
+    names = plain_names(model)
+    for param in (p for group in unwrapped(optimizer).param_groups for p in group["params"]):
+        if param.requires_grad and id(param) not in names:
+            shape = tuple(param.shape)
+            raise ValueError(f"model: expected every trained parameter in it, got none for {shape}")
 
 
 def _resolved(budgets: Sequence[int | float], optimizer: Any) -> list[int]:

@@ -1,5 +1,8 @@
 """ID3AdamW in Lightning's Trainer: number of steps, deltas beside checkpoints, exact resume, precision."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -163,3 +166,72 @@ def test_logs(tmp_path):
     header, *lines = next(tmp_path.glob("logs/*/metrics.csv")).read_text().splitlines()
     assert {"n_active", "threshold", "sparsity_entropy"} <= set(header.split(","))
     assert lines[-1].split(",")[header.split(",").index("n_active")] == "60.0"
+
+
+@pytest.mark.parametrize(
+    ("submodule", "message"),
+    [
+        ("model", "submodule: expected the name of a module in Tagger, got 'model'"),
+        ("net.0", r"model: expected every trained parameter in it, got none for \(4, 30\)"),
+    ],
+)
+def test_a_submodule_without_what_is_trained_is_refused_before_training(tmp_path, submodule, message):
+    module = Tagger()
+    with pytest.raises(ValueError, match=message):
+        fit(tmp_path, module=module, callback=ID3Callback(submodule=submodule))
+    assert same_bits(module, Tagger())
+    fit(tmp_path, callback=ID3Callback(save_deltas=False, submodule=submodule))  # where it is not asked for
+
+
+def second_fit(folder, ckpt=None):
+    """Epochs 3 and 4 in a second `fit` of one Trainer, whose optimizer is new: 10 more steps."""
+    keep = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=3, save_top_k=-1)
+    module, options = Tagger(), {"accelerator": "cpu", "logger": False, "enable_progress_bar": False}
+    trainer = pl.Trainer(max_epochs=2, accumulate_grad_batches=2, callbacks=[ID3Callback(), keep], **options)
+    if ckpt is None:
+        trainer.fit(module, loader())
+    trainer.fit_loop.max_epochs = 4
+    trainer.fit(module, loader(), ckpt_path=ckpt)
+    return trainer.optimizers[0]
+
+
+def test_a_second_fit_spends_its_whole_budget(tmp_path):
+    for optimizer in (second_fit(tmp_path), second_fit(tmp_path, tmp_path / "step=15.ckpt")):
+        assert (optimizer.total_steps, optimizer.steps_done, optimizer.n_active) == (10, 10, 60)
+
+
+def test_a_callback_of_an_earlier_run_leaves_total_steps_alone(tmp_path):
+    callback = ID3Callback()
+    fit(tmp_path / "a", callback=callback)
+    _, optimizer = fit(tmp_path / "b", module=Tagger(total_steps=30), callback=callback)
+    assert optimizer.total_steps == 30
+
+
+def test_a_delta_for_each_of_names_with_dots(tmp_path):
+    names = ("w-0.1", "w-0.2", "w-0.3.ckpt")
+
+    class Save(pl.Callback):
+        def on_train_end(self, trainer, module):
+            for name in names:
+                trainer.save_checkpoint(tmp_path / name)
+
+    fit(tmp_path, callbacks=[ID3Callback(), Save()], enable_checkpointing=False)
+    deltas = {f"{name.removesuffix('.ckpt')}.delta.safetensors" for name in names}
+    assert {p.name for p in tmp_path.iterdir()} == {*names, *deltas}
+
+
+def test_it_needs_no_transformers():
+    """torchmetrics, which Lightning imports, takes transformers where it is installed: it goes first."""
+    program = (
+        "import sys, lightning.pytorch\n"
+        "for name in [n for n in sys.modules if n.split('.')[0] == 'transformers']: del sys.modules[name]\n"
+        "sys.modules['transformers'] = None\n"
+        "import torch, id3_optim.integrations.lightning\n"
+        "from id3_optim.integrations.groups import fresh_parameters, parameter_groups\n"
+        "model = torch.nn.Linear(2, 2)\n"
+        "fresh = fresh_parameters(model, {'missing_keys': ['bias'], 'mismatched_keys': []})\n"
+        "print([group['dense'] for group in parameter_groups(model, fresh)[1:]])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.strip() == "[True]"

@@ -65,3 +65,28 @@ def test_a_strategy_without_growth_is_refused(model, make, tmp_path):
     model, optimizer = make(model, strategy="static")
     with pytest.raises(ValueError, match="expected the strategy increment, got static"):
         DeltaSeries(tmp_path, model, optimizer, [10])
+
+
+def test_another_model_is_refused_before_training(model, make, tmp_path):
+    model, optimizer = make(model)
+    with pytest.raises(ValueError, match="model: expected every trained parameter in it, got none for"):
+        DeltaSeries(tmp_path / "none", copy.deepcopy(model), optimizer, [10])
+    assert not (tmp_path / "none").exists()
+
+
+def test_what_never_trains_may_be_elsewhere(model, make, tmp_path):
+    model, optimizer = make(model)
+    optimizer.add_param_group(
+        {"params": [("frozen", torch.nn.Parameter(torch.zeros(2), requires_grad=False))]}
+    )
+    DeltaSeries(tmp_path, model, optimizer, [10])
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_only_the_first_process_writes(model, make, train, tmp_path, monkeypatch, rank):
+    model, optimizer = make(model, budget=100, total_steps=20)
+    series = DeltaSeries(tmp_path, model, optimizer, [10])
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: rank)
+    train(model, optimizer, 0, 5)
+    assert len(series.paths) == len(list(tmp_path.iterdir())) == 1 - rank

@@ -12,6 +12,7 @@ from id3_optim import D3, Bias, ID3AdamW, load_delta, save_delta
 
 pytest.importorskip("transformers", reason="the Trainer comes with the extra `hf`")
 
+import transformers
 from trainer_run import HEAD, arguments, build, id3, rows, same_bits, tiny_bert
 
 from id3_optim.integrations.huggingface import ID3Callback, id3_optimizer, parameter_groups
@@ -131,6 +132,26 @@ def test_logs_say_where_the_budget_goes(tmp_path):
     assert [e["n_active"] for e in written if "loss" in e] == [e["n_active"] for e in entries]
 
 
+def test_a_callback_of_an_earlier_trainer_leaves_total_steps_alone(tmp_path):
+    callback, args = ID3Callback(), arguments(tmp_path, save_strategy="no")
+    for given, expected in ((None, 8), (50, 50)):
+        model = tiny_bert()
+        optimizer = id3(model, total_steps=given)
+        build(args, model, callback, optimizers=(optimizer, None)).train()
+        assert optimizer.total_steps == expected
+
+
+def test_no_deltas_in_a_hyperparameter_search(tmp_path):
+    class Search(transformers.TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            state.is_hyper_param_search = True
+
+    trainer = build(arguments(tmp_path, max_steps=3))
+    trainer.add_callback(Search())
+    trainer.train()
+    assert (tmp_path / "checkpoint-3").exists() and not list(tmp_path.rglob("delta.safetensors"))
+
+
 class RisingLoss:
     """Evaluation losses 3, 4, 5: the first checkpoint is the best."""
 
@@ -237,3 +258,15 @@ def test_a_compiled_model_saves_plain_names(tmp_path):
     base = tiny_bert()
     load_delta(tmp_path / "checkpoint-3/delta.safetensors").apply(base)
     assert same_bits(base, trainer.model)
+
+
+def test_the_pair_may_release_gradients(tmp_path):
+    models = []
+    for options in ({}, {"release_gradients": True}):
+        args = arguments(tmp_path, save_strategy="no", gradient_accumulation_steps=1)
+        pair = id3_optimizer(args, HEAD, budget=0.05, max_grad_norm=1.0, **options)
+        trainer = build(args, optimizer_cls_and_kwargs=pair)
+        trainer.train()
+        models.append(trainer.model)
+        assert unwrapped(trainer.optimizer).defaults["weight_decay"] == 0.0
+    assert same_bits(*models)

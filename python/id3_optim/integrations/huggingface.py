@@ -3,16 +3,20 @@
     args = TrainingArguments(…, learning_rate=1e-3, max_grad_norm=0)
     pair = id3_optimizer(args, fresh, budget=0.005, max_grad_norm=1.0)
     trainer = Trainer(model, args, optimizer_cls_and_kwargs=pair, callbacks=[ID3Callback()], …)
+    report_first(trainer)  # for W&B, TensorBoard, MLflow, …
 
 or `optimizers=(ID3AdamW(parameter_groups(model, fresh), …), None)`. Give TrainingArguments
 `max_grad_norm=0` and the optimizer its own `max_grad_norm`: the Trainer clips by the norm of all N
 gradients, so that how far an active entry moves would depend on entries that never train.
 """
 
+from __future__ import annotations
+
 import time
+import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import TrainerCallback, TrainingArguments
@@ -22,7 +26,12 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from ..delta import save_delta
 from ..optimizer import ID3AdamW
 from ..wrappers import unwrapped
+from .groups import fresh_parameters as fresh_parameters
+from .groups import parameter_groups as parameter_groups
 from .run import numbers_to_log, take_total_steps
+
+if TYPE_CHECKING:
+    from transformers import Trainer
 
 DELTA_NAME = "delta.safetensors"
 # What ID3AdamW takes from the arguments, and where it stands there.
@@ -33,38 +42,6 @@ _FROM_ARGUMENTS = {
     "weight_decay": "weight_decay",
 }
 _DEFAULT_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
-
-
-def fresh_parameters(model: torch.nn.Module, loading_info: dict) -> set[str]:
-    """Names of the parameters that `from_pretrained(…, output_loading_info=True)` found in no checkpoint
-    file.
-
-    These start from random numbers, so there is no pre-trained value to stay near: train them densely.
-    """
-    mismatched = {
-        entry[0] if isinstance(entry, tuple) else entry for entry in loading_info["mismatched_keys"]
-    }
-    missing = set(loading_info["missing_keys"]) | mismatched
-    return {name for name, _ in model.named_parameters() if name in missing}
-
-
-def parameter_groups(model: torch.nn.Module, fresh: Iterable[str] = (), **dense_options) -> list[dict]:
-    """Param groups for ID3AdamW: what was pre-trained competes for the budget, `fresh` is a `dense=True`
-    group.
-
-    dense_options: settings of the dense group alone, such as `lr`. Frozen parameters are left out.
-    Raises ValueError for a fresh name that the model has not.
-    """
-    fresh = set(fresh)
-    named = dict(model.named_parameters())
-    if unknown := sorted(fresh - named.keys()):
-        raise ValueError(f"fresh: expected names of the model's parameters, got {unknown[0]!r}")
-    trainable = [(name, p) for name, p in named.items() if p.requires_grad]
-    groups = [{"params": [(name, p) for name, p in trainable if name not in fresh]}]
-    dense = [(name, p) for name, p in trainable if name in fresh]
-    if dense:
-        groups.append({"params": dense, "dense": True, **dense_options})
-    return groups
 
 
 def id3_optimizer(
@@ -112,7 +89,8 @@ class ID3Callback(TrainerCallback, ExportableState):
     training begins; an optimizer that already has a `total_steps` keeps it. A run resumed with another
     number of steps is refused (ValueError), since its budget was being spent over the first.
 
-    Logged: `run.numbers_to_log`.
+    Logged: `run.numbers_to_log`, in the Trainer's history; what `report_to` names gets them too after
+    `report_first(trainer)`, and a warning says so where that is missing.
 
     save_deltas: write `delta.safetensors` into each checkpoint folder, once per run or node as the Trainer
     saves; not in a hyper-parameter search. delta_options: `save_delta`'s own, such as `originals=True`.
@@ -121,13 +99,22 @@ class ID3Callback(TrainerCallback, ExportableState):
     def __init__(self, save_deltas: bool = True, **delta_options: Any) -> None:
         self.save_deltas, self.delta_options = save_deltas, delta_options
         self.total_steps_from_run = False
+        self.reports_first = False  # see `report_first`
 
     def state(self) -> dict:
         """What the Trainer keeps in its checkpoints."""
         arguments = {"save_deltas": self.save_deltas, **self.delta_options}
         return {"args": arguments, "attributes": {"total_steps_from_run": self.total_steps_from_run}}
 
+    def on_init_end(self, args, state, control, **kwargs):
+        self.total_steps_from_run = False  # no other Trainer's, if it had this callback before
+
     def on_train_begin(self, args, state, control, optimizer=None, **kwargs):
+        if args.report_to and not self.reports_first and state.is_world_process_zero:
+            warnings.warn(
+                f"ID3Callback: its numbers do not reach {args.report_to} without report_first(trainer)",
+                stacklevel=2,
+            )
         # A checkpoint written without this callback has no state of it, and the Trainer needs one to save.
         saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
         from_run = saved["attributes"]["total_steps_from_run"]
@@ -145,6 +132,22 @@ class ID3Callback(TrainerCallback, ExportableState):
         if self.save_deltas and args.should_save and not state.is_hyper_param_search:
             folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
             save_delta(folder / DELTA_NAME, model, optimizer, **self.delta_options)
+
+
+def report_first(trainer: Trainer) -> None:
+    """Moves the Trainer's ID3Callback before its other callbacks; call it before training.
+
+    The Trainer puts what `report_to` names before the callbacks that it is given, and a callback can not
+    reach the others: reporters would send a log before ID3's numbers are in it.
+    Raises ValueError where the Trainer has no ID3Callback.
+    """
+    callbacks = trainer.callback_handler.callbacks
+    ours = [callback for callback in callbacks if isinstance(callback, ID3Callback)]
+    if not ours:
+        raise ValueError("trainer: expected an ID3Callback among its callbacks, got none")
+    callbacks[:] = ours + [callback for callback in callbacks if callback not in ours]
+    for callback in ours:
+        callback.reports_first = True
 
 
 class StepClock(TrainerCallback):

@@ -11,6 +11,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+
 try:
     import lightning.pytorch as pl
     from lightning.pytorch.plugins.io import CheckpointIO
@@ -20,6 +22,7 @@ except ModuleNotFoundError:
 
 from ..delta import save_delta
 from ..optimizer import ID3AdamW
+from ..series import check_holds
 from .run import numbers_to_log, take_total_steps
 
 
@@ -36,28 +39,35 @@ class ID3Callback(pl.Callback):
     each checkpoint.
 
     The number of steps is `trainer.estimated_stepping_batches` when training begins, after a checkpoint has
-    been loaded; an optimizer that has a `total_steps` keeps it. ValueError where the Trainer can not tell
-    (no max_epochs and no max_steps), or a resumed run has another number than the one that it continues.
+    been loaded, less those that an earlier `fit` of the same Trainer has taken; an optimizer that has a
+    `total_steps` keeps it. ValueError where the Trainer can not tell (no max_epochs and no max_steps), or a
+    resumed run has another number than the one that it continues.
 
     Every `log_every_n_steps`: `run.numbers_to_log`, for loggers.
 
     save_deltas: write `<name>.delta.safetensors` beside each `<name>.ckpt`, and remove it with it; rank 0
     alone, on local disks. submodule: whose parameters the delta names, "" for the whole LightningModule;
-    every trained parameter must be in it. delta_options: `save_delta`'s own, such as `originals=True`.
+    every trained parameter must be in it (ValueError when training begins). delta_options: `save_delta`'s
+    own, such as `originals=True`.
     """
 
     def __init__(self, save_deltas: bool = True, submodule: str = "", **delta_options: Any) -> None:
         self.save_deltas, self.submodule, self.delta_options = save_deltas, submodule, delta_options
-        self.total_steps_from_run = False
+        self.total_steps_from_run, self.begun_at = False, 0
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self.total_steps_from_run = False  # of an earlier fit; a checkpoint is loaded after this
+        self.total_steps_from_run, self.begun_at = False, 0  # no earlier fit's; then a checkpoint is loaded
         inner = trainer.strategy.checkpoint_io
         if stage == "fit" and self.save_deltas and not isinstance(inner, DeltaBeside):
             trainer.strategy.checkpoint_io = DeltaBeside(inner, trainer, self)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        optimizer, steps = id3_of(trainer), trainer.estimated_stepping_batches
+        optimizer = id3_of(trainer)
+        if self.save_deltas:
+            check_holds(self._saved_module(pl_module), optimizer)
+        if optimizer.steps_done == 0:
+            self.begun_at = trainer.global_step  # which goes on counting in a second fit
+        steps = trainer.estimated_stepping_batches - self.begun_at
         if 0 < steps < float("inf"):
             self.total_steps_from_run = take_total_steps(optimizer, int(steps), self.total_steps_from_run)
         elif optimizer.total_steps is None:
@@ -68,15 +78,23 @@ class ID3Callback(pl.Callback):
             pl_module.log_dict({name: float(n) for name, n in numbers_to_log(id3_of(trainer)).items()})
 
     def state_dict(self) -> dict[str, Any]:
-        return {"total_steps_from_run": self.total_steps_from_run}
+        return {"total_steps_from_run": self.total_steps_from_run, "begun_at": self.begun_at}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.total_steps_from_run = state_dict["total_steps_from_run"]
+        self.begun_at = state_dict.get("begun_at", 0)  # which older checkpoints lack
 
     def save_beside(self, trainer: pl.Trainer, path: Path) -> None:
         """Writes the delta of what training has changed so far."""
-        model = trainer.lightning_module.get_submodule(self.submodule)
+        model = self._saved_module(trainer.lightning_module)
         save_delta(path, model, id3_of(trainer), **self.delta_options)
+
+    def _saved_module(self, module: pl.LightningModule) -> torch.nn.Module:
+        modules = dict(module.named_modules(remove_duplicate=False))
+        if self.submodule not in modules:
+            owner = type(module).__name__
+            raise ValueError(f"submodule: expected the name of a module in {owner}, got {self.submodule!r}")
+        return modules[self.submodule]
 
 
 class DeltaBeside(CheckpointIO):
@@ -101,4 +119,6 @@ class DeltaBeside(CheckpointIO):
 
 
 def _delta_path(path) -> Path:
-    return Path(path).with_suffix(".delta.safetensors")
+    path = Path(path)
+    name = path.stem if path.suffix == ".ckpt" else path.name  # "w-0.1" and "w-0.2" are two checkpoints
+    return path.with_name(f"{name}.delta.safetensors")

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 import torch
 from peft.utils import ModulesToSaveWrapper
 
-from .huggingface import parameter_groups
+from .groups import parameter_groups
 
 
 def adapter_groups(
