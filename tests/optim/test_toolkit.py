@@ -36,11 +36,11 @@ def saved(tmp_path, monkeypatch):
     module = types.ModuleType("selective_optimizers.load_store")
     module.SelectivePeftSummary = SelectivePeftSummary
 
-    def save(summary):
+    def save(summary, **options):
         with monkeypatch.context() as patch:
             patch.setitem(sys.modules, "selective_optimizers", package)
             patch.setitem(sys.modules, "selective_optimizers.load_store", module)
-            torch.save(summary, tmp_path / "summary.pt")
+            torch.save(summary, tmp_path / "summary.pt", **options)
         return tmp_path / "summary.pt"
 
     return save
@@ -93,6 +93,23 @@ def test_unchosen_and_wholly_chosen_parameters(saved):
     assert "embed.weight" not in delta.changes
     assert delta.changes["conv.weight"].indices is None
     assert torch.equal(delta.changes["conv.weight"].values.flatten(), summary.values[2])
+
+
+def test_pointers_in_any_order(saved):
+    """Of entries, and of a tensor chosen whole."""
+    model = Net()
+    summary = summary_of(model)
+    n = model.conv.weight.numel()
+    summary.values[2], summary.pointers[2] = torch.randn(n), torch.ones(3, 4, 2).nonzero()
+    expected = load_toolkit_summary(saved(summary), model).changes
+    for i, values in enumerate(summary.values):
+        order = torch.randperm(values.numel(), generator=torch.Generator().manual_seed(i))
+        summary.values[i], summary.pointers[i] = values[order], summary.pointers[i][order]
+    found = load_toolkit_summary(saved(summary), model).changes
+    assert found.keys() == expected.keys()
+    for name, change in expected.items():
+        for one, other in zip(change, found[name], strict=True):
+            assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
 
 
 def test_a_count_on_a_tensor_as_older_versions_wrote_it(saved):
@@ -178,6 +195,14 @@ def test_a_crafted_file_runs_nothing(tmp_path, monkeypatch):
     with pytest.raises(DeltaError, match="summary: expected a file of the toolkit"):
         load_toolkit_summary("plain.pt", Net())
     assert not (tmp_path / "evil").exists()
+
+
+def test_a_bare_pickle_of_a_good_summary_is_refused(saved, tmp_path):
+    """torch.load would take it; only the archives that the toolkit writes are read."""
+    load_toolkit_summary(saved(summary_of(Net())), Net())
+    saved(summary_of(Net()), _use_new_zipfile_serialization=False)
+    with pytest.raises(DeltaError, match="got something else than a torch archive"):
+        load_toolkit_summary(tmp_path / "summary.pt", Net())
 
 
 @pytest.mark.parametrize("content", [b"", b"\x80\x02", b"PK\x03\x04 cut", b"text"])
