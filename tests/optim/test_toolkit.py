@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from tiny_models import save_llama
+from tiny_models import save_bert, save_llama
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from id3_optim import DeltaError, load_delta, load_toolkit_summary
 from id3_optim.cli import main
@@ -238,3 +238,27 @@ def test_the_command_writes_a_delta(saved, tmp_path, capsys):
         param.data[tuple(pointers.t())] = values
     assert all(map(torch.equal, base.parameters(), expected.parameters()))
     assert main([*command[:3], str(tmp_path), *command[4:]]) == 2  # no model there
+
+
+def test_the_command_refuses_entries_of_random_numbers(saved, tmp_path, capsys):
+    """A configuration with a head, here by --config, over a checkpoint without one."""
+    folder = save_bert(tmp_path / "bert")
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(tmp_path / "config")
+    summary = summary_of(model)
+    path, output = saved(summary), tmp_path / "d.safetensors"
+    command = ["convert", str(path), "--model", str(folder), "--config", str(tmp_path / "config")]
+    assert main([*command, "--output", str(output)]) == 2
+    assert "--model: expected weights for classifier." in capsys.readouterr().err and not output.exists()
+    for i, (name, param) in enumerate(model.named_parameters()):
+        if name.startswith("classifier."):  # chosen whole: nothing of the base is in it
+            summary.values[i], summary.pointers[i] = (
+                param.detach().flatten(),
+                torch.ones_like(param).nonzero(),
+            )
+    saved(summary)
+    assert main([*command, "--output", str(output)]) == 0
+    assert main(["apply", str(output), "--model", str(folder), "--output", str(tmp_path / "out")]) == 0
+    found = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    assert torch.equal(found.classifier.weight, model.classifier.weight)
