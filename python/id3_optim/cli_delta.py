@@ -7,11 +7,10 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .cli_model import check_held, facts_of, load, load_model, model_facts, quiet_transformers, save_tokenizer
 from .extras import require
 
 if TYPE_CHECKING:
-    import torch
-
     from .delta import Delta
 
 _DELTA_HELP = "delta file, or the output directory of `train --delta-only`"
@@ -29,11 +28,17 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
         command.add_argument("delta", help=_DELTA_HELP)
         command.add_argument("--model", required=True, help=f"{source}: local directory or hub name")
         command.add_argument("--output", required=True, metavar="DIR", help="directory for the result")
+        _add_config(command)
     merge = _add(commands, "merge", run_merge, "add up what several deltas with originals changed")
     merge.add_argument("deltas", nargs="+", metavar="delta", help=_DELTA_HELP)
     merge.add_argument(
         "--weights", nargs="+", type=float, metavar="W", help="one for each delta (default: 1)"
     )
+    merge.add_argument(
+        "--whole", choices=("agree", "first", "drop"), default="agree",
+        help="parameters stored whole, such as new heads: they must agree (default), those of the first "
+        "delta that has them, or none",
+    )  # fmt: skip
     diff = _add(commands, "diff", run_diff, "write the delta between a base and a tuned model")
     diff.add_argument("--base", required=True, help="local directory or hub name")
     diff.add_argument("--tuned", required=True, help="local directory or hub name")
@@ -43,9 +48,15 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     )
     convert.add_argument("summary", help="file of the toolkit's write_summary_to_disk")
     convert.add_argument("--model", required=True, help="the base: local directory or hub name")
+    _add_config(convert)
     for command in (merge, diff, convert):
         command.add_argument("--output", required=True, metavar="FILE", help="the delta file to write")
         command.add_argument("--compact", action="store_true", help="indices as gaps: 2 bytes less an entry")
+
+
+def _add_config(command: argparse.ArgumentParser) -> None:
+    about = "directory or hub name of the configuration that tells the model's class (default: as recorded)"
+    command.add_argument("--config", metavar="DIR|NAME", help=about)
 
 
 def _add(commands: argparse._SubParsersAction, name: str, run, about: str) -> argparse.ArgumentParser:
@@ -89,7 +100,10 @@ def run_inspect(arguments: argparse.Namespace) -> None:
     lines = [f"{path}: {report['bytes']:,} bytes, {report['entries']:,} entries of {sparse} parameters"]
     fingerprint, originals = report["fingerprint"] or "none", "with" if report["originals"] else "without"
     lines += [f"{originals} originals, fingerprint of the base: {fingerprint}"]
-    lines += [f"{name}: {json.dumps(value)}" for name, value in delta.settings.items() if name != "merged"]
+    if isinstance(model := delta.settings.get("config"), dict):
+        lines += [f"model: {json.dumps(model.get('architectures'))}"]
+    told = {name: value for name, value in delta.settings.items() if name not in ("merged", "config")}
+    lines += [f"{name}: {json.dumps(value)}" for name, value in told.items()]
     if sparse:
         lines += ["", "changed entries by layer and role", *analysis.allocation_table(allocated)]
     whole = {name: tensor for name, tensor in report["tensors"].items() if tensor["kind"] == "dense"}
@@ -103,22 +117,32 @@ def run_rewrite(arguments: argparse.Namespace) -> None:
     """`apply` and `revert`."""
     from .delta import load_delta
 
-    _quiet_transformers()
+    quiet_transformers()
     _check_output(arguments)
-    path = delta_path(arguments.delta)
+    path, applies = delta_path(arguments.delta), arguments.command == "apply"
+    _check_no_adapter(path.parent)
     delta = load_delta(path)
-    model = load_model(delta, path.parent, arguments.model)
-    if arguments.command == "apply":
+    model = load_model(delta, path.parent, arguments.model, arguments.config, brings_whole=applies)
+    if applies:
         delta.apply(model, strict=True)
     else:
         delta.revert(model)
     model.save_pretrained(arguments.output)
-    tokenizer = _save_tokenizer([str(path.parent), arguments.model], arguments.output)
+    tokenizer = save_tokenizer([str(path.parent), arguments.model], arguments.output)
     counts = {name: delta.inspect()[name] for name in ("entries", "dense_entries")}
     summary = {"command": arguments.command, "output": arguments.output, "tokenizer": tokenizer, **counts}
-    _report(
-        arguments, summary, f"written to {arguments.output}{'' if tokenizer else ', without a tokenizer'}"
-    )
+    lines = [f"written to {arguments.output}{'' if tokenizer else ', without a tokenizer'}"]
+    if not applies:
+        tuned = [name for name, change in delta.changes.items() if change.indices is None]
+        summary["still_tuned"] = tuned
+        lines += [f"still tuned, since stored whole: {', '.join(tuned)}"] if tuned else []
+    _report(arguments, summary, *lines)
+
+
+def _check_no_adapter(folder: Path) -> None:
+    if (folder / "adapter_config.json").is_file():
+        raise ValueError(f"delta: expected one of a whole model, got one of the PEFT adapter in {folder}: "
+                         "put it on the adapter in Python, load_delta(path).apply(model)")  # fmt: skip
 
 
 def _check_output(arguments: argparse.Namespace) -> None:
@@ -128,71 +152,21 @@ def _check_output(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--output: expected a directory, got the file {arguments.output}")
 
 
-def _quiet_transformers() -> None:
-    require("transformers", extra="hf")
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-
-
-def load_model(delta: Delta, folder: Path, source: str) -> torch.nn.Module:
-    """The model at `source`, as `delta` wants it: its class by the configuration beside the delta, or by its
-    own where there is none; each parameter in the dtype that the delta tells.
-
-    A new head holds random numbers; the delta brings all of it.
-    """
-    import torch
-    import transformers
-
-    config = transformers.AutoConfig.from_pretrained(folder if _has_config(folder) else source)
-    told = {change.dtype for change in delta.changes.values() if change.indices is not None}
-    dtype = told.pop() if len(told) == 1 else config.dtype or torch.float32
-    # transformers loads all parameters in one dtype; float32 holds those of half width without loss.
-    mixed = any(change.dtype != dtype for change in delta.changes.values())
-    model, _ = _load(config, source, torch.float32 if mixed else dtype)
-    for name, param in model.named_parameters():
-        change = delta.changes.get(name)
-        param.data = param.data.to(dtype if change is None else change.dtype)
-    return model
-
-
-def _has_config(folder: Path) -> bool:
-    return (folder / "config.json").is_file()
-
-
-def _load(config, source: str, dtype: torch.dtype | str) -> tuple[torch.nn.Module, set[str]]:
-    """The model, and the names of its parameters that the checkpoint at `source` lacks."""
-    import safetensors
-    import transformers
-
-    from .train import load_pretrained
-
-    model_class = getattr(transformers, (config.architectures or ["AutoModel"])[0])
-    options = {"config": config, "dtype": dtype, "ignore_mismatched_sizes": True}
-    try:
-        return load_pretrained(model_class, source, **options)
-    except safetensors.SafetensorError as error:
-        raise OSError(f"{source}: expected weights as safetensors, got: {error}") from error
-
-
-def _save_tokenizer(sources: list[str], output: str) -> bool:
-    """Copies the first tokenizer found; a source that is no directory is a hub name."""
-    import transformers
-
-    for source in sources:
-        if not Path(source).is_dir() or (Path(source) / "tokenizer_config.json").is_file():
-            transformers.AutoTokenizer.from_pretrained(source).save_pretrained(output)
-            return True
-    return False
-
-
 def run_merge(arguments: argparse.Namespace) -> None:
-    from .delta import load_delta
+    from .delta import DeltaError, load_delta
     from .delta_merge import merge
 
     paths = [delta_path(path) for path in arguments.deltas]
-    merged, conflicts = merge([load_delta(path) for path in paths], arguments.weights)
+    deltas = [load_delta(path) for path in paths]
+    try:
+        merged, conflicts = merge(deltas, arguments.weights, arguments.whole)
+    except DeltaError as error:
+        message = str(error)
+        for i, path in enumerate(paths):
+            message = message.replace(f"deltas[{i}]", str(path))
+        raise DeltaError(message) from error
+    if facts := _merged_facts(deltas, paths, arguments.whole):
+        merged.settings["config"] = facts
     summary = _save(merged, arguments) | {
         "merged": [str(path) for path in paths],
         "weights": merged.settings["weights"],
@@ -213,8 +187,20 @@ def run_merge(arguments: argparse.Namespace) -> None:
     _report(arguments, summary, *lines, _written(summary))
 
 
+def _merged_facts(deltas: list[Delta], paths: list[Path], whole: str) -> dict[str, Any]:
+    """The class and the labels of the model that the merged delta makes; {} where no one class is told."""
+    heads = [any(change.indices is None for change in delta.changes.values()) for delta in deltas]
+    if whole == "drop" and any(heads):
+        return {}  # without the heads it is the base's class again
+    facts = [facts_of(delta, path.parent) for delta, path in zip(deltas, paths, strict=True)]
+    if whole == "first" and any(heads):
+        return facts[heads.index(True)]
+    told = [one for one in facts if one]
+    return told[0] if told and all(one == told[0] for one in told) else {}
+
+
 def run_diff(arguments: argparse.Namespace) -> None:
-    _quiet_transformers()
+    quiet_transformers()
     import transformers
 
     from .delta_diff import diff
@@ -224,12 +210,12 @@ def run_diff(arguments: argparse.Namespace) -> None:
     kind = transformers.AutoConfig.from_pretrained(arguments.base).model_type
     if kind != config.model_type:
         raise ValueError(f"--base: expected a {config.model_type} model as --tuned, got {kind}")
-    tuned, missing = _load(config, arguments.tuned, config.dtype or "auto")
-    if missing:
-        raise ValueError(f"--tuned: expected weights for {min(missing)} in {arguments.tuned}, got none")
-    base, fresh = _load(config, arguments.base, tuned.dtype)
+    tuned, missing = load(config, arguments.tuned, config.dtype or "auto")
+    check_held("--tuned", missing, arguments.tuned)
+    base, fresh = load(config, arguments.base, tuned.dtype)
     known = {name: param for name, param in plain_parameters(base).items() if name not in fresh}
     delta = diff(known, plain_parameters(tuned), originals=not arguments.no_originals)
+    delta.settings["config"] = model_facts(json.loads(config.to_json_string()))
     summary = _save(delta, arguments)
     sparse = sum(change.indices is not None for change in delta.changes.values())
     counts = f"{summary['entries']:,} entries of {sparse} parameters differ"
@@ -239,14 +225,18 @@ def run_diff(arguments: argparse.Namespace) -> None:
 
 
 def run_convert(arguments: argparse.Namespace) -> None:
-    _quiet_transformers()
+    quiet_transformers()
     import transformers
 
     from .toolkit import load_toolkit_summary
 
-    config = transformers.AutoConfig.from_pretrained(arguments.model)
-    base, _ = _load(config, arguments.model, config.dtype or "auto")
-    summary = _save(load_toolkit_summary(arguments.summary, base), arguments)
+    config = transformers.AutoConfig.from_pretrained(arguments.config or arguments.model)
+    base, fresh = load(config, arguments.model, config.dtype or "auto")
+    delta = load_toolkit_summary(arguments.summary, base)
+    entries = {name for name, change in delta.changes.items() if change.indices is not None}
+    check_held("--model", fresh & entries, arguments.model)
+    delta.settings["config"] = model_facts(json.loads(config.to_json_string()))
+    summary = _save(delta, arguments)
     _report(arguments, summary, f"{summary['entries']:,} entries", _written(summary))
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from .delta import Change, Delta, DeltaError
 from .delta_fingerprint import bits, fingerprint, same_bits
+
+Whole = Literal["agree", "first", "drop"]
 
 
 class Conflict(NamedTuple):
@@ -28,17 +30,23 @@ class Merged(NamedTuple):
     conflicts: dict[str, Conflict]
 
 
-def merge(deltas: Sequence[Delta], weights: Sequence[float] | None = None) -> Merged:
+def merge(deltas: Sequence[Delta], weights: Sequence[float] | None = None, whole: Whole = "agree") -> Merged:
     """The delta of value = original + Σ weight_i · (value_i − original), and a report of the conflicts.
 
     Computed in float64 and rounded once to the parameter's dtype; an entry in one delta alone, with weight 1,
     keeps its bits. weights: one finite number for each delta, 1 by default. Overlapping entries have values
     of different bits in two deltas; opposed ones a positive difference in one and a negative one in another,
-    weights left out. A parameter stored whole is taken over from the deltas that have it, whatever their
-    weights: they must agree bit for bit. The result has originals and their fingerprint. Mutates nothing.
-    Raises ValueError for weights that do not fit, DeltaError where originals are missing, or where originals,
-    shapes or dtypes differ between two deltas.
+    weights left out. The result has originals and their fingerprint. Mutates nothing.
+    whole: what becomes of parameters stored whole, such as new heads, which can not be added up. "agree"
+    takes them over from the deltas that have them, which must agree bit for bit; "first" takes each from the
+    first delta that has it, as it is there; "drop" leaves them all out. The weights have no say in it.
+    Raises TypeError for a single delta, ValueError for weights or an option that do not fit, DeltaError where
+    originals are missing, or where originals, shapes or dtypes differ between two deltas.
     """
+    if isinstance(deltas, Delta):
+        raise TypeError("deltas: expected a list of deltas, got one Delta")
+    if whole not in get_args(Whole):
+        raise ValueError(f"whole: expected one of {', '.join(get_args(Whole))}, got {whole!r}")
     if not deltas:
         raise ValueError("deltas: expected at least one, got none")
     weights = [1.0] * len(deltas) if weights is None else [float(weight) for weight in weights]
@@ -47,19 +55,22 @@ def merge(deltas: Sequence[Delta], weights: Sequence[float] | None = None) -> Me
     changes, conflicts = {}, {}
     for name in dict.fromkeys(name for delta in deltas for name in delta.changes):
         held = {i: delta.changes[name] for i, delta in enumerate(deltas) if name in delta.changes}
-        _check_alike(name, held)
+        _check_alike(name, held, whole)
         first = next(iter(held.values()))
         if first.indices is None:
-            changes[name] = first
+            changes |= {} if whole == "drop" else {name: first}
         else:
             changes[name], conflicts[name] = _sum(name, held, weights)
     rows = {name: (changes[name].indices, changes[name].originals) for name in conflicts}
-    settings = {"method": "merge", "weights": weights, "merged": [delta.settings for delta in deltas]}
+    settings = {"method": "merge", "weights": weights, "whole": whole}
+    settings["merged"] = [delta.settings for delta in deltas]
     return Merged(Delta(changes, fingerprint(rows), settings), conflicts)
 
 
-def _check_alike(name: str, held: dict[int, Change]) -> None:
+def _check_alike(name: str, held: dict[int, Change], whole: Whole) -> None:
     """The changes of one parameter, by the position of their delta, can be merged but for their originals."""
+    if whole != "agree" and all(change.indices is None for change in held.values()):
+        return
     i, first = next(iter(held.items()))
     for j, change in held.items():
         for what in ("shape", "dtype"):
@@ -67,10 +78,11 @@ def _check_alike(name: str, held: dict[int, Change]) -> None:
             if one != other:
                 raise DeltaError(f"{name}: {what}: deltas[{i}] has {one}, deltas[{j}] has {other}")
         if (first.indices is None) != (change.indices is None):
-            whole, entries = (i, j) if first.indices is None else (j, i)
-            raise DeltaError(f"{name}: stored whole in deltas[{whole}], as entries in deltas[{entries}]")
+            complete, entries = (i, j) if first.indices is None else (j, i)
+            raise DeltaError(f"{name}: stored whole in deltas[{complete}], as entries in deltas[{entries}]")
         if change.indices is None and not same_bits(first.values, change.values):
-            raise DeltaError(f"{name}: stored whole in deltas[{i}] and deltas[{j}] with other values")
+            raise DeltaError(f"{name}: stored whole in deltas[{i}] and deltas[{j}] with other values: "
+                             "expected equal ones, or whole='first' or whole='drop'")  # fmt: skip
         if change.indices is not None and change.originals is None:
             raise DeltaError(
                 f"{name}: expected originals in deltas[{j}] (save_delta(originals=True)), got none"

@@ -199,9 +199,77 @@ def test_merge_reports_conflicts(files, tmp_path, capsys, monkeypatch):
         0.5,
     ]
     assert output.stat().st_size < summary["bytes"]
-    shutil.copy(files / "one" / "config.json", tmp_path)
-    code, _, errors = run(capsys, "apply", output, "--model", files / "bert", "--output", tmp_path / "out")
-    assert code == 0, errors
+    command = ["apply", output, "--model", files / "bert", "--config", files / "one"]
+    code, _, errors = run(capsys, *command, "--output", tmp_path / "out")
+    assert code == 2 and "--model: expected weights for classifier.bias" in errors  # no one brings a head
+
+
+def test_a_classifiers_diff_applies_by_itself(files, tmp_path, capsys):
+    """Alone in its folder, over a base without the head; reverting says what stays tuned."""
+    output = tmp_path / "alone" / "delta.safetensors"
+    output.parent.mkdir()
+    tuned = AutoModelForSequenceClassification.from_pretrained(files / "tuned")
+    tuned.config.id2label = {0: "bad", 1: "good"}
+    tuned.save_pretrained(tmp_path / "tuned")
+    assert (
+        run(capsys, "diff", "--base", files / "bert", "--tuned", tmp_path / "tuned", "--output", output)[0]
+        == 0
+    )
+    applied, reverted = tmp_path / "applied", tmp_path / "reverted"
+    assert run(capsys, "apply", output, "--model", files / "bert", "--output", applied)[0] == 0
+    assert same(bits_of(applied), bits_of(files / "tuned"))
+    config = AutoModelForSequenceClassification.from_pretrained(applied).config
+    assert config.id2label == {0: "bad", 1: "good"} and config.label2id == {"bad": 0, "good": 1}
+    command = ["revert", output, "--model", applied, "--output", reverted]
+    _, printed, _ = run(capsys, *command)
+    assert printed.splitlines()[1] == "still tuned, since stored whole: classifier.bias, classifier.weight"
+    summary = json.loads(run(capsys, *command, "--json")[1])
+    assert sorted(summary["still_tuned"]) == ["classifier.bias", "classifier.weight"]
+    assert 'model: ["BertForSequenceClassification"]' in run(capsys, "inspect", output)[1]
+
+
+def test_two_classifiers_merge_with_the_first_head(files, tmp_path, capsys):
+    output, applied = tmp_path / "both.safetensors", tmp_path / "applied"
+    command = ["merge", files / "one", files / "two", "--output", output]
+    code, _, errors = run(capsys, *command)
+    assert code == 2 and str(files / "two" / "delta.safetensors") in errors and "whole='first'" in errors
+    assert run(capsys, *command, "--whole", "first")[0] == 0
+    assert run(capsys, "apply", output, "--model", files / "bert", "--output", applied)[0] == 0
+    found, one = bits_of(applied), bits_of(files / "tuned")
+    assert torch.equal(found["classifier.weight"], one["classifier.weight"])
+    key = "bert.encoder.layer.0.attention.self.key.weight"
+    changed = load_delta(output).changes[key]
+    assert torch.equal(found[key].flatten()[changed.indices.long()], changed.values)
+
+
+def test_dropped_heads_leave_a_model_of_another_class(files, tmp_path, capsys):
+    """Onto a classifier of one's own: --config tells its class, the checkpoint has its head."""
+    output, applied = tmp_path / "both.safetensors", tmp_path / "applied"
+    command = ["merge", files / "one", files / "two", "--output", output, "--whole", "drop"]
+    assert run(capsys, *command)[0] == 0 and load_delta(output).settings["whole"] == "drop"
+    own = classifier(files / "bert", seed=3)
+    own.save_pretrained(tmp_path / "own")
+    config = tmp_path / "config"
+    own.config.save_pretrained(config)
+    command = ["apply", output, "--model", tmp_path / "own", "--config", config, "--output", applied]
+    assert run(capsys, *command)[0] == 0
+    assert torch.equal(bits_of(applied)["classifier.weight"], own.classifier.weight)
+
+
+def test_no_random_weights_are_written(files, tmp_path, capsys):
+    """A delta of the encoder alone, whose configuration has a head that the base lacks; also --config."""
+    delta = load_delta(files / "one" / "delta.safetensors")
+    for name in ("classifier.weight", "classifier.bias"):
+        del delta.changes[name]
+    shutil.copytree(files / "one", tmp_path / "encoder")
+    delta.save(tmp_path / "encoder" / "delta.safetensors")
+    message = f"--model: expected weights for classifier.bias in {files / 'bert'}, got none"
+    command = ["--model", files / "bert", "--output", tmp_path / "out"]
+    for name in ("apply", "revert"):
+        code, _, errors = run(capsys, name, tmp_path / "encoder", *command)
+        assert code == 2 and message in errors and not (tmp_path / "out").exists()
+    code, _, errors = run(capsys, "revert", files / "one", *command)
+    assert code == 2 and message in errors  # the head that the delta holds is not written by revert
 
 
 def broken(files, folder):
@@ -213,6 +281,10 @@ def broken(files, folder):
     type(whole)(bare, whole.fingerprint, whole.settings).save(folder / "bare", compact=True)
     shutil.copytree(files / "bert", folder / "damaged")
     (folder / "damaged" / "model.safetensors").write_bytes(b"\x10" + b"\0" * 7 + b"{" * 40)
+    shutil.copytree(files / "one", folder / "adapter")
+    (folder / "adapter" / "adapter_config.json").write_text("{}")
+    for name, facts in (("strange", {"architectures": ["os"]}), ("other", {"architectures": ["LlamaModel"]})):
+        type(whole)(whole.changes, whole.fingerprint, {"config": facts}).save(folder / name)
     (folder / "empty").mkdir()
     (folder / "file").write_text("")
     shutil.copytree(files / "tuned", folder / "headless")
@@ -229,12 +301,26 @@ MISTAKES = [
     ("apply one --model llama --output {}/out", "expected"),
     ("apply one --model {}/empty --output {}/out", "empty"),
     ("apply one --model {}/damaged --output {}/out", "expected weights as safetensors, got:"),
+    ("apply {}/adapter --model bert --output {}/out", "of the PEFT adapter in"),
+    ("revert {}/adapter --model tuned --output {}/out", "of the PEFT adapter in"),
+    (
+        "apply {}/strange --model bert --output {}/out",
+        "architectures: expected a model class of",
+    ),
+    (
+        "apply {}/other --model bert --output {}/out",
+        "expected one that LlamaModel can hold, got a bert",
+    ),
+    ("apply one --model bert --config llama --output {}/out", "expected"),
     ("apply one --model bert --output bert", "--output: expected another directory than --model"),
     ("apply one --model bert --output {}/file", "--output: expected a directory, got the file"),
     ("revert {}/bare --model tuned --output {}/out", "originals: expected them in the delta"),
-    ("revert one --model bert --output {}/out", "expected the values of this delta in the model"),
-    ("merge one two --output {}/out", "stored whole in deltas[0] and deltas[1] with other values"),
-    ("merge one {}/bare --output {}/out", "expected originals in deltas[1] (save_delta(originals=True))"),
+    (
+        "revert one --model bert --output {}/out",
+        "expected weights for classifier.bias in bert, got none",
+    ),
+    ("merge one two --output {}/out", "stored whole in one/delta.safetensors and two/delta.safetensors with"),
+    ("merge one {}/bare --output {}/out", "/bare (save_delta(originals=True))"),
     ("merge one one --weights 1 --output {}/out", "weights: expected 2 finite numbers, got [1.0]"),
     ("merge one one --weights 1 nan --output {}/out", "weights: expected 2 finite numbers"),
     ("merge one one --output {}/empty", "path: expected a file name"),

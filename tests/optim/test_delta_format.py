@@ -49,6 +49,14 @@ def test_the_reader_on_the_page(tmp_path, read_delta, dtype, compact):
             assert stored.tobytes() == expected.contiguous().view(BITS[dtype.itemsize]).numpy().tobytes()
 
 
+@pytest.mark.parametrize("compact", [False, True])
+def test_the_reader_on_a_parameter_without_entries(tmp_path, read_delta, compact):
+    none = torch.zeros(0)
+    Delta({"w": Change((2, 3), none.dtype, none.int(), none, none)}, 0, {}).save(tmp_path / "d", compact)
+    found = read_delta(tmp_path / "d")[0]["w"]
+    assert found["shape"] == (2, 3) and found["indices"].shape == found["values"].shape == (0,)
+
+
 def mix(z):
     mask = 2**64 - 1
     z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 & mask

@@ -58,6 +58,7 @@ def test_three_deltas_and_their_settings():
     assert merged.delta.settings == {
         "method": "merge",
         "weights": [1.0, 2.0, 3.0],
+        "whole": "agree",
         "merged": [{"name": "given"}] * 3,
     }
     assert merged.delta.changes["w"].values.tolist() == [4.0, 14.0, -6.0]
@@ -164,6 +165,25 @@ def test_whole_parameters_are_taken_over():
         assert merged.changes["head"].values.tolist() == [2.0] * 3 and set(conflicts) == {"w"}
 
 
+def test_whole_parameters_that_differ():
+    """Also in shape, as heads for other numbers of labels do."""
+    deltas = [delta_of(**A), whole(1.0), whole(2.0, shape=(4,))]
+    merged, conflicts = merge(deltas, whole="first")
+    assert merged.changes["head"].values.tolist() == [1.0] * 3 and merged.settings["whole"] == "first"
+    merged, conflicts = merge(deltas, whole="drop")
+    assert merged.changes.keys() == conflicts.keys() == {"w"} and merged.settings["whole"] == "drop"
+    for option in ("first", "drop"):
+        with pytest.raises(DeltaError, match="as entries in"):
+            merge([whole(1.0), HEAD_ENTRIES], whole=option)
+
+
+def test_arguments_that_do_not_fit():
+    with pytest.raises(TypeError, match="deltas: expected a list of deltas, got one Delta"):
+        merge(delta_of(**A))
+    with pytest.raises(ValueError, match="whole: expected one of agree, first, drop, got 'last'"):
+        merge([delta_of(**A)], whole="last")
+
+
 NO_ORIGINALS = Delta({"w": delta_of(**A).changes["w"]._replace(originals=None)}, None, {})
 OTHER_BASE = delta_of(**(B | {"originals": [2.5, 7.0, 0.0]}))
 SHORT = delta_of(shape=(6,), **B)
@@ -190,7 +210,10 @@ HEAD_ENTRIES = delta_of("head", shape=(3,), indices=[1], values=[1.0], originals
             [whole(1.0), delta_of(**A), whole(2.0)],
             r"head: stored whole in deltas\[0\] and deltas\[2\] with other",
         ),
-        ([whole(0.0), whole(-0.0)], r"head: stored whole in deltas\[0\] and deltas\[1\] with other values"),
+        (
+            [whole(0.0), whole(-0.0)],
+            r"head: stored whole in deltas\[0\] and deltas\[1\] with other values: .*whole='first'",
+        ),
         ([whole(1.0), HEAD_ENTRIES], r"head: stored whole in deltas\[0\], as entries in deltas\[1\]"),
         ([HEAD_ENTRIES, whole(1.0)], r"head: stored whole in deltas\[1\], as entries in deltas\[0\]"),
     ],

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from tiny_models import save_llama
+from tiny_models import save_bert, save_llama
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from id3_optim import DeltaError, load_delta, load_toolkit_summary
 from id3_optim.cli import main
@@ -36,11 +36,11 @@ def saved(tmp_path, monkeypatch):
     module = types.ModuleType("selective_optimizers.load_store")
     module.SelectivePeftSummary = SelectivePeftSummary
 
-    def save(summary):
+    def save(summary, **options):
         with monkeypatch.context() as patch:
             patch.setitem(sys.modules, "selective_optimizers", package)
             patch.setitem(sys.modules, "selective_optimizers.load_store", module)
-            torch.save(summary, tmp_path / "summary.pt")
+            torch.save(summary, tmp_path / "summary.pt", **options)
         return tmp_path / "summary.pt"
 
     return save
@@ -93,6 +93,23 @@ def test_unchosen_and_wholly_chosen_parameters(saved):
     assert "embed.weight" not in delta.changes
     assert delta.changes["conv.weight"].indices is None
     assert torch.equal(delta.changes["conv.weight"].values.flatten(), summary.values[2])
+
+
+def test_pointers_in_any_order(saved):
+    """Of entries, and of a tensor chosen whole."""
+    model = Net()
+    summary = summary_of(model)
+    n = model.conv.weight.numel()
+    summary.values[2], summary.pointers[2] = torch.randn(n), torch.ones(3, 4, 2).nonzero()
+    expected = load_toolkit_summary(saved(summary), model).changes
+    for i, values in enumerate(summary.values):
+        order = torch.randperm(values.numel(), generator=torch.Generator().manual_seed(i))
+        summary.values[i], summary.pointers[i] = values[order], summary.pointers[i][order]
+    found = load_toolkit_summary(saved(summary), model).changes
+    assert found.keys() == expected.keys()
+    for name, change in expected.items():
+        for one, other in zip(change, found[name], strict=True):
+            assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
 
 
 def test_a_count_on_a_tensor_as_older_versions_wrote_it(saved):
@@ -203,6 +220,14 @@ def test_a_crafted_file_runs_nothing(tmp_path, monkeypatch):
     assert not (tmp_path / "evil").exists()
 
 
+def test_a_bare_pickle_of_a_good_summary_is_refused(saved, tmp_path):
+    """torch.load would take it; only the archives that the toolkit writes are read."""
+    load_toolkit_summary(saved(summary_of(Net())), Net())
+    saved(summary_of(Net()), _use_new_zipfile_serialization=False)
+    with pytest.raises(DeltaError, match="got something else than a torch archive"):
+        load_toolkit_summary(tmp_path / "summary.pt", Net())
+
+
 @pytest.mark.parametrize("content", [b"", b"\x80\x02", b"PK\x03\x04 cut", b"text"])
 def test_another_file_is_refused(tmp_path, content):
     (tmp_path / "summary.pt").write_bytes(content)
@@ -236,3 +261,27 @@ def test_the_command_writes_a_delta(saved, tmp_path, capsys):
         param.data[tuple(pointers.t())] = values
     assert all(map(torch.equal, base.parameters(), expected.parameters()))
     assert main([*command[:3], str(tmp_path), *command[4:]]) == 2  # no model there
+
+
+def test_the_command_refuses_entries_of_random_numbers(saved, tmp_path, capsys):
+    """A configuration with a head, here by --config, over a checkpoint without one."""
+    folder = save_bert(tmp_path / "bert")
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(tmp_path / "config")
+    summary = summary_of(model)
+    path, output = saved(summary), tmp_path / "d.safetensors"
+    command = ["convert", str(path), "--model", str(folder), "--config", str(tmp_path / "config")]
+    assert main([*command, "--output", str(output)]) == 2
+    assert "--model: expected weights for classifier." in capsys.readouterr().err and not output.exists()
+    for i, (name, param) in enumerate(model.named_parameters()):
+        if name.startswith("classifier."):  # chosen whole: nothing of the base is in it
+            summary.values[i], summary.pointers[i] = (
+                param.detach().flatten(),
+                torch.ones_like(param).nonzero(),
+            )
+    saved(summary)
+    assert main([*command, "--output", str(output)]) == 0
+    assert main(["apply", str(output), "--model", str(folder), "--output", str(tmp_path / "out")]) == 0
+    found = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    assert torch.equal(found.classifier.weight, model.classifier.weight)
