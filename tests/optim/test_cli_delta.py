@@ -295,7 +295,7 @@ MISTAKES = [
     ("inspect {}/missing", "No such file or directory"),
     ("inspect {}/empty", "No such file or directory"),
     ("inspect {}/cut", "a truncated file?"),
-    ("inspect {}/text --json", "delta file: expected a header of at most"),
+    ("inspect {}/text --json", "delta file: expected a safetensors header of at most"),
     ("apply {}/cut --model bert --output {}/out", "a truncated file?"),
     ("apply one --model tuned --output {}/out", "expected the base with fingerprint"),
     ("apply one --model llama --output {}/out", "expected"),
