@@ -6,70 +6,15 @@ import shutil
 
 import pytest
 import torch
-from hand_trained import train_by_hand
-from tiny_models import save_bert, save_llama
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from delta_files import bits_of, classifier, run, same, save_files, train
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from id3_optim import cli_delta, load_delta, save_delta
-from id3_optim.cli import main
-
-
-def classifier(folder, dtype=torch.float32, seed=1):
-    torch.manual_seed(seed)  # of the new head
-    return AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2, dtype=dtype)
-
-
-class HeadDense:
-    """Renames a model's head for `train_by_hand`, which trains what is called head.* whole."""
-
-    def __init__(self, model):
-        self._model = model
-
-    def named_parameters(self):
-        for name, param in self._model.named_parameters():
-            yield name.replace("classifier.", "head."), param
-
-
-def train(model, output, seed=1, config=True, **options):
-    """Changes a tenth of the entries and the head, and writes what `train --delta-only` writes."""
-    optimizer = train_by_hand(HeadDense(model), share=0.1, seed=seed)
-    output.mkdir()
-    if config:
-        model.config.architectures = [type(model).__name__]
-        model.config.save_pretrained(output)
-    save_delta(output / "delta.safetensors", model, optimizer, **options)
-    return output / "delta.safetensors"
+from id3_optim import cli_delta, load_delta
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """bert/, llama/; tuned/: a whole tuned classifier; one/ and two/: deltas of bert, with originals."""
-    folder = tmp_path_factory.mktemp("files")
-    save_bert(folder / "bert")
-    save_llama(folder / "llama")
-    for seed, name in ((1, "one"), (2, "two")):
-        model = classifier(folder / "bert", seed=seed)
-        train(model, folder / name, seed, originals=True)
-        if name == "one":
-            model.save_pretrained(folder / "tuned")
-    return folder
-
-
-def run(capsys, *command):
-    """The exit code, what was printed, and the errors."""
-    capsys.readouterr()
-    code = main([str(word) for word in command])
-    printed = capsys.readouterr()
-    return code, printed.out, printed.err
-
-
-def bits_of(folder, dtype="auto"):
-    model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=dtype)
-    return {name: value.clone() for name, value in model.state_dict().items()}
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) and a[n].dtype == b[n].dtype for n in a)
+    return save_files(tmp_path_factory.mktemp("files"))
 
 
 def test_inspect_counts_by_layer_and_role(files, capsys):
@@ -202,74 +147,6 @@ def test_merge_reports_conflicts(files, tmp_path, capsys, monkeypatch):
     command = ["apply", output, "--model", files / "bert", "--config", files / "one"]
     code, _, errors = run(capsys, *command, "--output", tmp_path / "out")
     assert code == 2 and "--model: expected weights for classifier.bias" in errors  # no one brings a head
-
-
-def test_a_classifiers_diff_applies_by_itself(files, tmp_path, capsys):
-    """Alone in its folder, over a base without the head; reverting says what stays tuned."""
-    output = tmp_path / "alone" / "delta.safetensors"
-    output.parent.mkdir()
-    tuned = AutoModelForSequenceClassification.from_pretrained(files / "tuned")
-    tuned.config.id2label = {0: "bad", 1: "good"}
-    tuned.save_pretrained(tmp_path / "tuned")
-    assert (
-        run(capsys, "diff", "--base", files / "bert", "--tuned", tmp_path / "tuned", "--output", output)[0]
-        == 0
-    )
-    applied, reverted = tmp_path / "applied", tmp_path / "reverted"
-    assert run(capsys, "apply", output, "--model", files / "bert", "--output", applied)[0] == 0
-    assert same(bits_of(applied), bits_of(files / "tuned"))
-    config = AutoModelForSequenceClassification.from_pretrained(applied).config
-    assert config.id2label == {0: "bad", 1: "good"} and config.label2id == {"bad": 0, "good": 1}
-    command = ["revert", output, "--model", applied, "--output", reverted]
-    _, printed, _ = run(capsys, *command)
-    assert printed.splitlines()[1] == "still tuned, since stored whole: classifier.bias, classifier.weight"
-    summary = json.loads(run(capsys, *command, "--json")[1])
-    assert sorted(summary["still_tuned"]) == ["classifier.bias", "classifier.weight"]
-    assert 'model: ["BertForSequenceClassification"]' in run(capsys, "inspect", output)[1]
-
-
-def test_two_classifiers_merge_with_the_first_head(files, tmp_path, capsys):
-    output, applied = tmp_path / "both.safetensors", tmp_path / "applied"
-    command = ["merge", files / "one", files / "two", "--output", output]
-    code, _, errors = run(capsys, *command)
-    assert code == 2 and str(files / "two" / "delta.safetensors") in errors and "whole='first'" in errors
-    assert run(capsys, *command, "--whole", "first")[0] == 0
-    assert run(capsys, "apply", output, "--model", files / "bert", "--output", applied)[0] == 0
-    found, one = bits_of(applied), bits_of(files / "tuned")
-    assert torch.equal(found["classifier.weight"], one["classifier.weight"])
-    key = "bert.encoder.layer.0.attention.self.key.weight"
-    changed = load_delta(output).changes[key]
-    assert torch.equal(found[key].flatten()[changed.indices.long()], changed.values)
-
-
-def test_dropped_heads_leave_a_model_of_another_class(files, tmp_path, capsys):
-    """Onto a classifier of one's own: --config tells its class, the checkpoint has its head."""
-    output, applied = tmp_path / "both.safetensors", tmp_path / "applied"
-    command = ["merge", files / "one", files / "two", "--output", output, "--whole", "drop"]
-    assert run(capsys, *command)[0] == 0 and load_delta(output).settings["whole"] == "drop"
-    own = classifier(files / "bert", seed=3)
-    own.save_pretrained(tmp_path / "own")
-    config = tmp_path / "config"
-    own.config.save_pretrained(config)
-    command = ["apply", output, "--model", tmp_path / "own", "--config", config, "--output", applied]
-    assert run(capsys, *command)[0] == 0
-    assert torch.equal(bits_of(applied)["classifier.weight"], own.classifier.weight)
-
-
-def test_no_random_weights_are_written(files, tmp_path, capsys):
-    """A delta of the encoder alone, whose configuration has a head that the base lacks; also --config."""
-    delta = load_delta(files / "one" / "delta.safetensors")
-    for name in ("classifier.weight", "classifier.bias"):
-        del delta.changes[name]
-    shutil.copytree(files / "one", tmp_path / "encoder")
-    delta.save(tmp_path / "encoder" / "delta.safetensors")
-    message = f"--model: expected weights for classifier.bias in {files / 'bert'}, got none"
-    command = ["--model", files / "bert", "--output", tmp_path / "out"]
-    for name in ("apply", "revert"):
-        code, _, errors = run(capsys, name, tmp_path / "encoder", *command)
-        assert code == 2 and message in errors and not (tmp_path / "out").exists()
-    code, _, errors = run(capsys, "revert", files / "one", *command)
-    assert code == 2 and message in errors  # the head that the delta holds is not written by revert
 
 
 def broken(files, folder):
