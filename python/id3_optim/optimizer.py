@@ -12,7 +12,7 @@ from torch import Tensor
 
 from id3_kernels import backend as backends
 
-from . import changes, checkpoint, gradients, heuristics, schedules
+from . import changes, checkpoint, gradients, heuristics, schedules, validation
 from .changes import Touched
 from .dense import numbers_of, update_dense
 from .heuristics import D3, Heuristic
@@ -21,15 +21,6 @@ from .release import Release
 from .schedules import Schedule, uniform
 from .selection import Selection, select
 from .state import Layout, Shard
-from .validation import (
-    check_choices,
-    check_group,
-    check_names,
-    check_release,
-    plain_budget,
-    plain_norm,
-    refuse_not_applicable,
-)
 
 _OWN_STATE = (
     "budget", "budget_given", "heuristic", "strategy", "schedule", "total_steps", "bias_correction",
@@ -91,12 +82,12 @@ class ID3AdamW(torch.optim.Optimizer):
         select_from: str = "last",
         **not_applicable: Any,
     ):
-        refuse_not_applicable(not_applicable)
-        check_choices(strategy, bias_correction, heuristic)
-        check_release(release_gradients, select_from, strategy)
+        validation.refuse_not_applicable(not_applicable)
+        validation.check_choices(strategy, bias_correction, heuristic)
+        validation.check_release(release_gradients, select_from, strategy)
         heuristics.describe(heuristic)
         schedules.describe(schedule)
-        budget, max_grad_norm = plain_budget(budget), plain_norm(max_grad_norm)
+        budget, max_grad_norm = validation.plain_budget(budget), validation.plain_norm(max_grad_norm)
         backend = backend or backends.wish()
         if backend is not None:
             backends.require(backend)
@@ -118,7 +109,7 @@ class ID3AdamW(torch.optim.Optimizer):
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, defaults | {"maximize": maximize, "dense": False})
         self.state[checkpoint.MARKER] = {}
-        check_names(heuristic, self.param_groups[0])
+        validation.check_names(heuristic, self.param_groups[0])
         if total_steps is not None:
             self.set_total_steps(total_steps)
         if release_gradients:
@@ -132,7 +123,7 @@ class ID3AdamW(torch.optim.Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            check_group(group, len(self.param_groups) - 1)
+            validation.check_group(group, len(self.param_groups) - 1)
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
