@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from id3_kernels import Entries, reference
+from id3_optim import ID3AdamW
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
@@ -150,3 +151,31 @@ def test_chunks_of_more_than_2_to_the_33_entries():
 def test_blocks_never_overflow_a_grid():
     for items, blocks in ((0, 1), (1, 1), (256, 1), (257, 2), (2**40, 132 * 8)):
         assert emulated.library().blocks_for_emulated(c_int64(items), 256) == blocks
+
+
+# --- an optimizer on these kernels --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("release", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_optimizer_takes_the_same_steps_as_by_the_reference(emulated_cuda, dtype, release):
+    def train(backend):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(30, 40), torch.nn.Tanh(), torch.nn.Linear(40, 7)).to(
+            dtype
+        )
+        optimizer = ID3AdamW(
+            model.named_parameters(), lr=1e-2, budget=60, total_steps=5, max_grad_norm=1.0, backend=backend,
+            release_gradients=release,
+        )  # fmt: skip
+        for _ in range(6):
+            model(torch.randn(8, 30).to(dtype)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return model, optimizer
+
+    (model, optimizer), (other, reference_run) = train("cuda"), train("reference")
+    assert optimizer.n_active == reference_run.n_active == 60
+    assert all(map(torch.equal, model.parameters(), other.parameters()))
+    for mine, theirs in zip(optimizer.touched(), reference_run.touched(), strict=True):
+        assert torch.equal(mine.indices, theirs.indices)
