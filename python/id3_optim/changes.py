@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import id3_kernels
 from id3_kernels import Entries
 
-from .wrappers import plain_names, unwrapped
+from .wrappers import check_holds, plain_names, unwrapped
 
 if TYPE_CHECKING:
     from .optimizer import ID3AdamW
@@ -87,8 +87,7 @@ def weight_patches(model: nn.Module, optimizer: ID3AdamW, since: int = 0) -> Ite
 
 def _patch(names: dict[int, str], entry: Touched) -> WeightPatch:
     param, indices, _ = entry
-    if id(param) not in names:
-        raise ValueError(f"model: expected every trained parameter in it, got none for {tuple(param.shape)}")
+    check_holds(names, [param])
     if indices is None:
         indices = torch.arange(param.numel(), dtype=torch.int32, device=param.device)
         return WeightPatch(names[id(param)], indices, param.detach().reshape(-1).clone())

@@ -15,7 +15,7 @@ from . import delta_file
 from .delta_entries import Patch, check_param, find, first_changed, read, write
 from .delta_file import Change, Contents, DeltaError
 from .delta_fingerprint import fingerprint
-from .wrappers import plain_names, unwrapped
+from .wrappers import check_holds, plain_names, unwrapped
 
 __all__ = ["Change", "Delta", "DeltaError", "Undo", "load_delta", "save_delta"]
 
@@ -181,11 +181,9 @@ def save_delta(
     optimizer, names = unwrapped(optimizer), plain_names(model)
     touched = [t for t in optimizer.touched() if t.indices.numel()]
     dense = [p for group in optimizer.param_groups if group.get("dense") for p in group["params"]]
-    for param in [*(t.param for t in touched), *dense]:
-        if id(param) not in names:
-            raise ValueError(
-                f"model: expected every trained parameter in it, got none for {tuple(param.shape)}"
-            )
+    trained = [*(t.param for t in touched), *dense]
+    check_holds(names, trained)
+    for param in trained:
         check_param(names[id(param)], param)
     known = all(t.originals is not None for t in touched)
     if originals and not known:

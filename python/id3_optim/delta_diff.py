@@ -11,7 +11,7 @@ from .delta import Change, Delta, DeltaError
 from .delta_entries import check_param
 from .delta_file import VALUE_DTYPES
 from .delta_fingerprint import bits, fingerprint, same_bits
-from .wrappers import plain_parameters
+from .wrappers import plain_name, plain_parameters
 
 _CHUNK = 1 << 22  # entries compared at once: at most 32 MiB of positions
 
@@ -60,7 +60,7 @@ def _tensors(model: Model) -> dict[str, Tensor]:
     wrapped = bool(model) and all(name.startswith("module.") for name in model)
     found: dict[str, Tensor] = {}
     for name, tensor in model.items():
-        plain = ".".join(part for part in name.split(".")[wrapped:] if part != "_orig_mod")
+        plain = plain_name(name.removeprefix("module.") if wrapped else name)
         if not isinstance(tensor, Tensor):
             raise DeltaError(f"{name}: expected a tensor, got {type(tensor).__name__}")
         if plain in found:

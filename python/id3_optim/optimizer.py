@@ -20,7 +20,7 @@ from .memory import memory_report
 from .release import Release
 from .schedules import Schedule, uniform
 from .selection import Selection, select
-from .state import Layout, Shard
+from .state import Layout, Shard, trainable_entries
 
 _OWN_STATE = (
     "budget", "budget_given", "heuristic", "strategy", "schedule", "total_steps", "bias_correction",
@@ -128,7 +128,7 @@ class ID3AdamW(torch.optim.Optimizer):
             self.param_groups.pop()
             raise
         if self.n_entries is not None and not group["dense"]:
-            self.n_entries += _trainable(group)
+            self.n_entries += trainable_entries([group])
             self._adopt(len(self.param_groups) - 1)
         if getattr(self, "_release", None) is not None:
             self._release.attach(self)
@@ -145,7 +145,7 @@ class ID3AdamW(torch.optim.Optimizer):
     def _begin(self) -> None:
         """Fixes N, the budget and the shards, at the first gradient or step or when a state is loaded."""
         if self.n_entries is None:
-            n_entries = sum(_trainable(group) for group in self.param_groups if not group["dense"])
+            n_entries = trainable_entries(self.param_groups)
             self.budget = schedules.resolve_budget(self.budget_given, n_entries)
             self.n_entries = n_entries
         if not self._shards:
@@ -244,8 +244,7 @@ class ID3AdamW(torch.optim.Optimizer):
                     shard.replace(new)
                 elif new.indices.numel():
                     shard.join(new)
-        threshold = scores.min().item() if scores.numel() else None
-        self.last_selection = Selection(self.steps_done, scores, threshold)
+        self.last_selection = Selection(self.steps_done, scores)
 
     def _wanted(self) -> int:
         """How many entries should join now: the schedule's, and what earlier steps could not give."""
@@ -338,7 +337,3 @@ class ID3AdamW(torch.optim.Optimizer):
     def _name(self, position: int) -> str:
         names = self._names()
         return names[position] if names else f"parameter {position}"
-
-
-def _trainable(group: dict[str, Any]) -> int:
-    return sum(p.numel() for p in group["params"] if p.requires_grad)

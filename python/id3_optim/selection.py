@@ -14,15 +14,19 @@ from .state import Shard
 
 
 class Selection(NamedTuple):
-    """What the newest selection did: at which step which scores [count] joined, and the smallest of them."""
+    """What the newest selection did: at which step which scores [count] joined."""
 
     step: int
     scores: Tensor
-    threshold: float | None
 
     @property
     def count(self) -> int:
         return self.scores.numel()
+
+    @property
+    def threshold(self) -> float | None:
+        """The smallest score, None if nothing joined. Waits for a GPU, which is why no step asks."""
+        return self.scores.min().item() if self.count else None
 
 
 class Candidates(NamedTuple):

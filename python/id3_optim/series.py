@@ -12,7 +12,8 @@ from torch import nn
 
 from .delta import save_delta
 from .schedules import resolve_budget
-from .wrappers import plain_names, unwrapped
+from .state import trainable_entries
+from .wrappers import check_holds, plain_names, unwrapped
 
 
 class DeltaSeries:
@@ -41,7 +42,7 @@ class DeltaSeries:
         self.options = {"originals": originals, "compact": compact}
         if self.optimizer.strategy != "increment":
             raise ValueError(f"optimizer: expected the strategy increment, got {self.optimizer.strategy}")
-        check_holds(model, self.optimizer)
+        check_model(model, self.optimizer)
         self.budgets = _resolved(budgets, self.optimizer)
         self.paths: list[Path] = []  # written so far by this process
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -68,18 +69,14 @@ class DeltaSeries:
         self.paths.append(path)
 
 
-def check_holds(model: nn.Module, optimizer: Any) -> None:
+def check_model(model: nn.Module, optimizer: Any) -> None:
     """Raises ValueError if the model lacks a parameter that the optimizer trains: no delta could name it."""
-    names = plain_names(model)
-    for param in (p for group in unwrapped(optimizer).param_groups for p in group["params"]):
-        if param.requires_grad and id(param) not in names:
-            shape = tuple(param.shape)
-            raise ValueError(f"model: expected every trained parameter in it, got none for {shape}")
+    params = (p for group in unwrapped(optimizer).param_groups for p in group["params"])
+    check_holds(plain_names(model), (p for p in params if p.requires_grad))
 
 
 def _resolved(budgets: Sequence[int | float], optimizer: Any) -> list[int]:
-    groups = [group for group in optimizer.param_groups if not group["dense"]]
-    n_entries = optimizer.n_entries or sum(p.numel() for g in groups for p in g["params"] if p.requires_grad)
+    n_entries = optimizer.n_entries or trainable_entries(optimizer.param_groups)
     most = resolve_budget(optimizer.budget_given, n_entries)
     resolved = [resolve_budget(budget, n_entries) for budget in budgets]
     for given, budget in zip(budgets, resolved, strict=True):

@@ -300,3 +300,9 @@ def _bounds(rows: list[Tensor]) -> list[int]:
     for row in rows:
         bounds.append(bounds[-1] + row.numel())
     return bounds
+
+
+def trainable_entries(param_groups: list[dict]) -> int:
+    """N: the entries of all parameters that train and are in no dense group."""
+    selectable = (p for group in param_groups if not group["dense"] for p in group["params"])
+    return sum(p.numel() for p in selectable if p.requires_grad)

@@ -1,8 +1,9 @@
 """Models and optimizers as the user knows them, below what trainers wrap around them."""
 
+from collections.abc import Iterable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 
 def plain_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -15,10 +16,23 @@ def plain_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
         model = inner
     found: dict[str, nn.Parameter] = {}
     for name, param in model.named_parameters(remove_duplicate=False):
-        plain = ".".join(part for part in name.split(".") if part != "_orig_mod")
+        plain = plain_name(name)
         if found.setdefault(plain, param) is not param:
             raise ValueError(f"{plain}: expected one parameter of this name in the model, got two")
     return found
+
+
+def plain_name(name: str) -> str:
+    """The name without what torch.compile puts before the parts that it compiled."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
+def check_holds(names: dict[int, str], params: Iterable[Tensor]) -> None:
+    """Raises ValueError if a trained parameter has no name in the model (`plain_names`)."""
+    for param in params:
+        if id(param) not in names:
+            shape = tuple(param.shape)
+            raise ValueError(f"model: expected every trained parameter in it, got none for {shape}")
 
 
 def _wrapped(model: nn.Module) -> nn.Module | None:

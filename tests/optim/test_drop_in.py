@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from parameters import one_parameter
+from parameters import Tied, one_parameter
 
 from id3_optim import D3, ID3AdamW
 
@@ -131,15 +131,6 @@ def test_strides_do_not_matter(dtype):
 
 
 def test_tied_weights_are_one_parameter():
-    class Tied(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.embedding, self.head = torch.nn.Embedding(20, 8), torch.nn.Linear(8, 20, bias=False)
-            self.head.weight = self.embedding.weight
-
-        def forward(self, x):
-            return self.head(self.embedding(x))
-
     model = Tied()
     optimizer = ID3AdamW(model.named_parameters(), budget=1.0, total_steps=1)
     model(torch.arange(20)).square().sum().backward()

@@ -6,20 +6,11 @@ import pickle
 
 import pytest
 import torch
+from parameters import Tied
 from torch.utils.checkpoint import checkpoint
 from twins import Twins, batch, loss_at
 
 from id3_optim import ID3AdamW
-
-
-class Tied(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.embedding, self.head = torch.nn.Embedding(20, 8), torch.nn.Linear(8, 20, bias=False)
-        self.head.weight = self.embedding.weight
-
-    def forward(self, x):
-        return self.head(self.embedding(x).tanh())
 
 
 def test_tied_weights_receive_one_gradient_in_a_pass():

@@ -22,7 +22,7 @@ except ModuleNotFoundError:
 
 from ..delta import save_delta
 from ..optimizer import ID3AdamW
-from ..series import check_holds
+from ..series import check_model
 from .run import numbers_to_log, take_total_steps
 
 
@@ -64,7 +64,7 @@ class ID3Callback(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         optimizer = id3_of(trainer)
         if self.save_deltas:
-            check_holds(self._saved_module(pl_module), optimizer)
+            check_model(self._saved_module(pl_module), optimizer)
         if optimizer.steps_done == 0:
             self.begun_at = trainer.global_step  # which goes on counting in a second fit
         steps = trainer.estimated_stepping_batches - self.begun_at
