@@ -109,13 +109,27 @@ def kernels_for(device: torch.device, name: str | None) -> ModuleType | SimpleNa
         )
     if name == "cuda" and device.type != "cuda":
         raise ValueError(f"backend: 'cuda' runs on GPU tensors, got tensors on {device}")
-    return _dispatched() if name == "cpu" else importlib.import_module(f"id3_kernels.{name}")
+    return _dispatched() if name == "cpu" else _module(name)
 
 
 @functools.cache
 def for_gpu() -> ModuleType:
     """The backend that calls on GPU tensors take: the CUDA kernels where they are built, else Triton."""
-    return importlib.import_module("id3_kernels." + ("cuda" if _why_not("cuda") is None else "triton"))
+    return _module("cuda" if _why_not("cuda") is None else "triton")
+
+
+def _module(name: str) -> ModuleType:
+    return importlib.import_module(f"id3_kernels.{name}")
+
+
+def candidate_room(device: torch.device, name: str | None, k: int) -> tuple[int, int]:
+    """(candidates, numbers of `state`) that `collect_` wants room for, to hold the best k of all tensors."""
+    module = (
+        for_gpu()
+        if name is None and device.type == "cuda"
+        else _module("reference" if name in (None, "cpu") else name)
+    )
+    return module.candidate_room(k) if hasattr(module, "candidate_room") else (k, 0)
 
 
 def _dispatched() -> SimpleNamespace:

@@ -132,6 +132,15 @@ def d3(eps: float, exp: float) -> None:
         )
 
 
+def learning_rate(lr: float | Tensor, device: torch.device) -> tuple[float, Tensor | None]:
+    """(lr, None), or (0, lr) for a one-element tensor on `device`, which stays there unread."""
+    if not isinstance(lr, Tensor):
+        return float(lr), None
+    if lr.numel() != 1 or lr.device != device:
+        raise ValueError(f"lr: expected one element on {device}, got {tuple(lr.shape)} on {lr.device}")
+    return 0.0, lr
+
+
 def adamw_numbers(step: int | Tensor, values: Sequence[float]) -> None:
     """Checks step and (lr, beta1, beta2, eps, weight_decay) of an AdamW call."""
     if isinstance(step, int) and step < 1:

@@ -1,7 +1,11 @@
 """THE OP TABLE: per op one schema, one fake and one checked public function.
 
-The schemas are the internal forms: capacity-sized results whose true length is `offsets[-1]`, so that a
-GPU need not be asked. The public functions check their arguments and return exact sizes.
+The schemas are the internal forms, made so that nobody has to ask a GPU for a number. How many entries are
+wanted is a tensor `k` (int64, one element) and at most `capacity`; results are capacity-sized, their true
+length is `offsets[-1]`, and what lies behind it is zero. In `select_topk`, `select_topk_by_score`,
+`collect_`, `squared_norm`, `adamw_` and `adamw_compact_` the offsets may begin anywhere: they are places in
+`indices` and its companions, so that a part of the tensors is named by a part of the offsets. The public
+functions check their arguments and return exact sizes.
 """
 
 from __future__ import annotations
@@ -19,20 +23,21 @@ from .entries import Entries
 _ADAMW = (
     "Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!)? master, Tensor(e!)? age, Tensor step, float lr, "
     "float beta1, float beta2, float eps, float weight_decay, bool maximize, Tensor? grad_scale, "
-    "Tensor? found_inf, Tensor? clip) -> ()"
+    "Tensor? found_inf, Tensor? clip, Tensor? tensor_lr) -> ()"
 )
 SCHEMAS = {
     "d3_score": "(Tensor param, Tensor grad, float eps, float exp) -> Tensor",
-    "select_topk": "(Tensor[] params, Tensor?[] grads, Tensor offsets, Tensor indices, SymInt k, float eps, "
-    "float exp) -> (Tensor, Tensor, Tensor)",
-    "select_topk_by_score": "(Tensor?[] scores, Tensor offsets, Tensor indices, SymInt k) "
+    "select_topk": "(Tensor[] params, Tensor?[] grads, Tensor offsets, Tensor indices, Tensor k, "
+    "SymInt capacity, float eps, float exp) -> (Tensor, Tensor, Tensor)",
+    "select_topk_by_score": "(Tensor?[] scores, Tensor offsets, Tensor indices, Tensor k, SymInt capacity) "
     "-> (Tensor, Tensor, Tensor)",
-    "collect_": "(Tensor param, Tensor grad, Tensor? score, Tensor indices, Tensor(a!) values, bool add, "
-    "int position, Tensor(b!) best_score, Tensor(c!) best_place, Tensor(d!) best_grad, bool again, "
-    "float eps, float exp) -> ()",
+    "collect_": "(Tensor param, Tensor grad, Tensor? score, Tensor offsets, Tensor indices, "
+    "Tensor(a!) values, bool add, int position, Tensor(b!) best_score, Tensor(c!) best_place, "
+    "Tensor(d!) best_grad, Tensor(e!) state, Tensor k, bool again, float eps, float exp) -> ()",
     "union": "(Tensor a_offsets, Tensor a_indices, Tensor b_offsets, Tensor b_indices) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
-    "join_": "(Tensor(a!)[] arrays, Tensor(b!) offsets, Tensor b_offsets, Tensor b_indices) -> Tensor",
+    "join_": "(Tensor(a!)[] arrays, Tensor(b!) offsets, Tensor b_offsets, Tensor b_indices, "
+    "Tensor?[] b_values) -> ()",
     "gather": "(Tensor[] tensors, Tensor offsets, Tensor indices) -> Tensor",
     "scatter_": "(Tensor(a!)[] tensors, Tensor offsets, Tensor indices, Tensor values) -> ()",
     "squared_norm": "(Tensor?[] tensors, Tensor offsets, Tensor indices) -> Tensor",
@@ -44,11 +49,11 @@ SCHEMAS = {
 # --- fakes: the shapes of the results --------------------------------------------------------------
 
 
-def _selection_fake(offsets: Tensor, k: int, dtype: torch.dtype):
+def _selection_fake(offsets: Tensor, capacity: int, dtype: torch.dtype):
     return (
         torch.empty_like(offsets),
-        offsets.new_empty(k, dtype=torch.int32),
-        offsets.new_empty(k, dtype=dtype),
+        offsets.new_empty(capacity, dtype=torch.int32),
+        offsets.new_empty(capacity, dtype=dtype),
     )
 
 
@@ -62,15 +67,15 @@ FAKES: dict[str, Callable] = {
     "d3_score": lambda param, grad, eps, exp: torch.empty(
         param.shape, dtype=reference.wide_dtype(param.dtype), device=param.device
     ),
-    "select_topk": lambda params, grads, offsets, indices, k, eps, exp: _selection_fake(
-        offsets, k, reference.wide_dtype(params[0].dtype) if params else torch.float32
+    "select_topk": lambda params, grads, offsets, indices, k, capacity, eps, exp: _selection_fake(
+        offsets, capacity, reference.wide_dtype(params[0].dtype) if params else torch.float32
     ),
-    "select_topk_by_score": lambda scores, offsets, indices, k: _selection_fake(
-        offsets, k, next((s.dtype for s in scores if s is not None), torch.float32)
+    "select_topk_by_score": lambda scores, offsets, indices, k, capacity: _selection_fake(
+        offsets, capacity, next((s.dtype for s in scores if s is not None), torch.float32)
     ),
     "collect_": lambda *_: None,
     "union": _union_fake,
-    "join_": lambda arrays, offsets, b_offsets, b_indices: b_offsets.new_empty(b_indices.numel()),
+    "join_": lambda *_: None,
     "gather": lambda tensors, offsets, indices: tensors[0].new_empty(indices.numel()),
     "scatter_": lambda *_: None,
     "squared_norm": lambda tensors, offsets, indices: offsets.new_empty((), dtype=torch.float64),
@@ -158,9 +163,9 @@ def select_topk(
     device = checks.params(params)
     checks.grads(grads, params)
     active = _active(active, [p.numel() for p in params], device)
-    k = min(k, sum(p.numel() for p in params))
+    wanted = _wanted(k, sum(p.numel() for p in params), device)
     kernels = _kernels(device)
-    return _exact(*kernels.select_topk(list(params), list(grads), *active, k, float(eps), float(exp)))
+    return _exact(*kernels.select_topk(list(params), list(grads), *active, *wanted, float(eps), float(exp)))
 
 
 @torch.no_grad()
@@ -183,7 +188,15 @@ def select_topk_by_score(
     if active is not None:  # entries of a tensor without scores may be active, whatever its size
         checks.entries("active", active, [2**31 if s is None else s.numel() for s in scores], device)
     active = active or Entries.empty(len(scores), device)
-    return _exact(*_kernels(device).select_topk_by_score(list(scores), *active, min(k, sum(sizes))))
+    return _exact(
+        *_kernels(device).select_topk_by_score(list(scores), *active, *_wanted(k, sum(sizes), device))
+    )
+
+
+def _wanted(k: int, at_most: int, device: torch.device) -> tuple[Tensor, int]:
+    """k as the kernels take it: a tensor, and the room for so many."""
+    capacity = min(k, at_most)
+    return torch.full((1,), capacity, dtype=torch.int64, device=device), capacity
 
 
 def _active(active: Entries | None, sizes: list[int], device: torch.device) -> Entries:
@@ -257,7 +270,7 @@ def adamw_(
     master: Tensor | None,
     *,
     step: int | Tensor,
-    lr: float,
+    lr: float | Tensor,
     beta1: float,
     beta2: float,
     eps: float,
@@ -276,8 +289,9 @@ def adamw_(
     param is no longer its master's rounding, the param wins. step: the number of this step, from 1, or
     int64 [M], one per tensor. age: int32 [>= n], steps since an entry joined; advanced here and used for
     the bias correction in place of step. grad_scale, found_inf, clip: one-element tensors: gradients are
-    divided by grad_scale, multiplied by clip; found_inf other than 0: nothing changes. The arithmetic is
-    torch.optim.AdamW's (Loshchilov and Hutter, arXiv 1711.05101, algorithm 2).
+    divided by grad_scale, multiplied by clip; found_inf other than 0: nothing changes. lr may be
+    a one-element tensor, which is read where it lies. The arithmetic is torch.optim.AdamW's
+    (Loshchilov and Hutter, arXiv 1711.05101, algorithm 2).
     Mutates params at entries, exp_avg, exp_avg_sq, master, age. Raises ValueError naming the argument.
     """
     checks.params(params)
@@ -296,7 +310,7 @@ def adamw_compact_(
     master: Tensor | None,
     *,
     step: int | Tensor,
-    lr: float,
+    lr: float | Tensor,
     beta1: float,
     beta2: float,
     eps: float,
@@ -334,11 +348,14 @@ def _adamw(op, params, gradient, entries, state, step, numbers, maximize, scalar
             raise ValueError(
                 f"{name}: expected one element on {device}, got {tuple(tensor.shape)} on {tensor.device}"
             )
+    lr, tensor_lr = checks.learning_rate(numbers[0], device)
+    numbers = (lr, *numbers[1:])
     checks.adamw_numbers(step, numbers)
     if isinstance(step, int):
         step = torch.full((len(params),), step, dtype=torch.int64, device=device)
     checks.vector("step", step, torch.int64, len(params), device)
     getattr(_kernels(device), op)(
-        list(params), gradient, *entries, *state, step, *map(float, numbers), maximize, *scalars
-    )
+        list(params), gradient, *entries, *state, step, *map(float, numbers), maximize, *scalars,
+        tensor_lr,
+    )  # fmt: skip
     torch.autograd.graph.increment_version(params)

@@ -67,21 +67,21 @@ def _order_key(score: Tensor) -> Tensor:
 # --- selection -------------------------------------------------------------------------------------
 
 
-def select_topk(params, grads, offsets, indices, k, eps, exp):
+def select_topk(params, grads, offsets, indices, k, capacity, eps, exp):
     def score(j):
         return None if grads[j] is None else d3_score(params[j], grads[j], eps, exp)
 
     dtype = wide_dtype(params[0].dtype) if params else torch.float32
-    return _select(score, len(params), Entries(offsets, indices), k, dtype)
+    return _select(score, len(params), Entries(offsets, indices), k, capacity, dtype)
 
 
-def select_topk_by_score(scores, offsets, indices, k):
+def select_topk_by_score(scores, offsets, indices, k, capacity):
     dtype = next((s.dtype for s in scores if s is not None), torch.float32)
-    return _select(scores.__getitem__, len(scores), Entries(offsets, indices), k, dtype)
+    return _select(scores.__getitem__, len(scores), Entries(offsets, indices), k, capacity, dtype)
 
 
-def _select(score_of, n_tensors: int, active: Entries, k: int, dtype: torch.dtype):
-    device = active.offsets.device
+def _select(score_of, n_tensors: int, active: Entries, k: Tensor, capacity: int, dtype: torch.dtype):
+    device, k = active.offsets.device, _wanted(k, capacity)
     integer = torch.int64 if dtype == torch.float64 else torch.int32
     keys = torch.empty(0, dtype=integer, device=device)  # of the best k so far, in entry order
     index = torch.empty(0, dtype=torch.int64, device=device)
@@ -98,7 +98,12 @@ def _select(score_of, n_tensors: int, active: Entries, k: int, dtype: torch.dtyp
         kept = _best(keys, k)
         keys, index, owner = keys[kept], index[kept], owner[kept]
     edges = torch.arange(n_tensors + 1, device=device)
-    return torch.searchsorted(owner, edges), _padded(index.to(torch.int32), k), _padded(keys.view(dtype), k)
+    winners = [_padded(x, capacity) for x in (index.to(torch.int32), keys.view(dtype))]
+    return torch.searchsorted(owner, edges), *winners
+
+
+def _wanted(k: Tensor, capacity: int) -> int:
+    return min(max(int(k), 0), capacity)
 
 
 def _best(keys: Tensor, k: int) -> Tensor:
@@ -119,22 +124,27 @@ def _padded(values: Tensor, length: int) -> Tensor:
 
 
 def collect_(
-    param, grad, score, indices, values, add, position, best_score, best_place, best_grad, again, eps, exp
-):
+    param, grad, score, offsets, indices, values, add, position, best_score, best_place, best_grad, state, k,
+    again, eps, exp,
+):  # fmt: skip
     """Keeps what a step needs of one tensor's gradient, so that the gradient can go.
 
-    values [n] (float32, float64 for float64) become, or with `add` grow by, the gradient at `indices`.
-    best_score, best_place (position << 32 | flat index), best_grad [k] become the best k of what they hold
-    and of the tensor's other entries, best first, ties to the lowest place; no entry: 0, -1, 0. Scores are
-    D3's, or `score`. `again`: entries of this tensor may be held; the larger score stays, else the older.
+    offsets [2]: which of `indices` and `values` are the tensor's. These values (float32, float64 for float64)
+    become, or with `add` grow by, the gradient at their indices. best_score, best_place
+    (position << 32 | flat index), best_grad [room] hold candidates, in any order, among them the best k of
+    all tensors so far (ties to the lowest place); nobody: 0, -1, 0. Scores are D3's, or `score`. `again`:
+    entries of this tensor may be held; the larger score stays, else the older. state: int64, the backend's
+    own, zeros while there are no candidates (`backend.candidate_room` says how long, and how much room).
     """
-    here = _read(grad, indices).to(values.dtype)
-    values.add_(here) if add else values.copy_(here)
-    k = best_score.numel()
+    begin, end = offsets.tolist()
+    here = slice(begin, end)
+    gradient = _read(grad, indices[here]).to(values.dtype)
+    values[here].add_(gradient) if add else values[here].copy_(gradient)
+    k = _wanted(k, best_score.numel())
     if k == 0:
         return
     key = _order_key(d3_score(param, grad, eps, exp) if score is None else score).reshape(-1)
-    key[indices.to(torch.int64)] = 0
+    key[indices[here].to(torch.int64)] = 0
     index = _best(key, k)
     keep_best_(grad, position, index, key[index].view(values.dtype), best_score, best_place, best_grad, again)
 
@@ -176,25 +186,25 @@ def union(a_offsets, a_indices, b_offsets, b_indices):
     return offsets, indices, position[:n_a].clone(), position[n_a:].clone()
 
 
-def join_(arrays, offsets, b_offsets, b_indices):
+def join_(arrays, offsets, b_offsets, b_indices, b_values):
+    """Inserts the entries b, none of them held, into arrays of room for all: b_indices into the first, which
+    holds the indices; b_values[i] (None: zeros) into arrays[i + 1]."""
     n, n_new = int(offsets[-1]), int(b_offsets[-1])
     held, new = Entries(offsets, arrays[0]), Entries(b_offsets, b_indices)
     position = torch.searchsorted(sort_keys(held, n), sort_keys(new, n_new))
     position += torch.arange(n_new, device=position.device)
     stays = torch.ones(n + n_new, dtype=torch.bool, device=position.device)
     stays[position] = False
-    for array in arrays:
+    for array, values in zip(arrays, [b_indices, *b_values], strict=True):
         old = array[:n].clone()
-        array[: n + n_new].zero_()
         array[: n + n_new][stays] = old
-    arrays[0][position] = b_indices[:n_new]
+        array[position] = 0 if values is None else values[:n_new]
     offsets.add_(b_offsets)
-    return _padded(position, b_indices.numel())
 
 
 def gather(tensors, offsets, indices):
     parts = [_read(t, i) for t, i in zip(tensors, Entries(offsets, indices).lists(), strict=True)]
-    return torch.cat(parts) if parts else torch.empty(0, device=indices.device)
+    return _padded(torch.cat(parts), indices.numel()) if parts else torch.empty(0, device=indices.device)
 
 
 def scatter_(tensors, offsets, indices, values):
@@ -247,8 +257,9 @@ def adamw_compact_(params, values, offsets, indices, exp_avg, exp_avg_sq, master
 
 def _adamw(
     params, values, offsets, indices, exp_avg, exp_avg_sq, master, age, step,
-    lr, beta1, beta2, eps, weight_decay, maximize, grad_scale, found_inf, clip,
+    lr, beta1, beta2, eps, weight_decay, maximize, grad_scale, found_inf, clip, tensor_lr,
 ):  # fmt: skip
+    lr = lr if tensor_lr is None else tensor_lr.item()
     if found_inf is not None and found_inf.item() != 0:
         return
     bounds, steps = offsets.tolist(), step.tolist()
