@@ -73,10 +73,11 @@ def load_state_dict(
     for p, dense_state in optimizer.state.items():
         dense_state["step"] = dense_state["step"].to(p.device, torch.float32)
     optimizer.state[MARKER] = {}
-    optimizer.steps_done = saved["step"]
+    optimizer._progress.forget_targets()
+    optimizer._progress.done = saved["step"]
     if optimizer.total_steps is None:
         optimizer.total_steps = saved["total_steps"]
-    optimizer._targets, optimizer._shards = [], []
+    optimizer._shards = []
     optimizer.n_entries, optimizer.budget = saved["n_entries"], budget
     if begun:
         optimizer._begin()

@@ -10,18 +10,29 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 
-def numbers_of(group: dict[str, Any]) -> tuple[float, float, float, float, float]:
-    """lr, beta1, beta2, eps, weight_decay of a param group."""
-    return float(group["lr"]), *map(float, group["betas"]), float(group["eps"]), float(group["weight_decay"])
+def numbers_of(
+    group: dict[str, Any], device: torch.device
+) -> tuple[tuple[float, float, float, float, float], Tensor | None]:
+    """(lr, beta1, beta2, eps, weight_decay) of a param group; a learning rate on a GPU comes as a tensor."""
+    lr, tensor_lr = group["lr"], None
+    if isinstance(lr, Tensor) and lr.device.type != "cpu":
+        lr, tensor_lr = 0.0, lr.to(device, non_blocking=True)
+    numbers = float(lr), *map(float, group["betas"]), float(group["eps"]), float(group["weight_decay"])
+    return numbers, tensor_lr
 
 
 def update_dense(
-    state: MutableMapping[Tensor, dict], group: dict[str, Any], scale: Tensor | None, clip: Tensor | None
+    state: MutableMapping[Tensor, dict],
+    group: dict[str, Any],
+    scale: Tensor | None,
+    found_inf: Tensor | None,
+    clip: Tensor | None,
 ) -> None:
     """One AdamW step on every entry of the group's parameters that have a gradient.
 
-    Gradients are divided by `scale` and multiplied by `clip` (one element each) where given. Mutates the
-    parameters and their `state` (torch's: step, exp_avg, exp_avg_sq), which is made at the first step.
+    Gradients are divided by `scale` and multiplied by `clip` (one element each) where given; nothing changes
+    where `found_inf` is given and not 0. Mutates the parameters and their `state` (torch's: step, exp_avg,
+    exp_avg_sq), which is made at the first step.
     """
     params = [p for p in group["params"] if p.grad is not None]
     if not params:
@@ -35,7 +46,8 @@ def update_dense(
     exp_avgs, exp_avg_sqs, steps = (
         [state[p][key] for p in params] for key in ("exp_avg", "exp_avg_sq", "step")
     )
-    lr, beta1, beta2, eps, weight_decay = numbers_of(group)
+    device = params[0].device
+    (lr, beta1, beta2, eps, weight_decay), tensor_lr = numbers_of(group, device)
     adamw(
         params,
         grads,
@@ -44,10 +56,11 @@ def update_dense(
         [],
         steps,
         fused=all(p.device.type in ("cpu", "cuda") for p in params),
+        found_inf=None if found_inf is None else found_inf.to(device),
         amsgrad=False,
         beta1=beta1,
         beta2=beta2,
-        lr=lr,
+        lr=lr if tensor_lr is None else tensor_lr,
         weight_decay=weight_decay,
         eps=eps,
         maximize=group["maximize"],

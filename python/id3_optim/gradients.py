@@ -46,6 +46,24 @@ def check_gradient(optimizer: ID3AdamW, param: Tensor, position: int) -> None:
         checks.gradient(f"gradient of {optimizer._name(position)}", g, param)
 
 
+def overflowed(optimizer: ID3AdamW) -> bool:
+    """Whether a GradScaler found an overflow; never where the device is left to look (capturable)."""
+    found_inf = getattr(optimizer, "found_inf", None)  # a GradScaler sets it around step()
+    if found_inf is None or optimizer._layout.capturable:
+        return False
+    if optimizer._release is not None:
+        optimizer._release.check_scaler()
+    return bool(found_inf.item())
+
+
+def without_overflow(optimizer: ID3AdamW) -> Tensor | None:
+    """bool [1]: False where this step must change nothing. None: nobody scales, or it was looked at."""
+    found_inf = getattr(optimizer, "found_inf", None)
+    if found_inf is None or not optimizer._layout.capturable:
+        return None
+    return found_inf.reshape(1) == 0
+
+
 def clip_coefficient(optimizer: ID3AdamW, grads: Gradients) -> Tensor | None:
     """float32 []: min(1, max_grad_norm / (norm + 1e-6)), or None without clipping."""
     if optimizer.max_grad_norm is None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -17,15 +16,17 @@ from .changes import Touched
 from .dense import numbers_of, update_dense
 from .heuristics import D3, Heuristic
 from .memory import memory_report
+from .progress import Progress, Wanted
 from .release import Release
 from .schedules import Schedule, uniform
 from .selection import Selection, select
+from .shards import adopt, reserve
 from .state import Layout, Shard, trainable_entries
 
 _OWN_STATE = (
     "budget", "budget_given", "heuristic", "strategy", "schedule", "total_steps", "bias_correction",
-    "max_grad_norm", "n_entries", "steps_done", "last_selection", "phase_seconds", "_layout", "_shards",
-    "_targets", "_most_at_once", "_release",
+    "max_grad_norm", "n_entries", "last_selection", "phase_seconds", "_layout", "_shards", "_progress",
+    "_release",
 )  # fmt: skip
 
 
@@ -54,6 +55,13 @@ class ID3AdamW(torch.optim.Optimizer):
     release_gradients: hooks take what a step needs of each gradient during the backward pass and set `.grad`
         to None, tensor by tensor; the entries chosen and their values keep their bits.
     select_from: which micro-batch's scores choose with released gradients: "last", or "max" over all.
+    capturable: `step()` may be captured in a CUDA graph after a step outside of it, and replayed with new
+        gradients in the same tensors: everything that changes lies on the device, a one-element tensor as lr
+        too. Read with a wait: `steps_done`, `n_active`. Needs one GPU and goes with neither "repeat" nor
+        `release_gradients`. A state that is loaded makes earlier captures void.
+
+    On a GPU `step()` never waits for the device, but for "repeat", float64 parameters, several shards on the
+    CPU and a GradScaler's verdict (capturable: not even for that).
 
     Raises ValueError or TypeError for anything out of range, before anything changes.
     """
@@ -80,11 +88,13 @@ class ID3AdamW(torch.optim.Optimizer):
         backend: str | None = None,
         release_gradients: bool = False,
         select_from: str = "last",
+        capturable: bool = False,
         **not_applicable: Any,
     ):
         validation.refuse_not_applicable(not_applicable)
         validation.check_choices(strategy, bias_correction, heuristic)
         validation.check_release(release_gradients, select_from, strategy)
+        validation.check_capturable(capturable, strategy, release_gradients)
         heuristics.describe(heuristic)
         schedules.describe(schedule)
         budget, max_grad_norm = validation.plain_budget(budget), validation.plain_norm(max_grad_norm)
@@ -96,16 +106,15 @@ class ID3AdamW(torch.optim.Optimizer):
         self.total_steps: int | None = None
         self.bias_correction, self.max_grad_norm = bias_correction, max_grad_norm
         self.n_entries: int | None = None
-        self.steps_done = 0
         self.last_selection: Selection | None = None
         self.phase_seconds = {"select": 0.0, "update": 0.0}
         self._layout = Layout(
-            keep_originals, bias_correction == "entry", strategy == "repeat", backend, release_gradients
-        )
+            keep_originals, bias_correction == "entry", strategy == "repeat", backend, release_gradients,
+            capturable,
+        )  # fmt: skip
         self._release: Release | None = None
         self._shards: list[Shard] = []
-        self._targets: list[int] = []  # c(t) for every step, tabulated once budget and total_steps are known
-        self._most_at_once = 0
+        self._progress = Progress(capturable)
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, defaults | {"maximize": maximize, "dense": False})
         self.state[checkpoint.MARKER] = {}
@@ -129,7 +138,8 @@ class ID3AdamW(torch.optim.Optimizer):
             raise
         if self.n_entries is not None and not group["dense"]:
             self.n_entries += trainable_entries([group])
-            self._adopt(len(self.param_groups) - 1)
+            adopt(self._shards, self.param_groups, len(self.param_groups) - 1, self._layout)
+            reserve(self._shards, self.budget)
         if getattr(self, "_release", None) is not None:
             self._release.attach(self)
 
@@ -140,7 +150,7 @@ class ID3AdamW(torch.optim.Optimizer):
             expected = f"{self.total_steps} as at the first step"
             raise ValueError(f"total_steps: expected {expected} (it can not change), got {total_steps}")
         self.total_steps = int(total_steps)
-        self._targets = []
+        self._progress.forget_targets()
 
     def _begin(self) -> None:
         """Fixes N, the budget and the shards, at the first gradient or step or when a state is loaded."""
@@ -151,24 +161,12 @@ class ID3AdamW(torch.optim.Optimizer):
         if not self._shards:
             for i, group in enumerate(self.param_groups):
                 if not group["dense"]:
-                    self._adopt(i)
-            if len(self._shards) == 1:
-                self._shards[0].reserve(min(self.budget, self._shards[0].numel))
-        if not self._targets and self.total_steps is not None:
+                    adopt(self._shards, self.param_groups, i, self._layout)
+            validation.check_one_device(self._layout.capturable, self._shards)
+            reserve(self._shards, self.budget)
+        if not self._progress.targets and self.total_steps is not None and self._shards:
             schedule = self.schedule if self.strategy == "increment" else schedules.one_shot
-            self._targets = schedules.tabulate(schedule, self.total_steps, self.budget)
-            self._most_at_once = 4 * max(b - a for a, b in pairwise([0, *self._targets]))
-
-    def _adopt(self, group: int) -> None:
-        """Takes the tensors of a param group into the shards."""
-        position = sum(len(g["params"]) for g in self.param_groups[:group])
-        for p in self.param_groups[group]["params"]:
-            shard = next((s for s in self._shards if (s.device, s.dtype) == (p.device, p.dtype)), None)
-            if shard is None:
-                shard = Shard(p.device, p.dtype, self._layout)
-                self._shards.append(shard)
-            shard.add(p, position, group)
-            position += 1
+            self._progress.tabulate(schedule, self.total_steps, self.budget, self._shards[0].device)
 
     # --- algorithm 1 ---------------------------------------------------------------------------------
 
@@ -184,21 +182,21 @@ class ID3AdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self._overflowed():
+        if gradients.overflowed(self):
             self._forget_gradients()
             return loss
         self._ready()
         if self._release is not None:
             self._release.take_rest(self)
-        grads = gradients.of_step(self)
+        grads, fine = gradients.of_step(self), gradients.without_overflow(self)
         started = time.perf_counter()
-        self._select_and_join(grads)
+        self._select_and_join(grads, fine)
         selected = time.perf_counter()
-        self._update(grads)
+        self._update(grads, fine)
         self.phase_seconds["select"] += selected - started
         self.phase_seconds["update"] += time.perf_counter() - selected
         self._forget_gradients()
-        self.steps_done += 1
+        self._progress.advance(fine)
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -222,48 +220,50 @@ class ID3AdamW(torch.optim.Optimizer):
             raise ValueError(
                 "total_steps: expected the number of steps of the run (set_total_steps), got None"
             )
+        validation.check_capture(self._layout.capturable, bool(self._shards))
         self._begin()
 
-    def _overflowed(self) -> bool:
-        found_inf = getattr(self, "found_inf", None)  # a GradScaler sets it around step()
-        if found_inf is not None and self._release is not None:
-            self._release.check_scaler()
-        return found_inf is not None and bool(found_inf.item())
-
-    def _select_and_join(self, grads: list[list[Tensor | None] | None]) -> None:
-        repeat = self.strategy == "repeat"
-        k = self.budget if repeat else self._wanted()
-        if k <= 0:
+    def _select_and_join(self, grads: gradients.Gradients, fine: Tensor | None) -> None:
+        wanted, repeat = self._wanted(), self.strategy == "repeat"
+        if wanted is None:
             return
+        if fine is not None:
+            wanted = wanted._replace(k=wanted.k * fine)
         if self._release is not None:
-            scores = self._release.join(self._shards, k)
+            newest = self._release.join(self._shards, wanted)
         else:
-            picked, scores = select(self._shards, grads, self.heuristic, k, self._names(), fresh=repeat)
+            picked, *newest = select(self._shards, grads, self.heuristic, wanted, self._names(), fresh=repeat)
             for shard, new in zip(self._shards, picked, strict=True):
-                if repeat:
-                    shard.replace(new)
-                elif new.indices.numel():
-                    shard.join(new)
-        self.last_selection = Selection(self.steps_done, scores)
+                shard.replace(new) if repeat else shard.join(new)
+        self.last_selection = Selection(self._progress.now(), *newest)
 
-    def _wanted(self) -> int:
-        """How many entries should join now: the schedule's, and what earlier steps could not give."""
-        target = self._targets[min(self.steps_done, len(self._targets) - 1)]
-        return min(target - self.n_active, self._most_at_once)
+    def _wanted(self) -> Wanted | None:
+        if not self._shards:
+            return None
+        if self.strategy == "repeat":
+            return Wanted(torch.full((1,), self.budget, device=self._shards[0].device), self.budget)
+        return self._progress.wanted(self._shards)
 
-    def _update(self, grads: list[list[Tensor | None] | None]) -> None:
+    def _update(self, grads: gradients.Gradients, fine: Tensor | None) -> None:
         scale, clip = getattr(self, "grad_scale", None), gradients.clip_coefficient(self, grads)
+        scalars = scale, None if fine is None else self.found_inf, clip
         for shard, g in zip(self._shards, grads, strict=True):
-            shard.count_step(g, self.steps_done + 1)
-            scalars = tuple(None if x is None else x.to(shard.device) for x in (scale, None, clip))
+            shard.count_step(g, self._progress.done + 1, fine)
+            here = [None if x is None else x.to(shard.device, non_blocking=True) for x in scalars]
             for part in shard.slices:
                 group = self.param_groups[part.group]
-                shard.update(part, g, numbers_of(group), group["maximize"], scalars)
+                numbers, lr = numbers_of(group, shard.device)
+                shard.update(part, g, *numbers, group["maximize"], *here, lr)
         for group in self.param_groups:
             if group["dense"]:
-                update_dense(self.state, group, scale, clip)
+                update_dense(self.state, group, *scalars)
 
     # --- what others may ask -------------------------------------------------------------------------
+
+    @property
+    def steps_done(self) -> int:
+        """t: how many steps were done, those that an overflow stopped left out."""
+        return self._progress.steps_done
 
     @property
     def n_active(self) -> int:

@@ -17,9 +17,12 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
 from id3_kernels import Entries
+from id3_kernels.backend import candidate_room
 
 from .gradients import check_gradient, check_place
 from .heuristics import D3, scores
+from .progress import Wanted
+from .selection import NOBODY, best_of, entries_at, gathered
 from .state import Shard
 from .validation import check_one_process
 
@@ -28,22 +31,25 @@ if TYPE_CHECKING:
 
 
 class Best(NamedTuple):
-    """The best k entries of a shard so far, best first; [k] each, on its device. Nobody: 0, -1, 0."""
+    """The candidates of a shard, on its device: the best k so far are among them. Nobody: 0, -1, 0."""
 
-    score: Tensor
-    place: Tensor  # int64: tensor position << 32 | flat index
-    grad: Tensor
+    score: Tensor  # [room]
+    place: Tensor  # int64 [room]: tensor position << 32 | flat index
+    grad: Tensor  # [room]
+    state: Tensor  # int64, the backend's own
 
     @classmethod
     def nobody(cls, k: int, shard: Shard) -> Best:
         wide = shard.arrays["gradient"]
-        place = torch.full((k,), -1, dtype=torch.int64, device=shard.device)
-        return cls(wide.new_zeros(k), place, wide.new_zeros(k))
+        room, length = candidate_room(shard.device, shard.layout.backend, k) if k else (0, 0)
+        place = torch.full((room,), -1, dtype=torch.int64, device=shard.device)
+        return cls(wide.new_zeros(room), place, wide.new_zeros(room), place.new_zeros(length))
 
     def forget(self) -> None:
         self.score.zero_()
         self.place.fill_(-1)
         self.grad.zero_()
+        self.state.zero_()
 
     @property
     def nbytes(self) -> int:
@@ -132,11 +138,11 @@ class Release:
             names = optimizer._names()
             score = scores(heuristic, param, param.grad, position, names and names[position])
             best = Best.nobody(0, shard) if score is None else best
-        here = slice(*shard.bounds[j : j + 2])
-        indices, values = shard.arrays["indices"][here], shard.arrays["gradient"][here]
-        seen = shard.seen[j]
+        indices, values, seen = shard.arrays["indices"], shard.arrays["gradient"], shard.seen[j]
+        again = seen and self.select_from == "max"  # "last" forgets its candidates before each pass
         shard.kernels.collect_(
-            param, param.grad, score, indices, values, seen, position, *best, seen, *d3
+            param, param.grad, score, shard.offsets[j : j + 2], indices, values, seen, position, *best,
+            self._k[i], again, *d3,
         )  # fmt: skip
         shard.seen[j] = True
         param.grad = None
@@ -193,46 +199,40 @@ class Release:
         self._at = {id(p): (i, j) for i, shard in enumerate(shards) for j, p in enumerate(shard.params)}
         self.attach(optimizer)
         if not self._begun:
-            self._wanted, self._begun = max(optimizer._wanted(), 0), True
+            self._wanted, self._begun = optimizer._wanted(), True
+            self._k: list[Tensor] = []
         for shard in shards[len(self.best) :]:
-            self.best.append(Best.nobody(min(self._wanted, shard.numel), shard))
+            self._k.append(torch.zeros(1, dtype=torch.int64, device=shard.device))
+            if self._wanted is not None:
+                self._k[-1].copy_(self._wanted.k, non_blocking=True)
+            capacity = self._wanted.capacity if self._wanted is not None else 0
+            self.best.append(Best.nobody(min(capacity, shard.numel), shard))
 
     # --- what a step takes ---------------------------------------------------------------------------
 
-    def join(self, shards: list[Shard], k: int) -> Tensor:
-        """Makes the best k entries active, with the gradients they were chosen by; returns their scores.
+    def join(self, shards: list[Shard], wanted: Wanted) -> tuple[Tensor, Tensor]:
+        """Makes the best entries active, with the gradients they were chosen by.
 
-        Synchronises on a GPU.
+        Returns their scores in order of place and how many they are. Never asks a GPU for anything.
         """
-        counts, picked = self._winners(k), []
-        for shard, best, n in zip(shards, self.best, counts, strict=True):
-            place, order = best.place[:n].sort()
-            picked.append(best.score[:n][order])
-            if n:
-                shard.join(_entries(shard, place), best.grad[:n][order])
-        return picked[0] if len(picked) == 1 else torch.cat([score.cpu().double() for score in picked])
-
-    def _winners(self, k: int) -> list[int]:
-        """How many of each shard's best are among the best k of all."""
-        if len(self.best) == 1:
-            return [int((self.best[0].score[:k] > 0).sum())]
-        score = torch.cat([best.score.cpu().double() for best in self.best])
-        place = torch.cat([best.place.cpu() for best in self.best])
-        shard = torch.arange(len(self.best)).repeat_interleave(
-            torch.tensor([best.score.numel() for best in self.best])
-        )
-        in_order = place.argsort()
-        order = in_order[score[in_order].argsort(descending=True, stable=True)][:k]
-        return torch.bincount(shard[order[score[order] > 0]], minlength=len(self.best)).tolist()
+        place, score = gathered([(best.place, best.score) for best in self.best], shards[0].device)
+        taken = best_of(place, score, wanted.k)
+        place, order = torch.where(taken, place, NOBODY).sort()
+        score = torch.where(taken, score, 0)[order][: wanted.capacity]
+        mine = taken.split([best.score.numel() for best in self.best])
+        for shard, best, chosen in zip(shards, self.best, mine, strict=True):
+            chosen = chosen.to(shard.device, non_blocking=True)
+            new, order = entries_at(shard, torch.where(chosen, best.place, NOBODY))
+            n = min(wanted.capacity, shard.numel)
+            shard.join(Entries(new.offsets, new.indices[:n]), best.grad[order][:n])
+        return score, (place < NOBODY).sum()
 
     def scaled_tensors(self, optimizer: ID3AdamW) -> list[Tensor]:
         """All that is proportional to the loss scale, as the tensors (and parts of tensors) that hold it."""
         held = [best.grad for best in self.best]
         if isinstance(optimizer.heuristic, D3):
             held += [best.score for best in self.best]
-        for shard in optimizer._shards:
-            held += [shard.arrays["gradient"][slice(*ends)] for ends in shard.seen_rows()]
-        return [t for t in held if t.numel()]
+        return [t for t in held + [shard.released() for shard in optimizer._shards] if t.numel()]
 
 
 def _take(optimizer: weakref.ref[ID3AdamW], param: Tensor) -> None:
@@ -266,10 +266,3 @@ def _within_a_backward() -> bool:
             return True
         frame = frame.f_back
     return False
-
-
-def _entries(shard: Shard, place: Tensor) -> Entries:
-    """The entries at these places, ascending, which all lie in the shard."""
-    positions = torch.tensor(shard.positions, device=shard.device)
-    edges = torch.cat([positions << 32, torch.full((1,), 2**62, device=shard.device)])
-    return Entries(torch.searchsorted(place, edges), (place & 0xFFFFFFFF).to(torch.int32))

@@ -1,8 +1,12 @@
-"""Which entries join: the exact best k over all shards, by any heuristic."""
+"""Which entries join: the exact best k over all shards, by any heuristic. Nothing here asks a GPU.
+
+Lists are as long as their capacity, since how many entries there are is known on the device alone. Where
+several shards or tensors have to be compared, an entry is a `place`: tensor position << 32 | flat index.
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -10,110 +14,137 @@ from torch import Tensor
 from id3_kernels import Entries
 
 from .heuristics import D3, Heuristic, scores
+from .progress import Wanted
 from .state import Shard
 
+NOBODY = 1 << 62  # behind every place
 
-class Selection(NamedTuple):
-    """What the newest selection did: at which step which scores [count] joined."""
 
-    step: int
-    scores: Tensor
+@dataclass(frozen=True)
+class Selection:
+    """What the newest selection did. Everything here waits for a GPU, which is why no step asks.
+
+    padded: [capacity] scores in entry order, of which the first `number` (int64, one element) joined.
+    """
+
+    at: int | Tensor
+    padded: Tensor
+    number: Tensor
+
+    @property
+    def step(self) -> int:
+        return int(self.at)
 
     @property
     def count(self) -> int:
-        return self.scores.numel()
+        return int(self.number)
+
+    @property
+    def scores(self) -> Tensor:
+        return self.padded[: self.count]
 
     @property
     def threshold(self) -> float | None:
-        """The smallest score, None if nothing joined. Waits for a GPU, which is why no step asks."""
+        """The smallest score, None if nothing joined."""
         return self.scores.min().item() if self.count else None
-
-
-class Candidates(NamedTuple):
-    """Entries with their scores, on the CPU: global tensor position, flat index, score; [n] each."""
-
-    position: Tensor
-    index: Tensor
-    score: Tensor
 
 
 def select(
     shards: list[Shard],
     grads: list[list[Tensor | None]],
     heuristic: Heuristic,
-    k: int,
+    wanted: Wanted,
     names: list[str] | None,
     fresh: bool,
-) -> tuple[list[Entries], Tensor]:
-    """The best k entries outside the active sets (`fresh`: of all), as one Entries per shard.
+) -> tuple[list[Entries], Tensor, Tensor]:
+    """The best entries outside the active sets (`fresh`: of all), as one Entries per shard.
 
-    Also gives their scores [count], in entry order. Ties go to the lowest (position, index).
+    Also gives their scores in entry order and how many there are. Ties go to the lowest (position, index).
     """
     if isinstance(heuristic, D3) and len(shards) == 1:
-        picked, score = _by_d3(shards[0], grads[0], heuristic, k, fresh)
-        return [picked], score
+        offsets, indices, score = _by_d3(shards[0], grads[0], heuristic, wanted, fresh)
+        return [Entries(offsets, indices)], score, offsets[-1]
     found = []
     for shard, g in zip(shards, grads, strict=True):
+        here = Wanted(wanted.k.to(shard.device, non_blocking=True), wanted.capacity)
         if isinstance(heuristic, D3):
-            found.append(_candidates(shard, *_by_d3(shard, g, heuristic, k, fresh)))
+            found.append(_placed(shard, *_by_d3(shard, g, heuristic, here, fresh)))
         else:
-            found.append(_by_scores(shard, g, heuristic, k, names, fresh))
-    best = _best(found, k)
-    return [_entries(shard, best) for shard in shards], best.score
+            found.append(_by_scores(shard, g, heuristic, here, names, fresh))
+    place, score = _best(gathered(found, shards[0].device), wanted)
+    return [entries_at(shard, place)[0] for shard in shards], score, (place < NOBODY).sum()
+
+
+def best_of(place: Tensor, score: Tensor, k: Tensor) -> Tensor:
+    """bool [n]: whether an entry is among the k of largest score above 0; ties go to the lowest place."""
+    by_place = place.argsort()
+    order = by_place[score[by_place].argsort(descending=True, stable=True)]
+    rank = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
+    return (rank < k) & (score > 0)
+
+
+def gathered(found: list[tuple[Tensor, Tensor]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """All places and scores (float64 where dtypes differ) in one list each, on `device`."""
+    place, score = ([x.to(device, non_blocking=True) for x in column] for column in zip(*found, strict=True))
+    if len({s.dtype for s in score}) > 1:
+        score = [s.double() for s in score]
+    return torch.cat(place), torch.cat(score)
+
+
+def entries_at(shard: Shard, place: Tensor) -> tuple[Entries, Tensor]:
+    """Those of the places that lie in the shard, as its entries, and where each of them stands in `place`."""
+    place = place.to(shard.device, non_blocking=True)
+    positions = shard.position_table
+    owner = torch.searchsorted(positions, place >> 32).clamp_(max=positions.numel() - 1)
+    here = positions[owner] == place >> 32
+    ordered, order = torch.where(here, (owner << 32) | (place & 0xFFFFFFFF), NOBODY).sort()
+    edges = torch.arange(positions.numel() + 1, device=shard.device) << 32
+    return Entries(torch.searchsorted(ordered, edges), (ordered & 0xFFFFFFFF).to(torch.int32)), order
 
 
 def _active(shard: Shard, fresh: bool) -> Entries:
     return Entries.empty(len(shard.params), shard.device) if fresh else shard.active
 
 
-def _by_d3(shard: Shard, grads: list, heuristic: D3, k: int, fresh: bool) -> tuple[Entries, Tensor]:
-    k = min(k, shard.numel)
-    offsets, indices, score = shard.kernels.select_topk(
-        shard.params, grads, *_active(shard, fresh), k, heuristic.eps, heuristic.exp
+def _by_d3(shard: Shard, grads: list, heuristic: D3, wanted: Wanted, fresh: bool):
+    capacity = min(wanted.capacity, shard.numel)
+    return shard.kernels.select_topk(
+        shard.params, grads, *_active(shard, fresh), wanted.k, capacity, heuristic.eps, heuristic.exp
     )
-    n = int(offsets[-1])
-    return Entries(offsets, indices[:n]), score[:n]
 
 
-def _by_scores(shard: Shard, grads: list, heuristic: Heuristic, k: int, names, fresh: bool) -> Candidates:
+def _placed(shard: Shard, offsets: Tensor, indices: Tensor, score: Tensor) -> tuple[Tensor, Tensor]:
+    """The places and scores of a result of the kernels; NOBODY and 0 behind its last entry."""
+    at = torch.arange(indices.numel(), device=shard.device)
+    owner = torch.searchsorted(offsets[1:], at, right=True).clamp_(max=len(shard.params) - 1)
+    held = at < offsets[-1]
+    place = torch.where(held, (shard.position_table[owner] << 32) | indices, NOBODY)
+    return place, torch.where(held, score, 0)
+
+
+def _by_scores(shard: Shard, grads: list, heuristic: Heuristic, wanted: Wanted, names, fresh: bool):
     """Tensor by tensor, so that no more than one tensor's scores and O(k) candidates are alive."""
-    taken = _active(shard, fresh).lists()
-    best = _best([], k)
+    offsets, indices = _active(shard, fresh)
+    best = None
     for j, (param, position) in enumerate(zip(shard.params, shard.positions, strict=True)):
         score = scores(heuristic, param, grads[j], position, names[position] if names else None)
         if score is None:
             continue
-        offsets = torch.tensor([0, taken[j].numel()], device=shard.device)
-        n_best = min(k, param.numel())
-        offsets, index, value = shard.kernels.select_topk_by_score([score], offsets, taken[j], n_best)
-        n = int(offsets[-1])
-        here = torch.full((n,), position, dtype=torch.int64, device="cpu")
-        best = _best([best, Candidates(here, index[:n].cpu().long(), value[:n].cpu().double())], k)
+        ends, index, value = shard.kernels.select_topk_by_score(
+            [score], offsets[j : j + 2], indices, wanted.k, min(wanted.capacity, param.numel())
+        )
+        held = torch.arange(index.numel(), device=shard.device) < ends[-1]
+        here = torch.where(held, (position << 32) | index.long(), NOBODY), torch.where(held, value, 0)
+        best = here if best is None else _best(gathered([best, here], shard.device), wanted)
+    if best is None:
+        none = torch.zeros(0, dtype=torch.int64, device=shard.device)
+        return none, none.float()
     return best
 
 
-def _candidates(shard: Shard, picked: Entries, score: Tensor) -> Candidates:
-    position = torch.tensor(shard.positions, device="cpu").repeat_interleave(picked.offsets.diff().cpu())
-    return Candidates(position, picked.indices.cpu().long(), score.cpu().double())
-
-
-def _best(found: list[Candidates], k: int) -> Candidates:
-    """The k best by score, ties to the lowest (position, index); in (position, index) order."""
-    if not found:
-        empty = torch.empty(0, dtype=torch.int64, device="cpu")
-        return Candidates(empty, empty, empty.double())
-    merged = [torch.cat(column) for column in zip(*found, strict=True)]
-    in_order = ((merged[0] << 32) | merged[1]).argsort()
-    position, index, score = (column[in_order] for column in merged)
-    kept = score.sort(descending=True, stable=True).indices[:k].sort().values
-    return Candidates(position[kept], index[kept], score[kept])
-
-
-def _entries(shard: Shard, best: Candidates) -> Entries:
-    """The candidates that live in this shard."""
-    positions = torch.tensor(shard.positions, device="cpu")
-    where = torch.searchsorted(positions, best.position).clamp(max=len(positions) - 1)
-    mine = positions[where] == best.position
-    counts = torch.bincount(where[mine], minlength=len(positions))
-    offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-    return Entries(offsets.to(shard.device), best.index[mine].to(shard.device, torch.int32))
+def _best(found: tuple[Tensor, Tensor], wanted: Wanted) -> tuple[Tensor, Tensor]:
+    """The best k by score, in order of place; NOBODY and 0 behind them."""
+    place, score = found
+    taken = best_of(place, score, wanted.k)
+    place, order = torch.where(taken, place, NOBODY).sort()
+    return place[: wanted.capacity], torch.where(taken, score, 0)[order][: wanted.capacity]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ class Layout:
     repeat: bool  # entries may leave: remember every entry that was ever active
     backend: str | None
     release: bool = False  # hooks gather the active entries' gradients: room for them
+    capturable: bool = False  # a replayed graph changes the counts, and no Python hears of it
 
     def columns(self, dtype: torch.dtype) -> dict[str, torch.dtype]:
         """The arrays saved for parameters of `dtype`: name -> dtype, `indices` first."""
@@ -54,10 +55,13 @@ class Shard:
     """The state of all selectable tensors of one device and dtype.
 
     `arrays["indices"]` and its companions have room for `capacity` entries and hold the active ones in
-    (tensor, flat index) order; `offsets` int64 [M + 1] says which are whose, `bounds` is its host copy.
-    `steps` int64 [M] counts the steps in which each tensor had a gradient; `updated_at` int64 [M], on the
-    host, is how many steps of the optimizer were done after the last of them. With released gradients,
-    `seen[j]` says whether tensor j had one since the last step; its part of `arrays["gradient"]` holds it.
+    (tensor, flat index) order; `offsets` int64 [M + 1], on the device, says which are whose. `steps` int64
+    [M] counts the steps in which each tensor had a gradient; `updated_at` int64 [M] is how many steps of the
+    optimizer were done after the last of them. With released gradients, `seen[j]` says whether tensor j had
+    one since the last step; its part of `arrays["gradient"]` holds it.
+
+    No method asks a GPU for a number but `bounds`, `n_active`, those that cut the state by tensors, and
+    `replace`; `make_room` does where several shards share a budget on the CPU.
     """
 
     def __init__(self, device: torch.device, dtype: torch.dtype, layout: Layout):
@@ -70,13 +74,16 @@ class Shard:
         self.positions: list[int] = []
         self.slices: list[Slice] = []
         self.offsets = torch.zeros(1, dtype=torch.int64, device=device)
-        self.bounds = [0]
         self.steps = torch.zeros(0, dtype=torch.int64, device=device)
-        self.updated_at = torch.zeros(0, dtype=torch.int64, device="cpu")
+        self.updated_at = torch.zeros(0, dtype=torch.int64, device=device)
         self.seen: list[bool] = []
+        self.numel = 0
+        self.limit = 0  # the most entries that may ever be active here
         self.arrays = {
             name: torch.empty(0, dtype=d, device=device) for name, d in layout.arrays(dtype).items()
         }
+        self._bounds: list[int] | None = None
+        self._masks: dict[tuple[bool, ...], Tensor] = {}
         self.ever: Entries | None = None
         self.ever_originals: Tensor | None = None
 
@@ -98,9 +105,11 @@ class Shard:
             self.slices[-1] = self.slices[-1]._replace(last=n)
         else:
             self.slices.append(Slice(group, n - 1, n))
-        self.bounds.append(self.bounds[-1])
+        self.numel += param.numel()
         self.seen.append(False)
         self.offsets = torch.cat([self.offsets, self.offsets[-1:]])
+        self.position_table = torch.tensor(self.positions, device=self.device)
+        self._bounds, self._masks = None, {}
         self.steps = torch.cat([self.steps, self.steps.new_zeros(1)])
         self.updated_at = torch.cat([self.updated_at, self.updated_at.new_zeros(1)])
         if self.layout.repeat:
@@ -109,11 +118,14 @@ class Shard:
             if self.layout.originals and self.ever_originals is None:
                 self.ever_originals = torch.empty(0, dtype=self.dtype, device=self.device)
 
-    @property
-    def numel(self) -> int:
-        return sum(p.numel() for p in self.params)
-
     # --- entries -----------------------------------------------------------------------------------
+
+    @property
+    def bounds(self) -> list[int]:
+        """`offsets` on the host."""
+        if self._bounds is None or self.layout.capturable:
+            self._bounds = self.offsets.tolist()
+        return self._bounds
 
     @property
     def n_active(self) -> int:
@@ -121,39 +133,42 @@ class Shard:
 
     @property
     def active(self) -> Entries:
-        return Entries(self.offsets, self.arrays["indices"][: self.n_active])
+        """The active entries; `indices` is longer than there are."""
+        return Entries(self.offsets, self.arrays["indices"])
 
     def reserve(self, n: int) -> None:
-        """Makes room for n entries; at least doubles, so that many small steps do not copy often."""
-        capacity = self.arrays["indices"].numel()
-        if n <= capacity:
-            return
-        capacity = max(n, min(2 * capacity, self.numel))
+        """Makes the arrays hold n entries at least."""
         for name, old in self.arrays.items():
-            self.arrays[name] = old.new_empty(capacity)
-            self.arrays[name][: self.n_active] = old[: self.n_active]
+            if old.numel() < n:
+                # What no hook has written must not be NaN: a loss scaler looks at all of the accumulator.
+                self.arrays[name] = old.new_zeros(n) if name == "gradient" else old.new_empty(n)
+                self.arrays[name][: old.numel()] = old
+
+    def make_room(self, n: int) -> None:
+        """Room for n entries more; at least doubles, so that many small steps do not copy often."""
+        capacity = self.arrays["indices"].numel()
+        if capacity < self.limit and self.n_active + n > capacity:
+            self.reserve(min(max(self.n_active + n, 2 * capacity), self.limit))
 
     def join(self, new: Entries, gradient: Tensor | None = None) -> None:
         """Adds entries that are not active yet, with zero moments (and their gradients, where released)."""
-        self.reserve(self.n_active + new.indices.numel())
-        where = self.kernels.join_(list(self.arrays.values()), self.offsets, *new)
+        self.make_room(new.indices.numel())
         values = self.kernels.gather(self.params, *new)
-        for name in ("originals", "master"):
-            if name in self.arrays:
-                self.arrays[name][where] = values.to(self.arrays[name].dtype)
-        if gradient is not None:
-            self.arrays["gradient"][where] = gradient
-        self.bounds = self.offsets.tolist()
+        first = {"originals": values, "master": values.to(self.arrays["exp_avg"].dtype), "gradient": gradient}
+        names, arrays = zip(*self.arrays.items(), strict=True)
+        self.kernels.join_(list(arrays), self.offsets, *new, [first.get(name) for name in names[1:]])
+        self._bounds = None
 
     def replace(self, new: Entries) -> None:
         """Makes `new` the active set (strategy repeat): who stays keeps its state, who leaves drops it."""
-        _, held_at, new_at = self.kernels.union(*self.active, *new)[1:]
+        new = new.trimmed()
+        _, held_at, new_at = self.kernels.union(*self.active.trimmed(), *new)[1:]
         n_union = self.n_active + new.indices.numel()
         values = self.kernels.gather(self.params, *new)
         fresh = {"master": values.to(torch.float32), "indices": new.indices}
         self._remember(new, values)
         n_old, n_new = self.n_active, new.indices.numel()
-        self.offsets, self.bounds = new.offsets.clone(), new.offsets.tolist()
+        self.offsets, self._bounds = new.offsets.clone(), None
         stayed = torch.zeros(n_union, dtype=torch.bool, device=self.device)
         stayed[held_at] = True
         for name, array in self.arrays.items():
@@ -187,64 +202,73 @@ class Shard:
 
     # --- update ------------------------------------------------------------------------------------
 
-    def count_step(self, grads: list[Tensor | None] | None, number: int) -> None:
+    def count_step(
+        self, grads: list[Tensor | None] | None, number: int | Tensor, fine: Tensor | None
+    ) -> None:
         """Counts the optimizer's step `number` (the first is 1) for every tensor that has a gradient.
 
-        grads None: the released ones.
+        grads None: the released ones. fine: bool [1], False where an overflow stops the step.
         """
         present = self.seen if grads is None else [g is not None for g in grads]
-        if all(present):
+        counted = None if all(present) else self._mask(present)
+        if fine is not None:
+            counted = fine if counted is None else counted & fine
+        if counted is None:
             self.steps += 1
-            self.updated_at.fill_(number)
+            self.updated_at.copy_(number) if isinstance(number, Tensor) else self.updated_at.fill_(number)
         else:
-            has_gradient = torch.tensor(present, device="cpu")
-            self.steps += has_gradient.to(self.device)
-            self.updated_at[has_gradient] = number
+            self.steps += counted
+            self.updated_at.copy_(torch.where(counted, number, self.updated_at))
+
+    def _mask(self, present: list[bool]) -> Tensor:
+        """bool [M] on the device. Kept: the copy, at a pattern's first time, is what a graph can not hold."""
+        if tuple(present) not in self._masks:
+            if len(self._masks) == 64:
+                self._masks.clear()
+            self._masks[tuple(present)] = torch.tensor(present).to(self.device, non_blocking=True)
+        return self._masks[tuple(present)]
+
+    def released(self) -> Tensor:
+        """[capacity] the released gradients of the active entries; 0 for a tensor that had none."""
+        values = self.arrays["gradient"]
+        if not all(self.seen):
+            at = torch.arange(values.numel(), device=self.device)
+            owner = torch.searchsorted(self.offsets[1:], at, right=True).clamp_(max=len(self.seen) - 1)
+            values.masked_fill_(~self._mask(self.seen)[owner], 0)
+        return values
 
     def squared_norm(self, grads: list[Tensor | None] | None) -> Tensor:
         """float64 []: the sum of squares of the active entries' gradients. None: the released ones."""
         if grads is not None:
             return self.kernels.squared_norm(grads, *self.active)
-        values = self.arrays["gradient"][: self.n_active]
-        for j, (begin, end) in enumerate(pairwise(self.bounds)):
-            if not self.seen[j]:
-                values[begin:end] = 0
-        offsets = torch.zeros(2, dtype=torch.int64, device=self.device)
-        offsets[1:].fill_(self.n_active)
-        everything = torch.arange(self.n_active, dtype=torch.int32, device=self.device)
-        return self.kernels.squared_norm([values], offsets, everything)
+        values = self.released()
+        ends = torch.stack([self.offsets[0], self.offsets[-1]])
+        everything = torch.arange(values.numel(), dtype=torch.int32, device=self.device)
+        return self.kernels.squared_norm([values], ends, everything)
 
-    def update(
-        self, part: Slice, grads: list[Tensor | None] | None, numbers: tuple, maximize: bool, scalars: tuple
-    ):
+    def update(self, part: Slice, grads: list[Tensor | None] | None, *numbers: Any) -> None:
         """One AdamW step on the active entries of one param group: one call for all its tensors.
 
-        grads None: the released ones, one call for each run of tensors that have one.
+        grads None: the released ones, one call for each run of tensors that have one. numbers: the op's
+        arguments behind `step`.
         """
         _, i, j = part
         if grads is not None:
-            self._update(self.kernels.adamw_, i, j, grads[i:j], numbers, maximize, scalars)
+            self._update(self.kernels.adamw_, i, j, grads[i:j], numbers)
             return
         for first, last in self._seen_runs(i, j):
-            values = self.arrays["gradient"][self.bounds[first] : self.bounds[last]]
-            self._update(self.kernels.adamw_compact_, first, last, values, numbers, maximize, scalars)
+            self._update(self.kernels.adamw_compact_, first, last, self.arrays["gradient"], numbers)
 
-    def _update(self, adamw_, first: int, last: int, gradient, numbers, maximize, scalars) -> None:
-        begin, end = self.bounds[first], self.bounds[last]
-        if begin == end:
-            return
-        rows = {name: array[begin:end] for name, array in self.arrays.items()}
-        state = [rows.get(name) for name in ("exp_avg", "exp_avg_sq", "master", "age")]
+    def _update(self, adamw_, first: int, last: int, gradient, numbers: tuple) -> None:
+        state = [self.arrays.get(name) for name in ("exp_avg", "exp_avg_sq", "master", "age")]
         adamw_(
             self.params[first:last],
             gradient,
-            self.offsets[first : last + 1] - begin,
-            rows["indices"],
+            self.offsets[first : last + 1],
+            self.arrays["indices"],
             *state,
             self.steps[first:last],
             *numbers,
-            maximize,
-            *scalars,
         )
         torch.autograd.graph.increment_version(self.params[first:last])
 
@@ -253,11 +277,6 @@ class Shard:
         edges = [j for j in range(first, last) if self.seen[j] != (j > first and self.seen[j - 1])]
         edges += [last] if last > first and self.seen[last - 1] else []
         return list(zip(edges[::2], edges[1::2], strict=True))
-
-    def seen_rows(self) -> list[tuple[int, int]]:
-        """Where in `arrays["gradient"]` released gradients stand, as [begin, end) pairs."""
-        runs = self._seen_runs(0, len(self.params))
-        return [(self.bounds[first], self.bounds[last]) for first, last in runs]
 
     # --- state_dict --------------------------------------------------------------------------------
 
@@ -276,15 +295,15 @@ class Shard:
 
     def load(self, states: list[dict], steps_done: int) -> None:
         """Takes over the per-parameter dicts of `cut`, one per tensor, in order, of an optimizer's state."""
-        self.bounds = _bounds([s["indices"] for s in states])
-        self.offsets = torch.tensor(self.bounds, dtype=torch.int64, device=self.device)
+        self._bounds = _bounds([s["indices"] for s in states])
+        self.offsets = torch.tensor(self._bounds, dtype=torch.int64, device=self.device)
         self.steps = torch.tensor([int(s["step"]) for s in states], dtype=torch.int64, device=self.device)
         self.updated_at.fill_(steps_done)  # not stored: changed_since errs on the side of too much
-        for name, array in self.arrays.items():
-            self.arrays[name] = array.new_empty(max(array.numel(), self.n_active))
+        self.reserve(self._bounds[-1])
+        for name in self.arrays:
             if name not in self.layout.columns(self.dtype):
                 continue
-            for s, (begin, end) in zip(states, pairwise(self.bounds), strict=True):
+            for s, (begin, end) in zip(states, pairwise(self._bounds), strict=True):
                 self.arrays[name][begin:end] = s[name]
         if self.layout.repeat:
             # A state of another strategy (strict=False) has no memory of entries that left: none has.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -13,6 +13,9 @@ from id3_kernels import checks
 from . import schedules
 from .heuristics import Bias, Heuristic, Random
 
+if TYPE_CHECKING:
+    from .state import Shard
+
 STRATEGIES = ("increment", "static", "repeat")
 SELECT_FROM = ("last", "max")
 BIAS_CORRECTIONS = ("tensor", "entry")
@@ -20,7 +23,6 @@ _NOT_APPLICABLE = {
     "amsgrad": "a maximum over moments that start at different steps has no meaning",
     "foreach": "one call already updates all tensors",
     "fused": "the sparse step is always fused",
-    "capturable": "CUDA graphs are not supported yet",
     "differentiable": "the step is not recorded by autograd",
 }
 
@@ -60,6 +62,33 @@ def check_release(release_gradients: bool, select_from: str, strategy: str) -> N
             "gradients that are gone"
         )
     check_one_process()
+
+
+def check_capturable(capturable: bool, strategy: str, release_gradients: bool) -> None:
+    if capturable and strategy == "repeat":
+        raise ValueError(
+            "capturable: does not go with strategy 'repeat', which has to know how many entries stay"
+        )
+    if capturable and release_gradients:
+        raise ValueError("capturable: does not go with release_gradients, whose hooks no graph replays")
+
+
+def check_one_device(capturable: bool, shards: list[Shard]) -> None:
+    devices = sorted({str(shard.device) for shard in shards})
+    if capturable and len(devices) > 1:
+        raise ValueError(f"capturable: expected all parameters on one device, got {', '.join(devices)}")
+
+
+def check_capture(capturable: bool, begun: bool) -> None:
+    """Raises RuntimeError inside a CUDA graph capture that could not be replayed."""
+    if not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
+        return
+    if not capturable:
+        raise RuntimeError("step: expected capturable=True under CUDA graph capture, got False")
+    if not begun:
+        raise RuntimeError(
+            "step: expected a step before the CUDA graph capture (it makes the state), got none"
+        )
 
 
 def check_one_process() -> None:
