@@ -93,9 +93,8 @@ def check_selection(kernels, params, active: Entries, k: int) -> None:
     """Selection must be the reference's on a part of the list before it is timed."""
     few = [p.detach() for p in params[-4:]]
     grads = [p.grad for p in params[-4:]]
-    none = Entries.empty(4, DEVICE)
-    got = kernels.select_topk(few, grads, *none, k, EPS, 1.0)
-    expected = reference.select_topk(few, grads, *none, k, EPS, 1.0)
+    arguments = (few, grads, *Entries.empty(4, DEVICE), torch.tensor([k], device=DEVICE), k, EPS, 1.0)
+    got, expected = kernels.select_topk(*arguments), reference.select_topk(*arguments)
     assert all(map(torch.equal, got, expected)), "selection differs from the reference"
 
 
@@ -123,7 +122,7 @@ def measure_backend(backend: str, params, budget: int, k: int, rounds: int) -> d
     )
     optimizer.step()
     shard, kernels = optimizer._shards[0], kernels_for(DEVICE, backend)
-    grads = [p.grad for p in params]
+    grads, wanted = [p.grad for p in params], (torch.tensor([k], device=DEVICE), k)
     check_selection(kernels, params, shard.active, k)
     cpu_began = time.perf_counter()
     optimizer.step()
@@ -131,7 +130,7 @@ def measure_backend(backend: str, params, budget: int, k: int, rounds: int) -> d
     return {
         "method": backend,
         "select_ms": median_ms(
-            lambda: kernels.select_topk(shard.params, grads, *shard.active, k, EPS, 1.0), rounds
+            lambda: kernels.select_topk(shard.params, grads, *shard.active, *wanted, EPS, 1.0), rounds
         ),
         "step_ms": median_ms(optimizer.step, rounds),
         "host_ms_of_one_step": host_ms,

@@ -31,7 +31,7 @@ class Join:
         self._offsets.copy_(self._held.offsets)
 
     def run(self) -> None:
-        KERNELS.join_([self._indices, *self._beside], self._offsets, *self._joining)
+        KERNELS.join_([self._indices, *self._beside], self._offsets, *self._joining, [None] * 3)
 
     def check(self) -> None:
         self.prepare()
@@ -51,7 +51,9 @@ def timed_growth(inputs: Inputs, increment: int) -> tuple[dict[str, Timed], int]
     """`static`: the update at B; `update_i`, `join_i`: those along the growing run. And B."""
     budget = int(SHARE * inputs.n_entries)
     none = Entries.empty(len(inputs.weights))
-    selected = KERNELS.select_topk(inputs.weights, inputs.grads, *none, budget, EPS, EXP)
+    selected = KERNELS.select_topk(
+        inputs.weights, inputs.grads, *none, torch.tensor([budget]), budget, EPS, EXP
+    )
     entries, scores = Entries(*selected[:2]), selected[2]
     starts = torch.tensor(inputs.starts[:-1]).repeat_interleave(entries.offsets.diff())
     check_selection(inputs, starts.new_empty(0), starts + entries.indices, EXP)

@@ -25,7 +25,7 @@ class Update:
     def run(self) -> None:
         state = (*self._moments, None, None, self._step)
         hyperparameters = (LEARNING_RATE, 0.9, 0.999, 1e-8, 0.0, False)
-        KERNELS.adamw_(self._weights, self._grads, *self._entries, *state, *hyperparameters, None, None, None)
+        KERNELS.adamw_(self._weights, self._grads, *self._entries, *state, *hyperparameters, *[None] * 4)
 
 
 def active_entries(ours: Ours) -> Entries:
@@ -37,7 +37,10 @@ def timed_selections(case: Case, inputs: Inputs) -> dict[str, Timed]:
     methods = start_everyone(case, inputs)
     ours = methods["id3"]
     weights, entries, k = [p.detach() for p in ours.params], active_entries(ours), case.counts()[3]
-    timed = {"id3": Timed(lambda: KERNELS.select_topk(weights, inputs.grads, *entries, k, EPS, case.exp))}
+    wanted = (torch.tensor([k]), k)
+    timed = {
+        "id3": Timed(lambda: KERNELS.select_topk(weights, inputs.grads, *entries, *wanted, EPS, case.exp))
+    }
     dense = methods["dense"]
     dense.prepare()
     timed["dense"] = Timed(dense.select)
