@@ -101,6 +101,16 @@ def test_nobody_is_wanted(backend, k):
     assert not held.score.any()
 
 
+def test_fewer_are_wanted_than_before(cpu):
+    grads = [torch.arange(1.0, 10.0), torch.arange(5.0, 8.0)]
+    problem = cases.Problem([torch.ones(9), torch.ones(3)], grads, None, 3)
+    held = Candidates.none(cpu, 8, torch.float32)
+    collect(cpu, problem, (0,), held, 1.0, 0.0)
+    held.k.fill_(3)
+    collect(cpu, problem, (0, 1), held, 1.0, 0.0, again=True)
+    held.check(problem, oracle.topk([g.numpy() for g in grads], None, 3))
+
+
 @pytest.mark.parametrize("more_room", [False, True])
 @pytest.mark.parametrize("k", [1, 10, 100], ids=lambda k: f"k={k}")
 def test_again_keeps_the_best_score_of_each_entry_and_its_gradient(backend, k, more_room):
