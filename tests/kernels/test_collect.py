@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from id3_kernels import Entries
+from id3_kernels.backend import candidate_room
 from id3_kernels.reference import wide_dtype
 
 
@@ -167,13 +168,13 @@ class NoQuestions(TorchDispatchMode):
 def test_a_gpu_hook_never_waits(monkeypatch, given_score, again, numel):
     """What Triton's collect_ does between its kernels, which the interpreter is not asked to run here."""
     launch = pytest.importorskip("id3_kernels.triton.launch", reason="triton is not installed")
-    from id3_kernels.triton import candidate_room, collect_
+    from id3_kernels.triton import collect_
 
     monkeypatch.setattr(launch, "run", lambda *_: None)
     monkeypatch.setattr(launch, "check", lambda *_: None)
     param, grad, indices = torch.ones(numel), torch.ones(numel), torch.tensor([1, 5, 7], dtype=torch.int32)
     score = grad.clone() if given_score else None
-    room, length = candidate_room(4)
+    room, length = candidate_room(torch.device("cpu"), "triton", 4)
     best = torch.zeros(room), torch.full((room,), -1), torch.zeros(room)
     state, k = torch.zeros(length, dtype=torch.int64), torch.tensor([4])
     entries = torch.tensor([0, 3]), indices, torch.zeros(3)
