@@ -103,13 +103,14 @@ def test_nobody_is_wanted(backend, k):
 
 
 def test_fewer_are_wanted_than_before(cpu):
-    grads = [torch.arange(1.0, 10.0), torch.arange(5.0, 8.0)]
-    problem = cases.Problem([torch.ones(9), torch.ones(3)], grads, None, 3)
+    """An entry that is no longer among the best comes back with a larger score."""
+    first, later = torch.arange(1.0, 10.0), torch.zeros(9)
+    later[3] = 20.0
     held = Candidates.none(cpu, 8, torch.float32)
-    collect(cpu, problem, (0,), held, 1.0, 0.0)
+    collect(cpu, cases.Problem([torch.ones(9)], [first], None, 8), (0,), held, 1.0, 0.0)
     held.k.fill_(3)
-    collect(cpu, problem, (0, 1), held, 1.0, 0.0, again=True)
-    held.check(problem, oracle.topk([g.numpy() for g in grads], None, 3))
+    collect(cpu, cases.Problem([torch.ones(9)], [later], None, 3), (0,), held, 1.0, 0.0, again=True)
+    assert [x.tolist() for x in held.best()] == [[20.0, 9.0, 8.0], [3, 8, 7], [20.0, 9.0, 8.0]]
 
 
 @pytest.mark.parametrize("more_room", [False, True])
