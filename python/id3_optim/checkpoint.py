@@ -73,8 +73,7 @@ def load_state_dict(
     for p, dense_state in optimizer.state.items():
         dense_state["step"] = dense_state["step"].to(p.device, torch.float32)
     optimizer.state[MARKER] = {}
-    optimizer._progress.forget_targets()
-    optimizer._progress.done = saved["step"]
+    optimizer._progress.begin_at(saved["step"])
     if optimizer.total_steps is None:
         optimizer.total_steps = saved["total_steps"]
     optimizer._shards = []

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from .state import moved
+
 
 def numbers_of(
     group: dict[str, Any], device: torch.device
@@ -16,7 +18,7 @@ def numbers_of(
     """(lr, beta1, beta2, eps, weight_decay) of a param group; a learning rate on a GPU comes as a tensor."""
     lr, tensor_lr = group["lr"], None
     if isinstance(lr, Tensor) and lr.device.type != "cpu":
-        lr, tensor_lr = 0.0, lr.to(device, non_blocking=True)
+        lr, tensor_lr = 0.0, moved(lr, device)
     numbers = float(lr), *map(float, group["betas"]), float(group["eps"]), float(group["weight_decay"])
     return numbers, tensor_lr
 

@@ -20,8 +20,8 @@ from .progress import Progress, Wanted
 from .release import Release
 from .schedules import Schedule, uniform
 from .selection import Selection, select
-from .shards import adopt, reserve
-from .state import Layout, Shard, trainable_entries
+from .shards import Joined, adopt, join, leave, replace, reserve
+from .state import Layout, Shard, moved, trainable_entries
 
 _OWN_STATE = (
     "budget", "budget_given", "heuristic", "strategy", "schedule", "total_steps", "bias_correction",
@@ -159,11 +159,13 @@ class ID3AdamW(torch.optim.Optimizer):
             self.budget = schedules.resolve_budget(self.budget_given, n_entries)
             self.n_entries = n_entries
         if not self._shards:
+            shards: list[Shard] = []
             for i, group in enumerate(self.param_groups):
                 if not group["dense"]:
-                    adopt(self._shards, self.param_groups, i, self._layout)
-            validation.check_one_device(self._layout.capturable, self._shards)
-            reserve(self._shards, self.budget)
+                    adopt(shards, self.param_groups, i, self._layout)
+            validation.check_one_device(self._layout.capturable, shards)
+            reserve(shards, self.budget)
+            self._shards = shards
         if not self._progress.targets and self.total_steps is not None and self._shards:
             schedule = self.schedule if self.strategy == "increment" else schedules.one_shot
             self._progress.tabulate(schedule, self.total_steps, self.budget, self._shards[0].device)
@@ -190,9 +192,13 @@ class ID3AdamW(torch.optim.Optimizer):
             self._release.take_rest(self)
         grads, fine = gradients.of_step(self), gradients.without_overflow(self)
         started = time.perf_counter()
-        self._select_and_join(grads, fine)
+        joined = self._select_and_join(grads, fine)
         selected = time.perf_counter()
-        self._update(grads, fine)
+        try:
+            self._update(grads, fine)
+        except BaseException:  # out of memory, as a rule; whoever catches it may try the step again
+            leave(joined)
+            raise
         self.phase_seconds["select"] += selected - started
         self.phase_seconds["update"] += time.perf_counter() - selected
         self._forget_gradients()
@@ -223,19 +229,24 @@ class ID3AdamW(torch.optim.Optimizer):
         validation.check_capture(self._layout.capturable, bool(self._shards))
         self._begin()
 
-    def _select_and_join(self, grads: gradients.Gradients, fine: Tensor | None) -> None:
-        wanted, repeat = self._wanted(), self.strategy == "repeat"
+    def _select_and_join(self, grads: gradients.Gradients, fine: Tensor | None) -> Joined:
+        """Returns what can be undone, which is nothing with "repeat"."""
+        wanted = self._wanted()
         if wanted is None:
-            return
+            return []
         if fine is not None:
             wanted = wanted._replace(k=wanted.k * fine)
         if self._release is not None:
-            newest = self._release.join(self._shards, wanted)
+            picked, values, *newest = self._release.chosen(self._shards, wanted)
         else:
-            picked, *newest = select(self._shards, grads, self.heuristic, wanted, self._names(), fresh=repeat)
-            for shard, new in zip(self._shards, picked, strict=True):
-                shard.replace(new) if repeat else shard.join(new)
+            values, fresh = [None for _ in self._shards], self.strategy == "repeat"
+            picked, *newest = select(self._shards, grads, self.heuristic, wanted, self._names(), fresh)
+        if self.strategy == "repeat":
+            joined = replace(self._shards, picked)
+        else:
+            joined = join(self._shards, picked, values)
         self.last_selection = Selection(self._progress.now(), *newest)
+        return joined
 
     def _wanted(self) -> Wanted | None:
         if not self._shards:
@@ -248,12 +259,12 @@ class ID3AdamW(torch.optim.Optimizer):
         scale, clip = getattr(self, "grad_scale", None), gradients.clip_coefficient(self, grads)
         scalars = scale, None if fine is None else self.found_inf, clip
         for shard, g in zip(self._shards, grads, strict=True):
-            shard.count_step(g, self._progress.done + 1, fine)
-            here = [None if x is None else x.to(shard.device, non_blocking=True) for x in scalars]
+            here = [None if x is None else moved(x, shard.device) for x in scalars]
             for part in shard.slices:
                 group = self.param_groups[part.group]
                 numbers, lr = numbers_of(group, shard.device)
                 shard.update(part, g, *numbers, group["maximize"], *here, lr)
+            shard.count_step(g, self._progress.done + 1, fine)
         for group in self.param_groups:
             if group["dense"]:
                 update_dense(self.state, group, *scalars)

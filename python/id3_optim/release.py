@@ -23,7 +23,7 @@ from .gradients import check_gradient, check_place
 from .heuristics import D3, scores
 from .progress import Wanted
 from .selection import NOBODY, best_of, entries_at, gathered
-from .state import Shard
+from .state import Shard, moved
 from .validation import check_one_process
 
 if TYPE_CHECKING:
@@ -204,28 +204,30 @@ class Release:
         for shard in shards[len(self.best) :]:
             self._k.append(torch.zeros(1, dtype=torch.int64, device=shard.device))
             if self._wanted is not None:
-                self._k[-1].copy_(self._wanted.k, non_blocking=True)
+                self._k[-1].copy_(moved(self._wanted.k, shard.device))
             capacity = self._wanted.capacity if self._wanted is not None else 0
             self.best.append(Best.nobody(min(capacity, shard.numel), shard))
 
     # --- what a step takes ---------------------------------------------------------------------------
 
-    def join(self, shards: list[Shard], wanted: Wanted) -> tuple[Tensor, Tensor]:
-        """Makes the best entries active, with the gradients they were chosen by.
-
-        Returns their scores in order of place and how many they are. Never asks a GPU for anything.
-        """
+    def chosen(
+        self, shards: list[Shard], wanted: Wanted
+    ) -> tuple[list[Entries], list[Tensor], Tensor, Tensor]:
+        """The best entries of each shard and the gradients they were chosen by; what they scored, in order of
+        place, and how many they are. Never asks a GPU for anything."""
         place, score = gathered([(best.place, best.score) for best in self.best], shards[0].device)
         taken = best_of(place, score, wanted.k)
         place, order = torch.where(taken, place, NOBODY).sort()
         score = torch.where(taken, score, 0)[order][: wanted.capacity]
         mine = taken.split([best.score.numel() for best in self.best])
-        for shard, best, chosen in zip(shards, self.best, mine, strict=True):
-            chosen = chosen.to(shard.device, non_blocking=True)
-            new, order = entries_at(shard, torch.where(chosen, best.place, NOBODY))
+        picked, values = [], []
+        for shard, best, here in zip(shards, self.best, mine, strict=True):
+            here = moved(here, shard.device)
+            new, order = entries_at(shard, torch.where(here, best.place, NOBODY))
             n = min(wanted.capacity, shard.numel)
-            shard.join(Entries(new.offsets, new.indices[:n]), best.grad[order][:n])
-        return score, (place < NOBODY).sum()
+            picked.append(Entries(new.offsets, new.indices[:n]))
+            values.append(best.grad[order][:n])
+        return picked, values, score, (place < NOBODY).sum()
 
     def scaled_tensors(self, optimizer: ID3AdamW) -> list[Tensor]:
         """All that is proportional to the loss scale, as the tensors (and parts of tensors) that hold it."""

@@ -15,7 +15,7 @@ from id3_kernels import Entries
 
 from .heuristics import D3, Heuristic, scores
 from .progress import Wanted
-from .state import Shard
+from .state import Shard, moved
 
 NOBODY = 1 << 62  # behind every place
 
@@ -66,7 +66,7 @@ def select(
         return [Entries(offsets, indices)], score, offsets[-1]
     found = []
     for shard, g in zip(shards, grads, strict=True):
-        here = Wanted(wanted.k.to(shard.device, non_blocking=True), wanted.capacity)
+        here = Wanted(moved(wanted.k, shard.device), wanted.capacity)
         if isinstance(heuristic, D3):
             found.append(_placed(shard, *_by_d3(shard, g, heuristic, here, fresh)))
         else:
@@ -85,7 +85,7 @@ def best_of(place: Tensor, score: Tensor, k: Tensor) -> Tensor:
 
 def gathered(found: list[tuple[Tensor, Tensor]], device: torch.device) -> tuple[Tensor, Tensor]:
     """All places and scores (float64 where dtypes differ) in one list each, on `device`."""
-    place, score = ([x.to(device, non_blocking=True) for x in column] for column in zip(*found, strict=True))
+    place, score = ([moved(x, device) for x in column] for column in zip(*found, strict=True))
     if len({s.dtype for s in score}) > 1:
         score = [s.double() for s in score]
     return torch.cat(place), torch.cat(score)
@@ -93,7 +93,7 @@ def gathered(found: list[tuple[Tensor, Tensor]], device: torch.device) -> tuple[
 
 def entries_at(shard: Shard, place: Tensor) -> tuple[Entries, Tensor]:
     """Those of the places that lie in the shard, as its entries, and where each of them stands in `place`."""
-    place = place.to(shard.device, non_blocking=True)
+    place = moved(place, shard.device)
     positions = shard.position_table
     owner = torch.searchsorted(positions, place >> 32).clamp_(max=positions.numel() - 1)
     here = positions[owner] == place >> 32

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+from torch import Tensor
+
+from id3_kernels import Entries
+
 from .state import Layout, Shard
+
+Joined = list[tuple[Shard, Entries]]
 
 
 def adopt(shards: list[Shard], param_groups: list[dict[str, Any]], i: int, layout: Layout) -> None:
@@ -26,3 +33,29 @@ def reserve(shards: list[Shard], budget: int) -> None:
         asks = shard.device.type != "cpu" or shard.layout.capturable
         if asks or len(shards) == 1:
             shard.reserve(shard.limit)
+
+
+def join(shards: list[Shard], picked: list[Entries], gradients: Sequence[Tensor | None]) -> Joined:
+    """Makes the entries active, in all shards or, if that fails, in none."""
+    joined: Joined = []
+    try:
+        for shard, new, gradient in zip(shards, picked, gradients, strict=True):
+            shard.join(new, gradient)
+            joined.append((shard, new))
+    except BaseException:
+        leave(joined)
+        raise
+    return joined
+
+
+def leave(joined: Joined) -> None:
+    """Undoes a join whose step has failed, so that the step can be tried again."""
+    for shard, new in joined:
+        shard.leave(new)
+
+
+def replace(shards: list[Shard], picked: list[Entries]) -> Joined:
+    """Makes the entries the active ones (strategy repeat); nothing of it can be undone."""
+    for shard, new in zip(shards, picked, strict=True):
+        shard.replace(new)
+    return []

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from id3_kernels import Entries, backend
 from id3_kernels.checks import LOW_PRECISION
+from id3_kernels.entries import sort_keys
 
 
 @dataclass(frozen=True)
@@ -159,6 +160,18 @@ class Shard:
         self.kernels.join_(list(arrays), self.offsets, *new, [first.get(name) for name in names[1:]])
         self._bounds = None
 
+    def leave(self, new: Entries) -> None:
+        """Takes back `join(new)`, before anything was updated. Waits for a GPU."""
+        new = new.trimmed()
+        n = self.n_active
+        stays = torch.ones(n, dtype=torch.bool, device=self.device)
+        n_new = new.indices.numel()
+        stays[torch.searchsorted(sort_keys(self.active, n), sort_keys(new, n_new))] = False
+        for array in self.arrays.values():
+            array[: n - n_new] = array[:n][stays]
+        self.offsets -= new.offsets
+        self._bounds = None
+
     def replace(self, new: Entries) -> None:
         """Makes `new` the active set (strategy repeat): who stays keeps its state, who leaves drops it."""
         new = new.trimmed()
@@ -225,7 +238,7 @@ class Shard:
         if tuple(present) not in self._masks:
             if len(self._masks) == 64:
                 self._masks.clear()
-            self._masks[tuple(present)] = torch.tensor(present).to(self.device, non_blocking=True)
+            self._masks[tuple(present)] = moved(torch.tensor(present), self.device)
         return self._masks[tuple(present)]
 
     def released(self) -> Tensor:
@@ -267,7 +280,7 @@ class Shard:
             self.offsets[first : last + 1],
             self.arrays["indices"],
             *state,
-            self.steps[first:last],
+            self.steps[first:last] + 1,  # counted when all groups are done, so that a step that fails is not
             *numbers,
         )
         torch.autograd.graph.increment_version(self.params[first:last])
@@ -319,6 +332,11 @@ def _bounds(rows: list[Tensor]) -> list[int]:
     for row in rows:
         bounds.append(bounds[-1] + row.numel())
     return bounds
+
+
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on `device`; nobody waits but the CPU, which would read what has not arrived yet."""
+    return tensor.to(device, non_blocking=device.type != "cpu")
 
 
 def trainable_entries(param_groups: list[dict]) -> int:

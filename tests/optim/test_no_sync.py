@@ -9,7 +9,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from id3_kernels import backend, reference
-from id3_optim import D3, Fisher, ID3AdamW, Magnitude, heuristics
+from id3_optim import D3, Fisher, ID3AdamW, Magnitude, heuristics, progress
 
 SHAPES = ((300,), (40, 30), (7, 5, 3), (1,))
 
@@ -37,11 +37,22 @@ def copy_(t, value, non_blocking=False):
     return t
 
 
+class NoReport:
+    """Of a number that is always on its way: there are no events here."""
+
+    def send(self, number):
+        assert number.shape == (1,) and number.device.type == "cuda"
+
+    def newest(self, before):
+        return before
+
+
 @pytest.fixture(autouse=True)
 def on_a_gpu(monkeypatch):
     monkeypatch.setattr(FakeTensor, "__getitem__", item, raising=False)
     monkeypatch.setattr(FakeTensor, "__setitem__", set_item, raising=False)
     monkeypatch.setattr(FakeTensor, "copy_", copy_, raising=False)
+    monkeypatch.setattr(progress, "Report", NoReport)
     monkeypatch.setattr(backend, "for_gpu", lambda: reference)
     with FakeTensorMode(), torch.no_grad():
         yield
@@ -129,6 +140,23 @@ def test_the_verdict_of_a_scaler_stays_on_the_device_where_it_is_capturable():
     optimizer.found_inf = torch.zeros(1, device="cuda:0")
     optimizer.grad_scale = torch.ones((), device="cuda:0")
     optimizer.step()
+
+
+def test_what_the_gpu_reported_bounds_what_is_looked_for(monkeypatch):
+    reported, capacities = iter([0, 0, 6, 12, 18, 18]), []
+    wanted = progress.Progress.wanted
+
+    def spy(self, shards):
+        found = wanted(self, shards)
+        capacities.append(found and found.capacity)
+        return found
+
+    monkeypatch.setattr(NoReport, "newest", lambda self, before: next(reported))
+    monkeypatch.setattr(progress.Progress, "wanted", spy)
+    optimizer = ID3AdamW(model(), budget=18, total_steps=3)
+    for _ in range(6):
+        optimizer.step()
+    assert capacities == [6, 12, 12, 6, None, None]  # the targets are 6, 12, 18
 
 
 @pytest.mark.parametrize("ask", ["n_active", "steps_done", "bounds"])
