@@ -4,6 +4,7 @@
 #include <ATen/core/Tensor.h>
 #include <c10/util/Exception.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <limits>
 #include <string>
@@ -71,6 +72,19 @@ inline void check_vector(const std::string& name, const at::Tensor& t, at::Scala
   TORCH_CHECK_VALUE(t.scalar_type() == dtype && t.dim() == 1 && t.is_contiguous() && t.numel() >= length,
                     name, ": expected a contiguous vector of ", length, " ", dtype, ", got ", t.scalar_type(),
                     " ", shape_text(t.sizes()));
+}
+
+inline void check_one_element(const std::string& name, const at::Tensor& t) {
+  check_on_cpu(name, t);
+  TORCH_CHECK_VALUE(t.numel() == 1, name, ": expected one element, got ", shape_text(t.sizes()));
+}
+
+// How many entries are wanted: none for a negative k, no more than there is room for.
+inline int64_t wanted(const at::Tensor& k, int64_t capacity) {
+  check_one_element("k", k);
+  TORCH_CHECK_VALUE(k.scalar_type() == at::kLong, "k: expected int64, got ", k.scalar_type());
+  TORCH_CHECK_VALUE(capacity >= 0, "capacity: expected at least 0, got ", capacity);
+  return std::clamp<int64_t>(*k.const_data_ptr<int64_t>(), 0, capacity);
 }
 
 }  // namespace id3

@@ -42,13 +42,19 @@ bool lower_index(const Found<Value>& a, const Found<Value>& b) {
   return a.index < b.index;
 }
 
-// The best k entries of all tensors so far, best first; a score of 0 is no entry and stands at the end.
+// The best k entries of all tensors so far, best first; a score of 0 is no entry and stands at the end. Room
+// for more than k stays empty.
 template <class Value>
 struct Best {
   Value* score;
   int64_t* place;  // tensor position << 32 | flat index
   Value* grad;
-  int64_t k;
+  int64_t k, room;
+
+  // What is held where no more than k belong; left by a call with a larger k.
+  void drop_behind() {
+    for (int64_t i = k; i < room && place[i] != -1; ++i) put(i, 0, -1, 0);
+  }
 
   int64_t held() const {
     return std::partition_point(score, score + k, [](Value s) { return s > Value(0); }) - score;
@@ -235,10 +241,10 @@ class Collector {
 struct Arguments {
   const at::Tensor &param, &grad;
   const std::optional<at::Tensor>& score;
-  const at::Tensor &indices, &values;
+  const at::Tensor &offsets, &indices, &values;
   bool add;
   int64_t position;
-  const at::Tensor &best_score, &best_place, &best_grad;
+  const at::Tensor &best_score, &best_place, &best_grad, &k;
   bool again;
   double eps, exp;
 };
@@ -246,24 +252,25 @@ struct Arguments {
 template <class Value>
 void collect(const Arguments& a) {
   const auto dtype = at::CppTypeToScalarType<Value>::value;
-  const int64_t n = a.indices.numel(), k = a.best_score.numel();
-  check_vector("indices", a.indices, at::kInt, n);
-  check_vector("values", a.values, dtype, n);
-  check_vector("best_score", a.best_score, dtype, k);
-  check_vector("best_place", a.best_place, at::kLong, k);
-  check_vector("best_grad", a.best_grad, dtype, k);
+  const EntriesView entries = view_entries("", a.offsets, a.indices, 1);
+  const int64_t room = a.best_score.numel(), k = wanted(a.k, room);
+  check_vector("values", a.values, dtype, entries.end());
+  check_vector("best_score", a.best_score, dtype, room);
+  check_vector("best_place", a.best_place, at::kLong, room);
+  check_vector("best_grad", a.best_grad, dtype, room);
   ScoredTensor<Value> scored;
   scored.param = Strided(a.param);
   scored.grad = Strided(a.score ? *a.score : a.grad);
   scored.rule = {exponent_of(a.exp), static_cast<Value>(a.eps), a.exp, a.score.has_value()};
   scored.numel = a.grad.numel();
-  scored.active = a.indices.template const_data_ptr<int32_t>();
-  scored.active_end = scored.active + n;
-  const Collector<Value> collector(scored, Strided(a.grad), a.values.template mutable_data_ptr<Value>(),
-                                   a.add);
+  scored.active = entries.indices + entries.begin();
+  scored.active_end = entries.indices + entries.end();
+  const Collector<Value> collector(scored, Strided(a.grad),
+                                   a.values.template mutable_data_ptr<Value>() + entries.begin(), a.add);
   if (k == 0) return collector.gather_all();
   Best<Value> best{a.best_score.template mutable_data_ptr<Value>(), a.best_place.mutable_data_ptr<int64_t>(),
-                   a.best_grad.template mutable_data_ptr<Value>(), k};
+                   a.best_grad.template mutable_data_ptr<Value>(), k, room};
+  best.drop_behind();
   std::vector<Found<Value>> found = collector.best(k, best.floor(a.position));
   if (a.again) best.drop_repeated(a.position, found);
   std::sort(found.begin(), found.end(), precedes<Value>);
@@ -271,9 +278,10 @@ void collect(const Arguments& a) {
 }
 
 void collect_cpu(const at::Tensor& param, const at::Tensor& grad, const std::optional<at::Tensor>& score,
-                 const at::Tensor& indices, const at::Tensor& values, bool add, int64_t position,
-                 const at::Tensor& best_score, const at::Tensor& best_place, const at::Tensor& best_grad,
-                 bool again, double eps, double exp) {
+                 const at::Tensor& offsets, const at::Tensor& indices, const at::Tensor& values, bool add,
+                 int64_t position, const at::Tensor& best_score, const at::Tensor& best_place,
+                 const at::Tensor& best_grad, const at::Tensor&, const at::Tensor& k, bool again, double eps,
+                 double exp) {
   check_float_tensor("param", param);
   check_grad("grad", grad, param);
   const bool is_double = param.scalar_type() == at::kDouble;
@@ -284,8 +292,8 @@ void collect_cpu(const at::Tensor& param, const at::Tensor& grad, const std::opt
     TORCH_CHECK_VALUE(score->scalar_type() == (is_double ? at::kDouble : at::kFloat),
                       "score: expected float32, or float64 as its parameter, got ", score->scalar_type());
   }
-  const Arguments a{param,      grad,       score,     indices, values, add, position,
-                    best_score, best_place, best_grad, again,   eps,    exp};
+  const Arguments a{param,      grad,       score,     offsets, indices, values, add, position,
+                    best_score, best_place, best_grad, k,       again,   eps,    exp};
   is_double ? collect<double>(a) : collect<float>(a);
 }
 

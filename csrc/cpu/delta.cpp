@@ -47,8 +47,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> union_cpu(const at::T
                                                                      const at::Tensor& b_offsets,
                                                                      const at::Tensor& b_indices) {
   const int64_t tensors = std::max<int64_t>(a_offsets.numel() - 1, 0);
-  const EntriesView a = view_entries("a_", a_offsets, a_indices, tensors),
-                    b = view_entries("b_", b_offsets, b_indices, tensors);
+  const EntriesView a = view_all_entries("a_", a_offsets, a_indices, tensors),
+                    b = view_all_entries("b_", b_offsets, b_indices, tensors);
   const at::Tensor offsets = at::zeros({tensors + 1}, at::kLong),
                    indices = at::empty({a_indices.numel() + b_indices.numel()}, at::kInt),
                    pos_a = at::empty({a_indices.numel()}, at::kLong),
@@ -66,31 +66,44 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> union_cpu(const at::T
   return {offsets, indices, pos_a, pos_b};
 }
 
-at::Tensor join_cpu(at::TensorList arrays, const at::Tensor& offsets, const at::Tensor& b_offsets,
-                    const at::Tensor& b_indices) {
-  TORCH_CHECK_VALUE(!arrays.empty(), "arrays: expected the indices first, got none");
-  const int64_t tensors = std::max<int64_t>(offsets.numel() - 1, 0);
-  const EntriesView held = view_entries("", offsets, arrays[0], tensors),
-                    added = view_entries("b_", b_offsets, b_indices, tensors);
-  for (size_t a = 0; a < arrays.size(); ++a)
-    check_vector(item_name("arrays", a), arrays[a], arrays[a].scalar_type(), held.count() + added.count());
-  const at::Tensor positions = at::empty({b_indices.numel()}, at::kLong);
-  auto* position = positions.mutable_data_ptr<int64_t>();
+// For each added entry the place at which it comes to lie among all.
+std::vector<int64_t> joined_positions(const EntriesView& held, const EntriesView& added) {
+  std::vector<int64_t> positions(added.end());
   int64_t place = 0;  // never falls, even if the entries were not ascending: what follows relies on it
-  for (int64_t j = 0; j < tensors; ++j) {
+  for (int64_t j = 0; j < held.tensors; ++j) {
     place = std::max(place, held.offsets[j]);
     for (int64_t i = added.offsets[j]; i < added.offsets[j + 1]; ++i) {
       const int32_t* end = held.indices + held.offsets[j + 1];
       place = std::lower_bound(held.indices + place, end, added.indices[i]) - held.indices;
-      position[i] = place + i;
+      positions[i] = place + i;
     }
   }
-  Gaps(position, added.count(), held.count()).open(arrays);
-  auto* index = arrays[0].mutable_data_ptr<int32_t>();
-  for (int64_t i = 0; i < added.count(); ++i) index[position[i]] = added.indices[i];
+  return positions;
+}
+
+void join_cpu(at::TensorList arrays, const at::Tensor& offsets, const at::Tensor& b_offsets,
+              const at::Tensor& b_indices, const OptionalTensors& b_values) {
+  TORCH_CHECK_VALUE(!arrays.empty(), "arrays: expected the indices first, got none");
+  TORCH_CHECK_VALUE(b_values.size() == arrays.size() - 1, "b_values: expected ", arrays.size() - 1, ", got ",
+                    b_values.size());
+  const int64_t tensors = std::max<int64_t>(offsets.numel() - 1, 0);
+  const EntriesView held = view_all_entries("", offsets, arrays[0], tensors),
+                    added = view_all_entries("b_", b_offsets, b_indices, tensors);
+  std::vector<Gapped> gapped;
+  for (size_t a = 0; a < arrays.size(); ++a) {
+    const at::Tensor& array = arrays[a];
+    const auto dtype = array.scalar_type();
+    check_vector(item_name("arrays", a), array, dtype, held.end() + added.end());
+    const std::optional<at::Tensor> fill = a == 0 ? b_indices : b_values.get(a - 1);
+    if (fill && a > 0) check_vector(item_name("b_values", a - 1), *fill, dtype, added.end());
+    gapped.push_back({static_cast<char*>(array.mutable_data_ptr()),
+                      fill ? static_cast<const char*>(fill->const_data_ptr()) : nullptr,
+                      static_cast<int64_t>(array.element_size())});
+  }
+  const std::vector<int64_t> positions = joined_positions(held, added);
+  Gaps(positions.data(), added.end(), held.end()).open(gapped);
   auto* offset = offsets.mutable_data_ptr<int64_t>();
   for (int64_t j = 0; j <= tensors; ++j) offset[j] += added.offsets[j];
-  return positions;
 }
 
 // visit(T()) for an unsigned integer of the element's size: entries are moved as bits.
@@ -113,7 +126,7 @@ void visit_bits(const at::Tensor& t, const Visit& visit) {
 // visit(first, count, places) for all entries of the tensors in blocks; places is where they lie.
 template <class Visit>
 void for_each_block(at::TensorList tensors, const EntriesView& entries, const Visit& visit) {
-  at::parallel_for(0, entries.count(), kGrain, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, entries.end(), kGrain, [&](int64_t begin, int64_t end) {
     entries.for_each_segment(begin, end, [&](int64_t j, int64_t first, int64_t last) {
       const Strided tensor(tensors[j]);
       for (; first < last; first += kBlock) {
@@ -137,7 +150,7 @@ void check_one_dtype(at::TensorList tensors) {
 
 at::Tensor gather_cpu(at::TensorList tensors, const at::Tensor& offsets, const at::Tensor& indices) {
   check_one_dtype(tensors);
-  const EntriesView entries = view_entries("", offsets, indices, tensors.size());
+  const EntriesView entries = view_all_entries("", offsets, indices, tensors.size());
   if (tensors.empty()) return at::empty({indices.numel()}, at::kFloat);
   const at::Tensor out = at::empty({indices.numel()}, tensors[0].scalar_type());
   visit_bits(out, [&](auto bits) {
@@ -155,9 +168,9 @@ at::Tensor gather_cpu(at::TensorList tensors, const at::Tensor& offsets, const a
 void scatter_cpu(at::TensorList tensors, const at::Tensor& offsets, const at::Tensor& indices,
                  const at::Tensor& values) {
   check_one_dtype(tensors);
-  const EntriesView entries = view_entries("", offsets, indices, tensors.size());
+  const EntriesView entries = view_all_entries("", offsets, indices, tensors.size());
   if (tensors.empty()) return;
-  check_vector("values", values, tensors[0].scalar_type(), entries.count());
+  check_vector("values", values, tensors[0].scalar_type(), entries.end());
   visit_bits(values, [&](auto bits) {
     using T = decltype(bits);
     const T* from = static_cast<const T*>(values.const_data_ptr());
@@ -197,11 +210,12 @@ at::Tensor squared_norm_cpu(const OptionalTensors& tensors, const at::Tensor& of
     const std::optional<at::Tensor> tensor = tensors.get(j);
     if (tensor) check_float_tensor(item_name("tensors", j), *tensor);
   }
-  std::vector<double> sums((entries.count() + kSumBlock - 1) / kSumBlock);
+  std::vector<double> sums((entries.end() - entries.begin() + kSumBlock - 1) / kSumBlock);
   at::parallel_for(0, sums.size(), 1, [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block) {
-      const int64_t stop = std::min((block + 1) * kSumBlock, entries.count());
-      entries.for_each_segment(block * kSumBlock, stop, [&](int64_t j, int64_t first, int64_t last) {
+      const int64_t from = entries.begin() + block * kSumBlock;
+      const int64_t to = std::min(from + kSumBlock, entries.end());
+      entries.for_each_segment(from, to, [&](int64_t j, int64_t first, int64_t last) {
         const std::optional<at::Tensor> tensor = tensors.get(j);
         if (!tensor) return;
         const auto add = tensor->scalar_type() == at::kDouble ? add_squares<double> : add_squares<float>;

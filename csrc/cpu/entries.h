@@ -9,12 +9,14 @@
 namespace id3::cpu {
 
 // A set of entries in M tensors: tensor j owns indices[offsets[j] .. offsets[j + 1]), flat and ascending.
+// What lies in `indices` before offsets[0] belongs to other tensors.
 struct EntriesView {
   const int64_t* offsets;
   const int32_t* indices;
   int64_t tensors;
 
-  int64_t count() const { return offsets[tensors]; }
+  int64_t begin() const { return offsets[0]; }
+  int64_t end() const { return offsets[tensors]; }
 
   // visit(tensor, first, last) for the stretches of the positions [begin, end) that lie in one tensor.
   template <class Visit>
@@ -32,10 +34,20 @@ inline EntriesView view_entries(const char* name, const at::Tensor& offsets, con
                                 int64_t tensors) {
   const std::string prefix(name);
   check_vector(prefix + "offsets", offsets, at::kLong, tensors + 1);
+  TORCH_CHECK_VALUE(offsets.numel() == tensors + 1, prefix, "offsets: expected ", tensors + 1,
+                    " offsets, got ", offsets.numel());
   const EntriesView view{offsets.const_data_ptr<int64_t>(), indices.const_data_ptr<int32_t>(), tensors};
-  TORCH_CHECK_VALUE(view.offsets[0] == 0 && std::is_sorted(view.offsets, view.offsets + tensors + 1), prefix,
-                    "offsets: expected 0 first and no decrease");
-  check_vector(prefix + "indices", indices, at::kInt, view.count());
+  TORCH_CHECK_VALUE(view.begin() >= 0 && std::is_sorted(view.offsets, view.offsets + tensors + 1), prefix,
+                    "offsets: expected at least 0 and no decrease");
+  check_vector(prefix + "indices", indices, at::kInt, view.end());
+  return view;
+}
+
+// Entries of which none belongs to other tensors.
+inline EntriesView view_all_entries(const char* name, const at::Tensor& offsets, const at::Tensor& indices,
+                                    int64_t tensors) {
+  const EntriesView view = view_entries(name, offsets, indices, tensors);
+  TORCH_CHECK_VALUE(view.begin() == 0, name, "offsets: expected 0 first, got ", view.begin());
   return view;
 }
 

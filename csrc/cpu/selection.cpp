@@ -165,24 +165,30 @@ void keep_keys(const Candidates<Value>& candidates, Shortlist<Value>& list) {
   list.kept_tiles = tiles;
 }
 
+// Where the results go. What lies behind the last winner is zero.
 template <class Value>
-Selection select(const Candidates<Value>& candidates, int64_t k) {
-  TORCH_CHECK_VALUE(k >= 0, "k: expected an int of at least 0, got ", k);
-  const int64_t tensors = candidates.tensors();
-  const at::Tensor offsets = at::zeros({tensors + 1}, at::kLong), indices = at::empty({k}, at::kInt),
-                   scores = at::empty({k}, at::CppTypeToScalarType<Value>::value);
-  if (k == 0) return {offsets, indices, scores};
-  Shortlist<Value> list = shortlist(candidates, k);
-  keep_keys(candidates, list);
-  const Parts parts(list.all ? candidates.tiles() : list.tiles.size(), kTileGrain);
-  const auto cut = cut_at<Key<Value>>(k, list.floor, parts, [&](int64_t part, const auto& visit) {
-    TileScorer<Value> scorer(candidates, list);
-    const int64_t end = parts.begin(part + 1);
-    for (int64_t item = parts.begin(part); item < end; ++item) visit(scorer.keys(item), kTile);
-  });
-  auto* offset = offsets.mutable_data_ptr<int64_t>();
-  auto* index = indices.mutable_data_ptr<int32_t>();
-  auto* score = scores.template mutable_data_ptr<Value>();
+struct Winners {
+  at::Tensor offsets, indices, scores;
+
+  Winners(int64_t tensors, int64_t capacity)
+      : offsets(at::zeros({tensors + 1}, at::kLong)),
+        indices(at::empty({capacity}, at::kInt)),
+        scores(at::empty({capacity}, at::CppTypeToScalarType<Value>::value)) {}
+
+  void clear_from(int64_t n) const {
+    const int64_t left = indices.numel() - n;
+    std::fill_n(indices.template mutable_data_ptr<int32_t>() + n, left, 0);
+    std::fill_n(scores.template mutable_data_ptr<Value>() + n, left, Value(0));
+  }
+};
+
+// Writes the keys that the cut takes, tile by tile of the list.
+template <class Value>
+void write(const Candidates<Value>& candidates, const Shortlist<Value>& list, const Parts& parts,
+           const Cut<Key<Value>>& cut, const Winners<Value>& winners) {
+  auto* offset = winners.offsets.template mutable_data_ptr<int64_t>();
+  auto* index = winners.indices.template mutable_data_ptr<int32_t>();
+  auto* score = winners.scores.template mutable_data_ptr<Value>();
   parts.run([&](int64_t part) {
     auto [out, ties] = cut.parts[part];
     TileScorer<Value> scorer(candidates, list);
@@ -198,36 +204,58 @@ Selection select(const Candidates<Value>& candidates, int64_t k) {
         score[out++] = score_of<Value>(keys[i]);
       }
     }
-    while (part + 1 == parts.count && begun < tensors) offset[++begun] = out;
+    while (part + 1 == parts.count && begun < candidates.tensors()) offset[++begun] = out;
   });
-  return {offsets, indices, scores};
+  winners.clear_from(cut.total);
 }
 
 template <class Value>
-Selection select_by_d3(at::TensorList params, const OptionalTensors& grads, EntriesView active, int64_t k,
-                       double eps, double exp) {
+Selection select(const Candidates<Value>& candidates, const at::Tensor& k_tensor, int64_t capacity) {
+  const int64_t k = wanted(k_tensor, capacity);
+  const Winners<Value> winners(candidates.tensors(), capacity);
+  if (k == 0) {
+    winners.clear_from(0);
+    return {winners.offsets, winners.indices, winners.scores};
+  }
+  Shortlist<Value> list = shortlist(candidates, k);
+  keep_keys(candidates, list);
+  const Parts parts(list.all ? candidates.tiles() : list.tiles.size(), kTileGrain);
+  const auto cut = cut_at<Key<Value>>(k, list.floor, parts, [&](int64_t part, const auto& visit) {
+    TileScorer<Value> scorer(candidates, list);
+    const int64_t end = parts.begin(part + 1);
+    for (int64_t item = parts.begin(part); item < end; ++item) visit(scorer.keys(item), kTile);
+  });
+  write(candidates, list, parts, cut, winners);
+  return {winners.offsets, winners.indices, winners.scores};
+}
+
+template <class Value>
+Selection select_by_d3(at::TensorList params, const OptionalTensors& grads, EntriesView active,
+                       const at::Tensor& k, int64_t capacity, double eps, double exp) {
   const ScoreRule<Value> rule{exponent_of(exp), static_cast<Value>(eps), exp};
-  return select(Candidates<Value>(params, grads, active, rule), k);
+  return select(Candidates<Value>(params, grads, active, rule), k, capacity);
 }
 
 template <class Value>
-Selection select_by_given(const OptionalTensors& scores, EntriesView active, int64_t k) {
+Selection select_by_given(const OptionalTensors& scores, EntriesView active, const at::Tensor& k,
+                          int64_t capacity) {
   const ScoreRule<Value> rule{Exponent::zero, 0, 0, true};
-  return select(Candidates<Value>({}, scores, active, rule), k);
+  return select(Candidates<Value>({}, scores, active, rule), k, capacity);
 }
 
 Selection select_topk_cpu(at::TensorList params, const OptionalTensors& grads, const at::Tensor& offsets,
-                          const at::Tensor& indices, int64_t k, double eps, double exp) {
+                          const at::Tensor& indices, const at::Tensor& k, int64_t capacity, double eps,
+                          double exp) {
   check_params(params);
   check_grads(grads, params);
   const EntriesView active = view_entries("active.", offsets, indices, params.size());
   if (!params.empty() && params[0].scalar_type() == at::kDouble)
-    return select_by_d3<double>(params, grads, active, k, eps, exp);
-  return select_by_d3<float>(params, grads, active, k, eps, exp);
+    return select_by_d3<double>(params, grads, active, k, capacity, eps, exp);
+  return select_by_d3<float>(params, grads, active, k, capacity, eps, exp);
 }
 
 Selection select_topk_by_score_cpu(const OptionalTensors& scores, const at::Tensor& offsets,
-                                   const at::Tensor& indices, int64_t k) {
+                                   const at::Tensor& indices, const at::Tensor& k, int64_t capacity) {
   const EntriesView active = view_entries("active.", offsets, indices, scores.size());
   std::optional<at::ScalarType> dtype;
   for (size_t j = 0; j < scores.size(); ++j) {
@@ -239,8 +267,8 @@ Selection select_topk_by_score_cpu(const OptionalTensors& scores, const at::Tens
                       item_name("scores", j), ": expected all float32 or all float64, got ",
                       score->scalar_type());
   }
-  return dtype == at::kDouble ? select_by_given<double>(scores, active, k)
-                              : select_by_given<float>(scores, active, k);
+  return dtype == at::kDouble ? select_by_given<double>(scores, active, k, capacity)
+                              : select_by_given<float>(scores, active, k, capacity);
 }
 
 }  // namespace

@@ -33,6 +33,14 @@ struct Arguments {
   const OptionalTensor &grad_scale, &found_inf, &clip;
 };
 
+// The learning rate: `tensor` in place of `number`, where there is one.
+double learning_rate(double number, const OptionalTensor& tensor) {
+  if (!tensor) return number;
+  check_float_tensor("lr", *tensor);
+  check_one_element("lr", *tensor);
+  return tensor->item<double>();
+}
+
 // `count` entries from the block's buffers; the moments where they lie.
 struct UpdateBlock {
   template <class Value>
@@ -63,7 +71,7 @@ class Update {
  public:
   explicit Update(const Arguments& a)
       : a_(a), entries_(view_entries("", a.offsets, a.indices, a.params.size())) {
-    const int64_t n = entries_.count();
+    const int64_t n = entries_.end();
     const auto dtype = at::CppTypeToScalarType<Value>::value;
     check_vector("exp_avg", a.exp_avg, dtype, n);
     check_vector("exp_avg_sq", a.exp_avg_sq, dtype, n);
@@ -85,7 +93,7 @@ class Update {
   // their positions. Nothing: the tensor has none.
   template <class Gradient>
   void run(bool gathered, const Gradient& gradient) const {
-    at::parallel_for(0, entries_.count(), kGrain, [&](int64_t begin, int64_t end) {
+    at::parallel_for(entries_.begin(), entries_.end(), kGrain, [&](int64_t begin, int64_t end) {
       entries_.for_each_segment(begin, end, [&](int64_t j, int64_t first, int64_t last) {
         const std::optional<Strided> grad = gradient(j);
         if (grad) update_segment(*grad, gathered, j, first, last);
@@ -149,7 +157,8 @@ class Update {
   void tabulate_ages() {
     if (!age_ || entries_.tensors == 0) return;
     const int64_t oldest = *std::max_element(step_, step_ + entries_.tensors);
-    const int64_t length = std::min({oldest + 1, kLongestAge, entries_.count() / 4});
+    const int64_t count = entries_.end() - entries_.begin();
+    const int64_t length = std::min({oldest + 1, kLongestAge, count / 4});
     for (int64_t age = 0; age < length; ++age) by_age_.push_back(correction(age));
   }
 
@@ -208,7 +217,7 @@ void update_from_grads(const Arguments& a, const OptionalTensors& grads) {
 template <class Value>
 void update_from_values(const Arguments& a, const at::Tensor& values) {
   const Update<Value> update(a);
-  check_vector("values", values, values.scalar_type(), update.entries().count());
+  check_vector("values", values, values.scalar_type(), update.entries().end());
   update.run(true, [&](int64_t) { return std::optional<Strided>(values); });
 }
 
@@ -216,10 +225,14 @@ void adamw_cpu(at::TensorList params, const OptionalTensors& grads, const at::Te
                const at::Tensor& indices, const at::Tensor& exp_avg, const at::Tensor& exp_avg_sq,
                const OptionalTensor& master, const OptionalTensor& age, const at::Tensor& step, double lr,
                double beta1, double beta2, double eps, double weight_decay, bool maximize,
-               const OptionalTensor& grad_scale, const OptionalTensor& found_inf,
-               const OptionalTensor& clip) {
-  const Arguments a{params, offsets, indices, exp_avg,      exp_avg_sq, master,     age,       step, lr,
-                    beta1,  beta2,   eps,     weight_decay, maximize,   grad_scale, found_inf, clip};
+               const OptionalTensor& grad_scale, const OptionalTensor& found_inf, const OptionalTensor& clip,
+               const OptionalTensor& tensor_lr) {
+  const Arguments a{params,       offsets,    indices,
+                    exp_avg,      exp_avg_sq, master,
+                    age,          step,       learning_rate(lr, tensor_lr),
+                    beta1,        beta2,      eps,
+                    weight_decay, maximize,   grad_scale,
+                    found_inf,    clip};
   if (overflowed(a)) return;
   check_params(params);
   check_grads(grads, params);
@@ -231,9 +244,13 @@ void adamw_compact_cpu(at::TensorList params, const at::Tensor& values, const at
                        const OptionalTensor& master, const OptionalTensor& age, const at::Tensor& step,
                        double lr, double beta1, double beta2, double eps, double weight_decay, bool maximize,
                        const OptionalTensor& grad_scale, const OptionalTensor& found_inf,
-                       const OptionalTensor& clip) {
-  const Arguments a{params, offsets, indices, exp_avg,      exp_avg_sq, master,     age,       step, lr,
-                    beta1,  beta2,   eps,     weight_decay, maximize,   grad_scale, found_inf, clip};
+                       const OptionalTensor& clip, const OptionalTensor& tensor_lr) {
+  const Arguments a{params,       offsets,    indices,
+                    exp_avg,      exp_avg_sq, master,
+                    age,          step,       learning_rate(lr, tensor_lr),
+                    beta1,        beta2,      eps,
+                    weight_decay, maximize,   grad_scale,
+                    found_inf,    clip};
   if (overflowed(a)) return;
   check_params(params);
   check_float_tensor("values", values);

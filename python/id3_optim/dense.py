@@ -56,7 +56,7 @@ def update_dense(
         [],
         steps,
         fused=all(p.device.type in ("cpu", "cuda") for p in params),
-        found_inf=None if found_inf is None else found_inf.to(device),
+        found_inf=None if found_inf is None else found_inf.to(device).reshape(()),
         amsgrad=False,
         beta1=beta1,
         beta2=beta2,

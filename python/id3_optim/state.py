@@ -234,8 +234,8 @@ class Shard:
         if not all(self.seen):
             at = torch.arange(values.numel(), device=self.device)
             owner = torch.searchsorted(self.offsets[1:], at, right=True).clamp_(max=len(self.seen) - 1)
-            values.masked_fill_(~self._mask(self.seen)[owner], 0)
-        return values
+            self.arrays["gradient"] = torch.where(self._mask(self.seen)[owner], values, 0)
+        return self.arrays["gradient"]
 
     def squared_norm(self, grads: list[Tensor | None] | None) -> Tensor:
         """float64 []: the sum of squares of the active entries' gradients. None: the released ones."""

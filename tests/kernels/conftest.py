@@ -28,6 +28,14 @@ class Backend:
         """The unchecked ops, as an optimizer calls them."""
         return backends.kernels_for(self.device, self.name)
 
+    def count(self, k: int) -> torch.Tensor:
+        """k as the unchecked ops take it."""
+        return torch.tensor([k], device=self.device)
+
+    def candidate_room(self, k: int) -> tuple[int, int]:
+        """What `collect_` wants room for: (candidates, numbers of its state)."""
+        return backends.candidate_room(self.device, self.name, k)
+
     def __getattr__(self, function: str):
         def call(*args, **kwargs):
             with id3_kernels.use_backend(self.name):

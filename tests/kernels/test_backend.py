@@ -164,10 +164,10 @@ def step(params, grads, n_active, k):
     m, v = (torch.zeros(n_active + k).fill_(0.1) for _ in range(2))
     ballast = mmap.mmap(-1, status("VmPeak") - status("VmSize") + mmap.PAGESIZE)  # so that now is the peak
     before = status("VmPeak")
-    new = table.select_topk(params, grads, offsets, index[:n_active], k, 1.0, 2.0)
-    table.join_([index, m, v], offsets, new[0], new[1])
+    new = table.select_topk(params, grads, offsets, index[:n_active], torch.tensor([k]), k, 1.0, 2.0)
+    table.join_([index, m, v], offsets, new[0], new[1], [None, None])
     numbers = (1e-3, 0.9, 0.999, 1e-8, 0.0)
-    table.adamw_(params, grads, offsets, index, m, v, None, None, steps, *numbers, False, None, None, None)
+    table.adamw_(params, grads, offsets, index, m, v, None, None, steps, *numbers, False, *[None] * 4)
     return status("VmPeak") - before
 def tensors(size):
     return [torch.empty(size).normal_() for _ in range(4)]

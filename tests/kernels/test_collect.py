@@ -5,6 +5,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from candidates import Candidates, collect
 from cases import SPECIAL_EXPS
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,64 +15,28 @@ from id3_kernels import Entries
 from id3_kernels.reference import wide_dtype
 
 
-def nobody(k, dtype, device="cpu"):
-    """Room for the k best: score, place, gradient."""
-    place = torch.full((k,), -1, device=device)
-    return torch.zeros(k, dtype=dtype, device=device), place, torch.zeros(k, dtype=dtype, device=device)
-
-
-def collect(backend, problem, order, best, eps, exp, scores=None, again=False, values=None, add=False):
-    """Hands the problem's tensors to collect_ in `order`; returns the values at the active entries."""
-    rows = problem.active.lists() if problem.active else [torch.empty(0, dtype=torch.int32)] * len(order)
-    values = values or [
-        torch.full((len(row),), 7.0, dtype=best[0].dtype, device=best[0].device) for row in rows
-    ]
-    for j in order:
-        if problem.grads[j] is not None:
-            given_score = None if scores is None else backend.here(scores[j])
-            backend.table.collect_(
-                backend.here(problem.params[j]), backend.here(problem.grads[j]), given_score,
-                backend.here(rows[j]), values[j], add, j, *best, again, eps, exp,
-            )  # fmt: skip
-    return values
-
-
-def check_best(problem, best, expected, dtype):
-    """Best first, ties to the lowest place, and each with its gradient; behind them nobody."""
-    offsets, indices, scores = expected
-    owner = np.repeat(np.arange(len(problem.params)), np.diff(offsets))
-    order = np.argsort(-scores, kind="stable")
-    n = len(order)
-    want = (owner.astype(np.int64) << 32 | indices)[order]
-    score, place, grad = (x.cpu() for x in best)
-    np.testing.assert_array_equal(place.numpy(), np.concatenate([want, np.full(len(place) - n, -1)]))
-    oracle.check_bits(score[:n], torch.from_numpy(scores[order].copy()))
-    rows = [None if g is None else torch.from_numpy(oracle.array(g)) for g in problem.grads]
-    for i in range(n):
-        oracle.check_bits(grad[i], rows[want[i] >> 32][want[i] & 0xFFFFFFFF])
-    assert not score[n:].any() and not grad[n:].any()
-
-
 @pytest.mark.parametrize("exp", SPECIAL_EXPS)
 def test_same_entries_as_the_selection_over_all_tensors(backend, exp):
     @backend.examples(25, interpreted=4)
-    @given(cases.recipes(backend.has_float64), st.randoms(use_true_random=False))
-    def check(recipe, random):
+    @given(cases.recipes(backend.has_float64), st.booleans(), st.randoms(use_true_random=False))
+    def check(recipe, more_room, random):
         problem = cases.build(recipe)
         dtype = wide_dtype(problem.params[0].dtype)
         k = min(problem.k, sum(problem.sizes()))
         order = random.sample(range(len(problem.params)), len(problem.params))
-        best = nobody(k, dtype, backend.device)
-        values = collect(backend, problem, order, best, 1.0, exp)
+        held = Candidates.none(backend, k, dtype, room=3 * k + 5 if more_room else k)
+        values = collect(backend, problem, order, held, 1.0, exp)
         scores = [
             None if g is None else oracle.d3_score(p, g, 1.0, exp)
             for p, g in zip(problem.params, problem.grads, strict=True)
         ]
-        check_best(problem, best, oracle.topk(scores, problem.active, k), dtype)
-        if problem.active:
-            for row, g, got in zip(problem.active.lists(), problem.grads, values, strict=True):
-                want = 7.0 * torch.ones(len(row)) if g is None else oracle.array(g)[row.numpy()]
-                oracle.check_bits(got.cpu(), torch.as_tensor(want, dtype=dtype))
+        held.check(problem, oracle.topk(scores, problem.active, k))
+        want = torch.full(values.shape, 7.0, dtype=dtype)
+        for j, g in enumerate(problem.grads if problem.active else []):
+            if g is not None:
+                begin, end = problem.active.offsets[j : j + 2].tolist()
+                want[begin:end] = torch.from_numpy(oracle.array(g))[problem.active.of(j).long()]
+        oracle.check_bits(values, want)
 
     check()
 
@@ -87,9 +52,9 @@ def test_many_ties_many_tiles_and_any_thread_count(cpu, threads, kind, k):
     scores = [oracle.d3_score(p, g, 1.0, 1.0) for p, g in zip(problem.params, grads, strict=True)]
     for count, order in ((1, (0, 1, 2)), (2, (2, 1, 0)), (3, (1, 2, 0))):
         threads(count)
-        best = nobody(k, torch.float32)
-        collect(cpu, problem, order, best, 1.0, 1.0)
-        check_best(problem, best, oracle.topk(scores, active, k), torch.float32)
+        held = Candidates.none(cpu, k, torch.float32)
+        collect(cpu, problem, order, held, 1.0, 1.0)
+        held.check(problem, oracle.topk(scores, active, k))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
@@ -106,9 +71,9 @@ def test_weights_that_hide_and_weights_that_do_not(cpu, exp, eps, dtype):
     problem = cases.Problem(params, grads, active, 300)
     scores = [oracle.d3_score(p, g, eps, exp) for p, g in zip(params, grads, strict=True)]
     for order in ((0, 1, 2, 3), (3, 2, 1, 0)):
-        best = nobody(300, wide_dtype(dtype))
-        collect(cpu, problem, order, best, eps, exp)
-        check_best(problem, best, oracle.topk(scores, active, 300), wide_dtype(dtype))
+        held = Candidates.none(cpu, 300, wide_dtype(dtype))
+        collect(cpu, problem, order, held, eps, exp)
+        held.check(problem, oracle.topk(scores, active, 300))
 
 
 def test_scores_of_others_and_growing_values(backend):
@@ -116,40 +81,63 @@ def test_scores_of_others_and_growing_values(backend):
     scores = [torch.tensor([0.5, 9.0, 9.0, float("nan")]), torch.tensor([0.25, 9.0])]
     active = Entries.from_lists([[0, 2], [0]])
     problem = cases.Problem([torch.ones(4), torch.ones(2)], grads, active, 3)
-    best = nobody(3, torch.float32, backend.device)
-    values = collect(backend, problem, (1, 0), best, 1.0, 1.0, scores)
-    collect(backend, problem, (0, 1), best, 1.0, 1.0, scores, again=True, values=values, add=True)
-    assert [v.tolist() for v in values] == [[2.0, 6.0], [10.0]]
-    assert best[0].tolist() == [9.0, 9.0, 0.0]
-    assert best[1].tolist() == [1, (1 << 32) + 1, -1]
-    assert best[2].tolist() == [-2.0, 6.0, 0.0]
+    held = Candidates.none(backend, 3, torch.float32)
+    values = collect(backend, problem, (1, 0), held, 1.0, 1.0, scores=scores)
+    collect(backend, problem, (0, 1), held, 1.0, 1.0, scores=scores, again=True, values=values, add=True)
+    assert values[:3].tolist() == [2.0, 6.0, 10.0]
+    assert [x.tolist() for x in held.best()] == [[9.0, 9.0], [1, (1 << 32) + 1], [-2.0, 6.0]]
 
 
+@pytest.mark.parametrize("k", [-3, 0])
+def test_nobody_is_wanted(backend, k):
+    """The values at active entries are kept all the same."""
+    active = Entries.from_lists([[0], [1, 2]])
+    problem = cases.Problem([torch.ones(3)] * 2, [torch.tensor([1.0, 2.0, 3.0])] * 2, active, k)
+    held = Candidates.none(backend, 4, torch.float32)
+    held.k.fill_(k)
+    values = collect(backend, problem, (1, 0), held, 1.0, 1.0)
+    assert values.tolist() == [1.0, 2.0, 3.0, 7.0, 7.0, 7.0]
+    assert held.place.eq(-1).all()
+    assert not held.score.any()
+
+
+@pytest.mark.parametrize("more_room", [False, True])
 @pytest.mark.parametrize("k", [1, 10, 100], ids=lambda k: f"k={k}")
-def test_again_keeps_the_best_score_of_each_entry_and_its_gradient(backend, k):
+def test_again_keeps_the_best_score_of_each_entry_and_its_gradient(backend, k, more_room):
     rng = np.random.default_rng(k)
     rounds = [[cases.tensor("quantised", (n,), cases.F32, "plain", rng) for n in (60, 300)] for _ in range(4)]
     active = cases.some_entries([60, 300], 0.1, rng)
     params = [torch.ones(60), torch.ones(300)]
-    best = nobody(k, torch.float32, backend.device)
+    held = Candidates.none(backend, k, torch.float32, room=3 * k + 5 if more_room else k)
     for r, grads in enumerate(rounds):
         problem = cases.Problem(params, grads, active, k)
-        collect(backend, problem, (1, 0) if r % 2 else (0, 1), best, 1.0, 0.0, again=r > 0)
+        collect(backend, problem, (1, 0) if r % 2 else (0, 1), held, 1.0, 0.0, again=r > 0)
     stacked = [torch.stack(rows) for rows in zip(*rounds, strict=True)]
     first_best = [s.abs().argmax(0, keepdim=True) for s in stacked]  # the first of equal ones
     chosen = [s.gather(0, at)[0] for s, at in zip(stacked, first_best, strict=True)]
     expected = oracle.topk([g.abs().numpy() for g in chosen], active, k)
-    check_best(cases.Problem(params, chosen, active, k), best, expected, torch.float32)
+    held.check(cases.Problem(params, chosen, active, k), expected)
 
 
-def test_an_index_outside_the_tensor_is_refused(cpu):
-    outside = torch.tensor([4], dtype=torch.int32)
-    for k in (0, 2):
-        with pytest.raises(ValueError, match="indices"):
-            cpu.table.collect_(
-                torch.ones(4), torch.ones(4), None, outside, torch.ones(1), False, 0,
-                *nobody(k, torch.float32), False, 1.0, 2.0,
-            )  # fmt: skip
+@pytest.mark.parametrize("k", [0, 2])
+def test_an_index_outside_the_tensor_is_refused(cpu, k):
+    outside = cases.Problem([torch.ones(4)], [torch.ones(4)], Entries.from_lists([[4]]), k)
+    with pytest.raises(ValueError, match="indices"):
+        collect(cpu, outside, (0,), Candidates.none(cpu, k, torch.float32), 1.0, 2.0)
+
+
+@pytest.mark.parametrize("k", [0, 2])
+@pytest.mark.parametrize("offsets", [[-1, 1], [1, 0], [0, 3], [0], [0, 1, 2]], ids=str)
+def test_offsets_outside_the_entries_are_refused(cpu, offsets, k):
+    arrays = (torch.zeros(2, dtype=torch.int32), torch.full((2,), 5.0))
+    held = Candidates.none(cpu, k, torch.float32)
+    with pytest.raises(ValueError, match=r"offsets|indices"):
+        cpu.table.collect_(
+            torch.ones(4), torch.ones(4), None, torch.tensor(offsets), *arrays, False, 0,
+            *held.arguments(), False, 1.0, 2.0,
+        )  # fmt: skip
+    assert arrays[1].tolist() == [5.0, 5.0]
+    assert not held.score.any()
 
 
 class NoQuestions(TorchDispatchMode):
@@ -169,14 +157,17 @@ class NoQuestions(TorchDispatchMode):
 def test_a_gpu_hook_never_waits(monkeypatch, given_score, again, numel):
     """What Triton's collect_ does between its kernels, which the interpreter is not asked to run here."""
     launch = pytest.importorskip("id3_kernels.triton.launch", reason="triton is not installed")
-    from id3_kernels.triton import collect_
+    from id3_kernels.triton import candidate_room, collect_
 
     monkeypatch.setattr(launch, "run", lambda *_: None)
     monkeypatch.setattr(launch, "check", lambda *_: None)
     param, grad, indices = torch.ones(numel), torch.ones(numel), torch.tensor([1, 5, 7], dtype=torch.int32)
     score = grad.clone() if given_score else None
-    best, values = nobody(4, torch.float32), torch.zeros(3)
-    arguments = (param, grad, score, indices, values, again, 0, *best, again, 1.0, 2.0)
+    room, length = candidate_room(4)
+    best = torch.zeros(room), torch.full((room,), -1), torch.zeros(room)
+    state, k = torch.zeros(length, dtype=torch.int64), torch.tensor([4])
+    entries = torch.tensor([0, 3]), indices, torch.zeros(3)
+    arguments = (param, grad, score, *entries, again, 0, *best, state, k, again, 1.0, 2.0)
     collect_(*arguments)  # fills the tables of this shape, once
     with NoQuestions():
         collect_(*arguments)

@@ -36,6 +36,10 @@ CRAFTED = {
         entries(0, 1, offsets=[1, 2]),
         "entries.offsets: expected 0 first and no decrease, got [1, 2]",
     ),
+    "negative start": (
+        entries(0, 1, offsets=[-1, 1]),
+        "entries.offsets: expected 0 first and no decrease, got [-1, 1]",
+    ),
     "decreasing": (
         entries(0, offsets=[0, -1]),
         "entries.offsets: expected 0 first and no decrease, got [0, -1]",
@@ -65,7 +69,7 @@ CRAFTED = {
 }
 # Those that reach outside the tensor, and outside the lists themselves. The C++ ops check them on their own.
 OUTSIDE = ("out of range", "out of range between", "negative")
-INCONSISTENT = ("late start", "decreasing", "too few", "far out", "short offsets")
+INCONSISTENT = ("negative start", "decreasing", "too few", "far out", "short offsets")
 WRONG_LISTS = ("int64", "int32 offsets", "2-d", "strided")
 
 
@@ -87,7 +91,7 @@ class Surrounded:
 def calls(s: Surrounded, e: Entries, functions, public: bool):
     """Per function a call that hands in the crafted entries. s: param, grad, two moments, age."""
     param, grad, m, v, age = s.views
-    values, scalars = torch.ones(NUMEL), (False, None, None, None)
+    values, scalars = torch.ones(NUMEL), (False, *[None] * 4)
     step = torch.ones(1, dtype=torch.int64)
     if public:
         options = {**NUMBERS, "step": 1, "age": age}
@@ -99,10 +103,11 @@ def calls(s: Surrounded, e: Entries, functions, public: bool):
             "adamw_": lambda: functions.adamw_([param], [grad], e, m, v, None, **options),
             "adamw_compact_": lambda: functions.adamw_compact_([param], values, e, m, v, None, **options),
         }
+    wanted = (torch.tensor([2]), 2)
     rest = (m, v, None, age, step, *NUMBERS.values(), *scalars)
     return {
-        "select_topk": lambda: functions.select_topk([param], [grad], *e, 2, 1.0, 2.0),
-        "select_topk_by_score": lambda: functions.select_topk_by_score([grad], *e, 2),
+        "select_topk": lambda: functions.select_topk([param], [grad], *e, *wanted, 1.0, 2.0),
+        "select_topk_by_score": lambda: functions.select_topk_by_score([grad], *e, *wanted),
         "gather": lambda: functions.gather([param], *e),
         "scatter_": lambda: functions.scatter_([param], *e, values),
         "squared_norm": lambda: functions.squared_norm([grad], *e),
@@ -134,6 +139,7 @@ def test_public_functions_refuse_before_anything_changes(backend, name, function
     ("function", "name"),
     [
         *itertools.product([*PUBLIC, "squared_norm"], [*INCONSISTENT, *WRONG_LISTS]),
+        *itertools.product(["gather", "scatter_"], ["late start"]),
         *itertools.product(["gather", "scatter_", "squared_norm", "adamw_", "adamw_compact_"], OUTSIDE),
     ],
 )
@@ -150,7 +156,7 @@ def test_native_ops_refuse_before_anything_changes(cpu, name, function):
 def test_native_selection_stays_inside_the_tensors(cpu, name, k, function):
     s = surrounded()
     arguments = ([s.views[0]], [s.views[1]]) if function == "select_topk" else ([s.views[1]],)
-    numbers = (k, 1.0, 2.0) if function == "select_topk" else (k,)
+    numbers = (torch.tensor([k]), k, 1.0, 2.0)[: 4 if function == "select_topk" else 2]
     offsets, indices, _ = getattr(torch.ops.id3, function)(*arguments, *CRAFTED[name][0], *numbers)
     assert 0 < int(offsets[-1]) <= k
     assert set(indices[: int(offsets[-1])].tolist()) <= set(range(NUMEL))
@@ -173,7 +179,7 @@ def test_native_ops_refuse_short_arrays(cpu, state):
     arrays |= {"values": torch.ones(NUMEL)}
     arrays[state] = short.to(arrays[state].dtype)
     names = ("exp_avg", "exp_avg_sq", "master", "age", "step")
-    rest = (*(arrays[n] for n in names), *NUMBERS.values(), False, None, None, None)
+    rest = (*(arrays[n] for n in names), *NUMBERS.values(), False, *[None] * 4)
     with pytest.raises((ValueError, RuntimeError)):
         torch.ops.id3.adamw_compact_([param], arrays["values"], *entries(0, 3), *rest)
     with pytest.raises((ValueError, RuntimeError)):
@@ -192,8 +198,9 @@ def test_native_join_stays_inside_its_arrays(cpu, held, added):
     capacity = len(held) + len(added)
     arrays = [m[30 : 30 + capacity] for m in s.memory]
     arrays[0][: len(held)] = torch.tensor(held, dtype=torch.int32)
-    positions = torch.ops.id3.join_(arrays, torch.tensor([0, len(held)]), *entries(*added))
-    assert all(0 <= p < capacity for p in positions.tolist())
+    values = torch.full((len(added),), 3.0)
+    torch.ops.id3.join_(arrays, torch.tensor([0, len(held)]), *entries(*added), [values])
+    assert arrays[1].eq(3.0).sum() == len(added)
     for memory, before in zip(s.memory, s.before, strict=True):
         before[30 : 30 + capacity] = memory[30 : 30 + capacity]
         oracle.check_bits(memory, before, "memory beside an array")
@@ -205,7 +212,7 @@ def test_native_join_refuses_too_little_capacity(cpu, short):
     arrays = [m[30 : 30 + 3 + (j != short)] for j, m in enumerate(s.memory)]
     offsets = torch.tensor([0, 2])
     with pytest.raises((ValueError, RuntimeError)):
-        torch.ops.id3.join_(arrays, offsets, *entries(1, 2))
+        torch.ops.id3.join_(arrays, offsets, *entries(1, 2), [None])
     s.check_unchanged()
     assert offsets.tolist() == [0, 2]
 

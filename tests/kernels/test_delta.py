@@ -5,6 +5,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from candidates import padded
 from cases import F32, F64, NAN
 from hypothesis import given
 from hypothesis import strategies as st
@@ -20,12 +21,6 @@ SEEDS = st.integers(0, 2**32 - 1)
 def pairs(entries: Entries) -> list[tuple[int, int]]:
     """(tensor, flat index) of each entry, in order."""
     return [(j, i) for j, row in enumerate(entries.lists()) for i in row.tolist()]
-
-
-def padded(entries: Entries, junk: int = 3) -> Entries:
-    """The same entries with junk behind the last, as an optimizer's buffers have it."""
-    behind = torch.full((junk,), -77, dtype=torch.int32, device=entries.indices.device)
-    return Entries(entries.offsets, torch.cat([entries.indices, behind]))
 
 
 def two_sets(sizes, shares, seed) -> tuple[Entries, Entries]:
@@ -49,31 +44,30 @@ def test_union_against_python_sets(backend):
     check()
 
 
-def test_join_inserts_in_place_and_opens_zero_gaps(backend):
+def test_join_inserts_in_place_with_the_values_given_or_zeros(backend):
     @backend.examples(150, interpreted=20)
     @given(SIZES, st.tuples(SHARES, SHARES), SEEDS, st.integers(0, 5))
     def check(sizes, shares, seed, spare):
         held, new = two_sets(sizes, shares, seed)
         new = Entries.from_lists([np.setdiff1d(b, a) for a, b in zip(held.lists(), new.lists(), strict=True)])
-        n, capacity = len(held.indices), len(held.indices) + len(new.indices) + spare
-        states = [
-            torch.arange(1, capacity + 1).to(t) for t in (F32, torch.int32, F64, torch.bfloat16, torch.uint8)
-        ]
-        index = torch.full((capacity,), -5, dtype=torch.int32)
+        n, n_new = len(held.indices), len(new.indices)
+        dtypes = (F32, torch.int32, F64, torch.bfloat16, torch.uint8) * 2
+        states = [torch.arange(1, n + n_new + spare + 1).to(t) for t in dtypes]
+        begins = [torch.arange(3, n_new + spare + 3).to(t) if i % 2 else None for i, t in enumerate(dtypes)]
+        index = torch.full((n + n_new + spare,), -5, dtype=torch.int32)
         index[:n] = held.indices
         arrays = [backend.here(t.clone()) for t in (index, *states)]
-        offsets, added = backend.here(held.offsets.clone()), backend.here(padded(new))
-        position = backend.table.join_(arrays, offsets, *added)
+        offsets, added = backend.here(held.offsets.clone()), backend.here(padded(new, spare))
+        assert backend.table.join_(arrays, offsets, *added, backend.here(begins)) is None
 
         want = sorted(pairs(held) + pairs(new))
         place = {entry: i for i, entry in enumerate(want)}
         assert pairs(Entries(offsets, arrays[0])) == want
-        assert position.dtype == torch.int64
-        assert position.numel() == added.indices.numel()
-        assert position[: len(new.indices)].tolist() == [place[e] for e in pairs(new)]
-        for array, state in zip(arrays[1:], states, strict=True):
+        for array, state, begin in zip(arrays[1:], states, begins, strict=True):
             moved = torch.zeros(len(want), dtype=state.dtype)
             moved[[place[e] for e in pairs(held)]] = state[:n]
+            if begin is not None:
+                moved[[place[e] for e in pairs(new)]] = begin[:n_new]
             oracle.check_bits(array[: len(want)], moved, str(state.dtype))
 
     check()
@@ -86,9 +80,9 @@ def test_union_and_join_of_the_largest_indices(backend):
     assert pairs(union) == sorted(pairs(a) + pairs(b))
     index = backend.here(torch.cat([a.indices, b.indices]))
     offsets = backend.here(a.offsets.clone())
-    position = backend.table.join_([index], offsets, *backend.here(b))
+    backend.table.join_([index], offsets, *backend.here(b), [])
     assert pairs(Entries(offsets, index)) == pairs(union)
-    assert position.tolist() == pos_b.tolist()
+    assert pos_b.tolist() == [2, 4, 5]
 
 
 def test_join_with_many_entries_and_threads(cpu, threads):
@@ -99,15 +93,29 @@ def test_join_with_many_entries_and_threads(cpu, threads):
     for count in (1, 2, 3):
         threads(count)
         index = torch.cat([held.indices, torch.zeros(n_new, dtype=torch.int32)])
-        state = torch.cat([torch.arange(1.0, n + 1), torch.zeros(n_new)])
-        offsets = held.offsets.clone()
-        position = cpu.table.join_([index, state], offsets, *new)
-        expected = cpu.union(held, new)
-        oracle.check_bits(offsets, expected[0].offsets)
-        oracle.check_bits(index, expected[0].indices)
-        oracle.check_bits(position, expected[2])
-        assert state[expected[1]].equal(torch.arange(1.0, n + 1))
-        assert state[position].eq(0).all()
+        states = [torch.cat([torch.arange(1.0, n + 1), torch.full((n_new,), 7.0)]) for _ in range(2)]
+        offsets, begin = held.offsets.clone(), -torch.arange(1.0, n_new + 1)
+        cpu.table.join_([index, *states], offsets, *new, [None, begin])
+        entries, at_held, at_new = cpu.union(held, new)
+        oracle.check_bits(offsets, entries.offsets)
+        oracle.check_bits(index, entries.indices)
+        for state, joined in zip(states, (torch.zeros(n_new), begin), strict=True):
+            oracle.check_bits(state[at_held], torch.arange(1.0, n + 1))
+            oracle.check_bits(state[at_new], joined)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [[], [torch.ones(2), None], [torch.ones(1)], [torch.ones(2, dtype=F64)], [torch.ones(4)[::2]]],
+    ids=("missing", "too many", "short", "other dtype", "strided"),
+)
+def test_join_refuses_values_that_do_not_fit(cpu, values):
+    arrays = [torch.tensor([5, 9, 9], dtype=torch.int32), torch.tensor([1.0, 8.0, 8.0])]
+    before, offsets = [a.clone() for a in arrays], torch.tensor([0, 1])
+    with pytest.raises(ValueError, match="b_values"):
+        cpu.table.join_(arrays, offsets, *Entries.from_lists([[2, 7]]), values)
+    for array, same in zip((*arrays, offsets), (*before, torch.tensor([0, 1])), strict=True):
+        oracle.check_bits(array, same)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -127,6 +135,9 @@ def test_gather_and_scatter_move_bits(backend, dtype):
         there = [backend.here(t) for t in tensors]
         values = backend.gather(there, backend.here(padded(entries)))
         oracle.check_bits(values, torch.cat([t.reshape(-1)[i] for t, i in zip(tensors, rows, strict=True)]))
+        roomy = backend.table.gather(there, *backend.here(padded(entries)))
+        assert roomy.shape == (len(values) + 3,)
+        oracle.check_bits(roomy[: len(values)], values)
 
         written = torch.from_numpy(rng.standard_normal(len(entries.indices))).to(dtype)
         memory = [oracle.storage(t).clone() for t in there]
@@ -169,6 +180,20 @@ def test_squared_norm_of_mixed_dtypes_and_special_values(backend):
     assert float(backend.table.squared_norm(backend.here(tensors), *backend.here(entries))) == 13.25
     entries = Entries.from_lists([[0], [0, 1], [0]])
     assert math.isnan(float(backend.table.squared_norm(backend.here(tensors), *backend.here(entries))))
+
+
+@pytest.mark.parametrize(("first", "last"), [(0, 1), (1, 3), (2, 4)])
+def test_squared_norm_of_a_part_of_the_tensors(backend, first, last):
+    """The same bits as of these tensors alone: blocks count from the part's beginning."""
+    sizes = (30, 100, 4, 99) if backend.is_slow else (3000, 10_000, 4, 9000)
+    rng = np.random.default_rng(1)
+    tensors = [torch.from_numpy(rng.standard_normal(n)).float() for n in sizes]
+    entries = cases.some_entries(sizes, 0.8, rng)
+    offsets, indices = backend.here(padded(entries))
+    part = backend.here(tensors[first:last])
+    got = backend.table.squared_norm(part, offsets[first : last + 1], indices)
+    cut = backend.here(Entries.from_lists(entries.lists()[first:last]))
+    oracle.check_bits(got, backend.table.squared_norm(part, *cut))
 
 
 def test_squared_norm_has_the_same_bits_for_every_thread_count_and_run(cpu, threads):

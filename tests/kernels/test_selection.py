@@ -141,6 +141,46 @@ def test_active_entries_may_lie_in_tensors_without_gradient(backend):
     assert [row.tolist() for row in entries.lists()] == [[], [0, 1]]
 
 
+@pytest.mark.parametrize("capacity", [0, 7, 40])
+@pytest.mark.parametrize("k", [-3, 0, 5, 30, 1000], ids=lambda k: f"k={k}")
+def test_k_is_a_tensor_and_capacity_its_bound(backend, k, capacity):
+    """Nothing for less than 1, no more than the capacity, and zeros behind the last."""
+    problem = flat_problem(
+        ("normal", "quantised"), (300, 20, 257), min(max(k, 0), capacity), active_share=0.1
+    )
+    arguments = (backend.here(problem.grads), *backend.here(problem.active), backend.count(k), capacity)
+    by_score = backend.table.select_topk_by_score(*arguments)
+    by_d3 = backend.table.select_topk(backend.here(problem.params), *arguments, 1.0, 2.0)
+    arrays = [oracle.array(g) for g in problem.grads]
+    wanted = oracle.topk(arrays, problem.active, problem.k)
+    for got, want in ((by_score, wanted), (by_d3, expected(problem, 1.0, 2.0))):
+        offsets, indices, scores = got
+        n = int(offsets[-1])
+        assert indices.shape == scores.shape == (capacity,)
+        assert not indices[n:].any()
+        assert not scores[n:].any()
+        oracle.check_selection((Entries(offsets, indices[:n]), scores[:n]), want)
+
+
+@pytest.mark.parametrize("k", [1, 20, 500], ids=lambda k: f"k={k}")
+@pytest.mark.parametrize(("first", "last"), [(0, 2), (1, 3), (2, 5), (4, 5)])
+def test_a_part_of_the_tensors_by_a_part_of_the_offsets(backend, first, last, k):
+    sizes = (300, 20, 257, 0, 700)
+    problem = flat_problem(("normal", "quantised"), sizes, k, active_share=0.2)
+    params, grads = (backend.here(t[first:last]) for t in (problem.params, problem.grads))
+    offsets, indices = backend.here(problem.active)
+    cut = backend.here(Entries.from_lists(problem.active.lists()[first:last]))
+    wanted = (backend.count(k), min(k, sum(sizes[first:last])))
+    part = offsets[first : last + 1], indices
+    for got, want in (
+        (backend.table.select_topk_by_score(grads, *entries, *wanted) for entries in (part, cut)),
+        (backend.table.select_topk(params, grads, *entries, *wanted, 1.0, 0.5) for entries in (part, cut)),
+    ):
+        assert int(got[0][0]) == 0
+        for a, b in zip(got, want, strict=True):
+            oracle.check_bits(a, b)
+
+
 def test_capacity_behind_the_active_entries_is_ignored(backend):
     grad = backend.here(torch.tensor([4.0, 3.0, 2.0, 1.0]))
     exact = Entries.from_lists([[0]])

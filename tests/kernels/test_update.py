@@ -224,6 +224,52 @@ def test_a_master_is_for_low_precision_only(backend):
         oracle.check_bits(p, q)
 
 
+@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
+@pytest.mark.parametrize("compact", [False, True])
+@pytest.mark.parametrize("with_age", [False, True])
+@pytest.mark.parametrize("shape", [(), (1,)], ids=str)
+def test_a_learning_rate_that_is_a_tensor(backend, shape, with_age, compact, dtype):
+    """The bits of the float of its value, whatever its dtype."""
+    update = simple_update(backend, torch.bfloat16, with_master=True, with_age=with_age)
+    plain = update.clone(backend.device)
+    lr = torch.full(shape, 0.003, dtype=dtype, device=backend.device)
+    run(backend.name, update, lr=lr, compact=compact)
+    check_equal(update, run(backend.name, plain, lr=lr.item(), compact=compact))
+
+
+@pytest.mark.parametrize("compact", [False, True])
+@pytest.mark.parametrize(("first", "last"), [(0, 2), (1, 3), (2, 5), (4, 5)])
+def test_a_part_of_the_tensors_by_a_part_of_the_offsets(backend, first, last, compact):
+    """With the whole arrays, of which the rest keeps its bits."""
+    rng = np.random.default_rng(7)
+    params, grads = (
+        [cases.tensor("normal", (n,), torch.bfloat16, "plain", rng) for n in (300, 20, 257, 0, 100)]
+        for _ in range(2)
+    )
+    problem = cases.Problem(params, grads, None, 0)
+    whole = Update.of(problem, 7, with_master=True, with_age=True).clone(backend.device)
+    alone, before = whole.clone(backend.device).part(first, last), whole.clone(backend.device)
+    run(backend.name, alone, compact=compact)
+    begin, end = whole.entries.offsets[[first, last]].tolist()
+    run_table(backend, whole, first, last, compact)
+    for got, want in zip(whole.params[first:last], alone.params, strict=True):
+        oracle.check_bits(got, want)
+    for name in ("exp_avg", "exp_avg_sq", "master", "age"):
+        expected = getattr(before, name)
+        expected[begin:end] = getattr(alone, name)
+        oracle.check_bits(getattr(whole, name), expected, name)
+
+
+def run_table(backend, u: Update, first: int, last: int, compact: bool) -> None:
+    """The unchecked op on the tensors first .. last, with all entries and all of the state."""
+    gradient, op = u.grads[first:last], backend.table.adamw_
+    if compact:
+        gradient, op = backend.gather(u.grads, u.entries).float(), backend.table.adamw_compact_
+    entries = u.entries.offsets[first : last + 1], u.entries.indices
+    state = (u.exp_avg, u.exp_avg_sq, u.master, u.age, u.step[first:last])
+    op(u.params[first:last], gradient, *entries, *state, *NUMBERS.values(), False, *[None] * 4)
+
+
 @pytest.mark.parametrize("n", [1000, 60_000])
 def test_same_bits_for_every_thread_count_run_and_instruction_set(cpu, threads, simd_levels, n):
     rng = np.random.default_rng(3)

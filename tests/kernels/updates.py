@@ -71,6 +71,14 @@ class Update:
         entries = Entries(*(copy(t, device) for t in self.entries))
         return Update(*lists, entries, *(copy(t, device) for t in rest))
 
+    def part(self, first: int, last: int) -> Update:
+        """The update of the tensors first .. last alone, on copies of what is theirs."""
+        begin, end = self.entries.offsets[[first, last]].tolist()
+        entries = Entries.from_lists(self.entries.lists()[first:last], self.entries.offsets.device)
+        vectors = (self.exp_avg, self.exp_avg_sq, self.master, self.age)
+        state = (None if t is None else t[begin:end].clone() for t in vectors)
+        return Update(self.params[first:last], self.grads[first:last], entries, *state, self.step[first:last])
+
 
 def run(backend: str, u: Update, *, compact=False, maximize=False, **options) -> Update:
     """Calls adamw_, or with `compact` adamw_compact_ on gathered gradients; changes and returns u."""

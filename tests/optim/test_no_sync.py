@@ -1,0 +1,140 @@
+"""step() asks a GPU for nothing: on tensors that have no values, anything that is asked raises.
+
+Fake tensors know shape, dtype and device alone. They also refuse to mix devices, so a model over two GPUs is
+tried here as well.
+"""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from id3_kernels import backend, reference
+from id3_optim import D3, Fisher, ID3AdamW, Magnitude, heuristics
+
+SHAPES = ((300,), (40, 30), (7, 5, 3), (1,))
+
+
+def item(t, key):
+    """Python's own indexing wants a guard for the device, which this torch may not have."""
+    if isinstance(key, int):
+        return torch.select(t, 0, key)
+    if isinstance(key, slice):
+        begin, end, _ = key.indices(t.shape[0])
+        return t.narrow(0, begin, max(end - begin, 0))
+    assert key.dtype != torch.bool, "a mask asks how many of it are True"
+    return torch.ops.aten.index(t, [key])
+
+
+def set_item(t, key, value):
+    part = item(t, key)
+    part.copy_(value) if isinstance(value, torch.Tensor) else part.fill_(value)
+
+
+def copy_(t, value, non_blocking=False):
+    """So does copy_; nothing is to be copied, but the shapes must fit."""
+    torch.broadcast_to(value, t.shape)
+    assert non_blocking or t.device == value.device
+    return t
+
+
+@pytest.fixture(autouse=True)
+def on_a_gpu(monkeypatch):
+    monkeypatch.setattr(FakeTensor, "__getitem__", item, raising=False)
+    monkeypatch.setattr(FakeTensor, "__setitem__", set_item, raising=False)
+    monkeypatch.setattr(FakeTensor, "copy_", copy_, raising=False)
+    monkeypatch.setattr(backend, "for_gpu", lambda: reference)
+    with FakeTensorMode(), torch.no_grad():
+        yield
+
+
+def parameter(shape, device="cuda:0", dtype=torch.bfloat16):
+    p = torch.nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+    p.grad = torch.empty(shape, device=device, dtype=dtype)
+    return p
+
+
+def model(**kind):
+    return [parameter(shape, **kind) for shape in SHAPES]
+
+
+def several_steps(params, **options):
+    optimizer = ID3AdamW(params, budget=0.1, total_steps=10, **options)
+    for _ in range(3):
+        optimizer.step()
+    return optimizer
+
+
+VARIANTS = {
+    "plain": {},
+    "clipped": {"max_grad_norm": 1.0},
+    "by entry": {"bias_correction": "entry"},
+    "static": {"strategy": "static"},
+    "exponent": {"heuristic": D3(eps=1e-3, exp=0.7)},
+    "magnitude": {"heuristic": Magnitude()},
+    "function": {"heuristic": lambda param, grad: grad.float().abs()},
+    "no originals": {"keep_originals": False},
+    "capturable": {"capturable": True},
+    "released": {"release_gradients": True},
+    "released, max, clipped": {"release_gradients": True, "select_from": "max", "max_grad_norm": 1.0},
+    "released, magnitude": {"release_gradients": True, "heuristic": Magnitude()},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("kinds", ["one dtype", "two dtypes", "two GPUs"])
+def test_a_step_asks_for_nothing(variant, kinds):
+    params = model()
+    if kinds == "two dtypes":
+        params += model(dtype=torch.float32)
+    if kinds == "two GPUs":
+        params += model(device="cuda:1")
+        if variant == "capturable":
+            with pytest.raises(ValueError, match="one device, got cuda:0, cuda:1"):
+                several_steps(params, capturable=True)
+            return
+    several_steps(params, **VARIANTS[variant])
+
+
+@pytest.mark.parametrize("released", [False, True])
+def test_groups_and_a_dense_head(released):
+    groups = [
+        {"params": model()},
+        {"params": model(), "weight_decay": 0.0},
+        {"params": [parameter((4, 4))], "dense": True},
+    ]
+    several_steps(groups, max_grad_norm=1.0, release_gradients=released)
+
+
+def test_a_parameter_without_gradient():
+    params = model()
+    params[1].grad = None
+    for options in ({}, {"release_gradients": True, "max_grad_norm": 1.0}):
+        several_steps(params, **options)
+
+
+def test_a_learning_rate_on_the_device():
+    optimizer = several_steps(model(), capturable=True)
+    for group in optimizer.param_groups:
+        group["lr"] = torch.empty((), device="cuda:0")
+    optimizer.step()
+
+
+def test_fisher(monkeypatch):
+    monkeypatch.setattr(heuristics, "_checksum", lambda scores: 0)  # of the constructor, which may ask
+    several_steps(model(), heuristic=Fisher([torch.empty(shape, device="cuda:0") for shape in SHAPES]))
+
+
+def test_the_verdict_of_a_scaler_stays_on_the_device_where_it_is_capturable():
+    optimizer = several_steps(model(), capturable=True)
+    optimizer.found_inf = torch.zeros(1, device="cuda:0")
+    optimizer.grad_scale = torch.ones((), device="cuda:0")
+    optimizer.step()
+
+
+@pytest.mark.parametrize("ask", ["n_active", "steps_done", "bounds"])
+def test_these_do_ask(ask):
+    """So that the tests above can fail."""
+    optimizer = several_steps(model(), capturable=True)
+    owner = optimizer._shards[0] if ask == "bounds" else optimizer
+    with pytest.raises(Exception, match=r"_local_scalar_dense|not linked|Cannot"):
+        getattr(owner, ask)
