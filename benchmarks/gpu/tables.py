@@ -31,6 +31,10 @@ def _commands(part: str, found: dict) -> str:
     return "\n".join(lines)
 
 
+def _last_line(text: str) -> str:
+    return next((line for line in reversed(text.splitlines()) if line.strip()), "")[:120]
+
+
 def _bench(found: dict) -> list[str]:
     if not found:
         return []
@@ -53,7 +57,7 @@ def _bench(found: dict) -> list[str]:
             lines += [f"{k['us']:>9.1f} {k['count']:>4} {k['name'][:90]}" for k in row["kernels"][:12]]
     skipped = {**found.get("failed", {}), **dict.fromkeys(found.get("not_run", []), "no time left")}
     skipped |= {row["job"]: row["skipped"] for row in found.get("rows", []) if "skipped" in row}
-    lines += [f"skipped {job}: {str(reason).splitlines()[-1][:120]}" for job, reason in skipped.items()]
+    lines += [f"skipped {job}: {_last_line(reason)}" for job, reason in skipped.items()]
     return [*lines, f"error: {found['error']}"] if "error" in found else lines
 
 
@@ -63,7 +67,7 @@ def _end_to_end(found: dict) -> list[str]:
     lines = ["", f"{'one training step':<18} {'tokens/s':>9} {'peak GB':>8} {'optimizer':>10} {'step ms':>9}"]
     for row in found.get("rows", []):
         if "skipped" in row:
-            lines.append(f"{row['method']:<18} skipped: {row['skipped'].strip().splitlines()[-1:]}")
+            lines.append(f"{row['method']:<18} skipped: {_last_line(row['skipped'])}")
             continue
         peak = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e9:.2f}"
         lines.append(
