@@ -41,7 +41,7 @@ def _architecture() -> str:
 
 
 def tests(limit: float, quick: bool, save: Save) -> None:
-    pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", "-rfEs"]
+    pytest = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--tb=short", "-rfEs"]
     pytest += ["--maxfail=25"]
     ignored = [f"--ignore=tests/kernels/{name}" for name in _AHEAD]
     commands = {"gpu": [*pytest, "tests/gpu"]}
@@ -145,7 +145,9 @@ def main() -> None:
         temporary.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
         temporary.replace(options.output)
 
-    stream([sys.executable, "-m", "benchmarks.gpu.bench", "machine"], 60, lambda row: _about(results, row))
+    said = _describe(results)
+    if not options.quick and not results.get("machine", {}).get("is_gpu"):
+        sys.exit(f"gpu-check: expected a GPU, torch sees none (--quick tries the code on the CPU)\n{said}")
     results["quick"] = options.quick
     for part in options.part:
         began = time.monotonic()
@@ -162,14 +164,21 @@ def main() -> None:
         except Exception as error:  # one part never stops the others
             save(results.get(part, {}) | {"error": repr(error)})
         print(f"{part}: {time.monotonic() - began:.0f} s", flush=True)
+        if part == "build":
+            _describe(results)  # now with the backends that were built
     write()
     print(summary_table(results))
     print(options.output)
 
 
-def _about(results: dict, row: dict) -> None:
-    if not row.get("done"):
-        results["machine"] = {name: value for name, value in row.items() if name != "job"}
+def _describe(results: dict) -> str:
+    """Notes the machine; returns what else was printed."""
+
+    def take(row: dict) -> None:
+        if not row.get("done"):
+            results["machine"] = {name: value for name, value in row.items() if name != "job"}
+
+    return stream([sys.executable, "-W", "ignore", "-m", "benchmarks.gpu.bench", "machine"], 60, take)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 LARGE = ("1.3B bfloat16", "6.7B bfloat16")
 SMALL = ("184M bfloat16", "184M float32")
 BACKENDS = ("cuda", "triton")
+_WITH_FLOOR = ("select", "step", "graph")  # what has to read θ and g
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ def with_ratios(rows: list[dict]) -> list[dict]:
             more["gb_per_s"] = round(row["bytes"] / row["median_ms"] / 1e6, 1)
             if rate:
                 more["over_copy"] = round(row["bytes"] / row["median_ms"] / rate, 4)
-        if "median_ms" in row and "floor_bytes" in row and rate:
+        if row.get("measure") in _WITH_FLOOR and "median_ms" in row and rate:
             floor_ms = row["floor_bytes"] / rate
             more |= {"floor_ms": round(floor_ms, 5), "over_floor": round(row["median_ms"] / floor_ms, 4)}
         if "sectors" in row and "median_ms" in row:

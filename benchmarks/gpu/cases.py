@@ -82,10 +82,6 @@ def make_inputs(model: str) -> Inputs:
 _newest: dict = {}
 
 
-def forget_inputs() -> None:
-    _newest.clear()
-
-
 def _make(model: str) -> Inputs:
     shapes, dtype = MODELS[model][0](), MODELS[model][1]
     generator = torch.Generator(DEVICE).manual_seed(0)

@@ -46,7 +46,6 @@ def _sizes(axis, methods: dict[str, list[dict]]) -> None:
     axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axis.grid(color="#DDDDDD")
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(fontsize=8, frameon=False)
 
 
 def _bars(axis, methods: dict[str, list[dict]]) -> None:
@@ -79,12 +78,13 @@ def draw(results: dict, path: Path) -> None:
     if not methods:
         raise ValueError(f"results: expected steps in {DTYPE} with B = {SHARE:.1%}, got none")
     plt.rcParams.update({"font.size": 11, "font.family": "DejaVu Sans"})
-    figure, axes = plt.subplots(1, 2, figsize=(12.5, 4.6))
+    figure, axes = plt.subplots(1, 2, figsize=(12.5, 5.0))
     _sizes(axes[0], methods)
     _bars(axes[1], methods)
     figure.suptitle(f"One optimizer step, {DTYPE}, budget {SHARE:.1%}, half of it active", x=0.01, ha="left")
     where = f"{machine['gpu']}, torch {machine['torch']}, commit {machine['commit']}; medians, L2 flushed"
     figure.text(0.01, 0.01, where, fontsize=9, color="#555555")
-    figure.tight_layout(rect=(0, 0.04, 1, 0.98))
+    figure.legend(*axes[0].get_legend_handles_labels(), ncol=4, loc=(0.08, 0.05), fontsize=9, frameon=False)
+    figure.tight_layout(rect=(0, 0.13, 1, 0.98))
     figure.savefig(path, dpi=150)
     plt.close(figure)

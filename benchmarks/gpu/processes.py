@@ -94,6 +94,6 @@ def together(commands: dict[str, list[str]], seconds: float, **environment: str)
             "timed_out": timed_out,
             "seconds": round(seconds - deadline.left(), 1),
             "last_line": next((line for line in reversed(text.splitlines()) if line.strip()), ""),
-            "tail": text[-6000:],
+            "tail": text[-20_000:],
         }
     return found

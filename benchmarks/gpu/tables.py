@@ -5,6 +5,8 @@ _VERDICT = {True: "met", False: "MISSED", None: "not run"}
 
 def summary_table(results: dict) -> str:
     lines = ["", _machine(results.get("machine", {}))]
+    if results.get("quick"):
+        lines.append("toy models: these times mean nothing")
     lines += [_commands(part, results[part]) for part in ("build", "tests", "sanitize") if part in results]
     lines += _bench(results.get("bench", {}))
     lines += _end_to_end(results.get("e2e", {}))
