@@ -116,10 +116,12 @@ class Ours:
         first.step()
         state = first.state_dict()
         state["param_groups"][0]["id3"]["step"] = done
-        # A schedule that begins with a jump would ask each step for room for such a jump.
+        # A schedule that begins with a jump would ask each step for room for such a jump. Where the budget is
+        # spent, one of twice the size goes on at the same pace.
+        runs = 2 if case.active == 1.0 else 1
         self.optimizer = ID3AdamW(
-            self.params, budget=2 * budget, total_steps=2 * SPREAD, **common, **options
-        )  # fmt: skip
+            self.params, budget=runs * budget, total_steps=runs * SPREAD, **common, **options
+        )
         self.optimizer.load_state_dict(state, strict=False)
 
     def step(self) -> None:
@@ -131,16 +133,15 @@ class Ours:
 
 
 class Selection:
-    """The selection of a step alone, `entries` left out; without entries, of the last tensors alone."""
+    """The selection of a step alone, `entries` left out."""
 
-    def __init__(self, kernels, inputs: Inputs, entries: Entries | None, k: int, last: int = 0):
-        self.tensors = inputs.weights[-last:], inputs.grads[-last:]
-        self.entries = Entries.empty(len(self.tensors[0]), DEVICE) if entries is None else entries
-        self.wanted, self._kernels = wanted(k, DEVICE), kernels
+    def __init__(self, kernels, inputs: Inputs, entries: Entries, k: int):
+        self._kernels = kernels
+        self._arguments = inputs.weights, inputs.grads, *entries, *wanted(k, DEVICE), EPS, EXP
 
     def run(self):
         """(offsets, indices, scores)."""
-        return self._kernels.select_topk(*self.tensors, *self.entries, *self.wanted, EPS, EXP)
+        return self._kernels.select_topk(*self._arguments)
 
 
 def update_bytes(dtype: torch.dtype, n_active: int) -> int:
