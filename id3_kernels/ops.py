@@ -1,10 +1,10 @@
 """THE OP TABLE: per op one schema, one fake and one checked public function.
 
 The schemas are the internal forms, made so that nobody has to ask a GPU for a number. How many entries are
-wanted is a tensor `k` (int64, one element) and at most `capacity`; results are capacity-sized, their true
-length is `offsets[-1]`, and what lies behind it is zero. In `select_topk`, `select_topk_by_score`,
-`collect_`, `squared_norm`, `adamw_` and `adamw_compact_` the offsets may begin anywhere: they are places in
-`indices` and its companions, so that a part of the tensors is named by a part of the offsets. The public
+wanted is a tensor `k` (int64, one element) and at most `capacity`; results are capacity-sized and their true
+length is `offsets[-1]`; behind it selections hold zeros, and others anything. Offsets begin at 0 but in
+`select_topk`, `select_topk_by_score`, `collect_`, `squared_norm`, `adamw_` and `adamw_compact_`, where they
+are places in `indices` and its companions: a part of the offsets names a part of the tensors. The public
 functions check their arguments and return exact sizes.
 """
 

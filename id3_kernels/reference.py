@@ -133,7 +133,8 @@ def collect_(
     become, or with `add` grow by, the gradient at their indices. best_score, best_place
     (position << 32 | flat index), best_grad [room] hold candidates, in any order, among them the best k of
     all tensors so far (ties to the lowest place); nobody: 0, -1, 0. Scores are D3's, or `score`. `again`:
-    entries of this tensor may be held; the larger score stays, else the older. state: int64, the backend's
+    entries of this tensor may be held; the larger score stays, else the older. k is the same until the
+    candidates are forgotten. state: int64, the backend's
     own, zeros while there are no candidates (`backend.candidate_room` says how long, and how much room).
     """
     begin, end = offsets.tolist()
