@@ -26,10 +26,9 @@ bench: $(READY) $(VENV)/.has-bench
 	$(BIN)/python -m benchmarks
 
 # For a machine with a GPU and no network: uses its own Python (torch, triton, pytest, hypothesis, nvcc), not .venv.
-# PART: tests, sanitize or bench; all without it.
+# PART: build, tests, bench, sanitize or e2e; all without it, in eight minutes.
 gpu-check:
-	-$(PYTHON) setup.py build_ext --inplace > build-gpu.log 2>&1 || tail -n 20 build-gpu.log
-	PYTHONPATH=.:python $(PYTHON) -m benchmarks.gpu_check $(if $(PART),--part $(PART))
+	PYTHONPATH=.:python $(PYTHON) -m benchmarks.gpu $(if $(PART),--part $(PART))
 
 lint: $(READY) $(VENV)/.has-dev
 	$(BIN)/ruff check .
@@ -43,7 +42,7 @@ format: $(READY) $(VENV)/.has-dev
 
 # Leaves the environment itself, which VENV may share with others.
 clean:
-	rm -rf build build-gpu.log dist runs *.egg-info python/*.egg-info id3_kernels/*.so
+	rm -rf build dist runs *.egg-info python/*.egg-info id3_kernels/*.so
 	rm -rf .pytest_cache .hypothesis .benchmarks .ruff_cache
 	rm -f $(READY) $(VENV)/.has-*
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -5,7 +5,7 @@ import torch
 from benchmarks.gate import check_selection
 from benchmarks.measure import Timed
 from benchmarks.ours import EPS
-from benchmarks.parts import KERNELS, Update
+from benchmarks.parts import KERNELS, Update, wanted
 from benchmarks.shapes import Inputs
 from id3_kernels import Entries
 
@@ -18,12 +18,13 @@ EXP = 1.0
 class Join:
     """One increment's entries put into a set of sorted entries and the arrays beside it."""
 
-    def __init__(self, held: Entries, joining: Entries):
-        self._held, self._joining = held, joining
+    def __init__(self, held: Entries, joining: Entries, kernels=KERNELS):
+        self._held, self._joining, self._kernels = held, joining, kernels
         n, k = len(held.indices), len(joining.indices)
-        self._indices = torch.empty(n + k, dtype=torch.int32)
+        self._indices = held.indices.new_empty(n + k)
         # Both moments and the original values, as the optimizer keeps them.
-        self._beside = [torch.zeros(n + k) for _ in range(3)]
+        self._beside = [torch.zeros(n + k, device=held.indices.device) for _ in range(3)]
+        self._originals = torch.zeros(k, device=held.indices.device)
         self._offsets = torch.empty_like(held.offsets)
 
     def prepare(self) -> None:
@@ -31,7 +32,8 @@ class Join:
         self._offsets.copy_(self._held.offsets)
 
     def run(self) -> None:
-        KERNELS.join_([self._indices, *self._beside], self._offsets, *self._joining, [None] * 3)
+        arrays, first = [self._indices, *self._beside], [None, None, self._originals]
+        self._kernels.join_(arrays, self._offsets, *self._joining, first)
 
     def check(self) -> None:
         self.prepare()
@@ -43,29 +45,29 @@ class Join:
 
 
 def _subset(entries: Entries, keep: torch.Tensor) -> Entries:
-    counts = torch.cat([torch.zeros(1, dtype=torch.int64), keep.cumsum(0)])
+    counts = torch.cat([keep.new_zeros(1, dtype=torch.int64), keep.cumsum(0)])
     return Entries(counts[entries.offsets], entries.indices[keep])
 
 
-def timed_growth(inputs: Inputs, increment: int) -> tuple[dict[str, Timed], int]:
+def timed_growth(
+    inputs: Inputs, increment: int, kernels=KERNELS, share: float = SHARE
+) -> tuple[dict[str, Timed], int]:
     """`static`: the update at B; `update_i`, `join_i`: those along the growing run. And B."""
-    budget = int(SHARE * inputs.n_entries)
-    none = Entries.empty(len(inputs.weights))
-    selected = KERNELS.select_topk(
-        inputs.weights, inputs.grads, *none, torch.tensor([budget]), budget, EPS, EXP
-    )
+    budget, device = int(share * inputs.n_entries), inputs.weights[0].device
+    none = Entries.empty(len(inputs.weights), device)
+    selected = kernels.select_topk(inputs.weights, inputs.grads, *none, *wanted(budget, device), EPS, EXP)
     entries, scores = Entries(*selected[:2]), selected[2]
-    starts = torch.tensor(inputs.starts[:-1]).repeat_interleave(entries.offsets.diff())
+    starts = torch.tensor(inputs.starts[:-1], device=device).repeat_interleave(entries.offsets.diff())
     check_selection(inputs, starts.new_empty(0), starts + entries.indices, EXP)
     weights = [weight.clone() for weight in inputs.weights]
-    rank = torch.empty(budget, dtype=torch.int64)
-    rank[scores.argsort(descending=True)] = torch.arange(budget)
-    timed = {"static": Timed(Update(weights, inputs.grads, entries).run)}
+    rank = torch.empty(budget, dtype=torch.int64, device=device)
+    rank[scores.argsort(descending=True)] = torch.arange(budget, device=device)
+    timed = {"static": Timed(Update(weights, inputs.grads, entries, kernels).run)}
     for point in range(POINTS):
         size = (2 * point + 1) * budget // (2 * POINTS)
         held = _subset(entries, rank < size)
-        join = Join(held, _subset(entries, (rank >= size) & (rank < size + increment)))
+        join = Join(held, _subset(entries, (rank >= size) & (rank < size + increment)), kernels)
         join.check()
-        timed[f"update_{point}"] = Timed(Update(weights, inputs.grads, held).run)
+        timed[f"update_{point}"] = Timed(Update(weights, inputs.grads, held, kernels).run)
         timed[f"join_{point}"] = Timed(join.run, join.prepare)
     return timed, budget

@@ -17,15 +17,26 @@ KERNELS = kernels_for(torch.device("cpu"), None)
 class Update:
     """The sparse AdamW on `entries`, from zero moments; weights change in place, gradients do not."""
 
-    def __init__(self, weights: list[torch.Tensor], grads: list[torch.Tensor], entries: Entries):
-        self._weights, self._grads, self._entries = weights, grads, entries
-        self._moments = [torch.zeros(len(entries.indices)) for _ in range(2)]
-        self._step = torch.ones(len(weights), dtype=torch.int64)
+    def __init__(
+        self, weights: list[torch.Tensor], grads: list[torch.Tensor], entries: Entries, kernels=KERNELS
+    ):
+        self._weights, self._grads, self._entries, self._kernels = weights, grads, entries, kernels
+        device = weights[0].device
+        self._moments = [torch.zeros(len(entries.indices), device=device) for _ in range(2)]
+        self._step = torch.ones(len(weights), dtype=torch.int64, device=device)
+        low = weights[0].dtype != torch.float32
+        self._master = kernels.gather(weights, *entries).float() if low else None
 
     def run(self) -> None:
-        state = (*self._moments, None, None, self._step)
+        state = (*self._moments, self._master, None, self._step)
         hyperparameters = (LEARNING_RATE, 0.9, 0.999, 1e-8, 0.0, False)
-        KERNELS.adamw_(self._weights, self._grads, *self._entries, *state, *hyperparameters, *[None] * 4)
+        scalars = (None, None, None, None)
+        self._kernels.adamw_(self._weights, self._grads, *self._entries, *state, *hyperparameters, *scalars)
+
+
+def wanted(k: int, device: torch.device | str = "cpu") -> tuple[torch.Tensor, int]:
+    """How many entries are wanted, as the kernels take it: on the device, and the room for so many."""
+    return torch.full((1,), k, dtype=torch.int64, device=device), k
 
 
 def active_entries(ours: Ours) -> Entries:
@@ -37,10 +48,8 @@ def timed_selections(case: Case, inputs: Inputs) -> dict[str, Timed]:
     methods = start_everyone(case, inputs)
     ours = methods["id3"]
     weights, entries, k = [p.detach() for p in ours.params], active_entries(ours), case.counts()[3]
-    wanted = (torch.tensor([k]), k)
-    timed = {
-        "id3": Timed(lambda: KERNELS.select_topk(weights, inputs.grads, *entries, *wanted, EPS, case.exp))
-    }
+    arguments = (weights, inputs.grads, *entries, *wanted(k), EPS, case.exp)
+    timed = {"id3": Timed(lambda: KERNELS.select_topk(*arguments))}
     dense = methods["dense"]
     dense.prepare()
     timed["dense"] = Timed(dense.select)

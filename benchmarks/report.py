@@ -133,11 +133,11 @@ float32, budget 0.17 %, k = B/3000, half the budget active, exp 1, unless a tabl
 </details>"""
 
 
-def update_readme(readme: Path, section: str) -> None:
+def update_readme(readme: Path, section: str, markers: tuple[str, str] = (BEGIN, END)) -> None:
     """Replace what stands between the markers; ValueError if they are not there."""
-    text = readme.read_text()
-    if BEGIN not in text or END not in text:
-        raise ValueError(f"{readme}: expected the markers {BEGIN} and {END}")
-    head, rest = text.split(BEGIN, 1)
-    tail = rest.split(END, 1)[1]
-    readme.write_text(f"{head}{BEGIN}\n{section}\n{END}{tail}")
+    text, (begin, end) = readme.read_text(), markers
+    if begin not in text or end not in text:
+        raise ValueError(f"{readme}: expected the markers {begin} and {end}")
+    head, rest = text.split(begin, 1)
+    tail = rest.split(end, 1)[1]
+    readme.write_text(f"{head}{begin}\n{section}\n{end}{tail}")

@@ -52,7 +52,7 @@ class Toolkit:
 
     def start(self, active: torch.Tensor) -> None:
         """Make `active` its mask and take the first update with it."""
-        flat = torch.zeros(self._inputs.n_entries, dtype=torch.bool)
+        flat = torch.zeros(self._inputs.n_entries, dtype=torch.bool, device=active.device)
         flat[active] = True
         for mask, part in zip(self.masks, _pieces(flat, self._inputs), strict=True):
             mask.copy_(part)
@@ -93,10 +93,11 @@ class DenseMasking:
         self.param = torch.nn.Parameter(torch.cat([weight.flatten() for weight in inputs.weights]))
         self.param.grad = torch.empty_like(self.param)
         self.prepare()
-        self._padded = torch.zeros(n_blocks * BLOCK)
+        device = self.param.device
+        self._padded = torch.zeros(n_blocks * BLOCK, device=device)
         self.scores = self._padded[: inputs.n_entries]
-        self.maxima = torch.empty(n_blocks)
-        self.mask = torch.zeros(inputs.n_entries, dtype=torch.bool)
+        self.maxima = torch.empty(n_blocks, device=device)
+        self.mask = torch.zeros(inputs.n_entries, dtype=torch.bool, device=device)
         self.optimizer = torch.optim.AdamW([self.param], lr=LEARNING_RATE, weight_decay=0.0, fused=True)
 
     def prepare(self) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-RESULTS = sorted((ROOT / "benchmarks/results").glob("*.json"))
+RESULTS = sorted((ROOT / "benchmarks/results").glob("cpu-*.json"))
 
 
 def test_there_are_results():

@@ -1,0 +1,1 @@
+"""Measured on a GPU: `python -m benchmarks.gpu`, or `make gpu-check`."""

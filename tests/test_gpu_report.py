@@ -1,0 +1,206 @@
+"""`make gpu-check`: its bars, its report, and that no part stops another. Every number here is made up."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.gpu import report
+from benchmarks.gpu.bars import ADAMW, measured_bars, with_ratios
+from benchmarks.gpu.device import BACKENDS
+from benchmarks.gpu.processes import stream, together
+from benchmarks.gpu.tables import summary_table
+
+ROOT = Path(__file__).parent.parent
+DENSE = "dense masking done well"
+COPY = 4e9  # bytes per millisecond
+# Made-up multiples of the floor. Every bar is met by them, some narrowly.
+SPEED = {
+    ("cuda", "step"): 1.15, ("cuda", "graph"): 1.05, ("cuda", "select"): 1.1,
+    ("triton", "step"): 1.19, ("triton", "graph"): 1.1, ("triton", "select"): 1.12,
+    (ADAMW, "step"): 3.6, ("dense masking", "step"): 9.0, ("toolkit", "step"): 60.0,
+}  # fmt: skip
+MODELS = {
+    "184M float32": (184_000_000, "float32", 4), "184M bfloat16": (184_000_000, "bfloat16", 2),
+    "1.3B bfloat16": (1_340_000_000, "bfloat16", 2), "6.7B bfloat16": (6_700_000_000, "bfloat16", 2),
+}  # fmt: skip
+
+
+def _row(method: str, measure: str, model: str, share: float = 0.001, **more) -> dict:
+    n, dtype, size = MODELS.get(model, (10_000_000, "float32", 4))
+    ms = SPEED.get((method, measure), 1.0) * 2 * n * size / COPY
+    times = {"p20_ms": 0.98 * ms, "median_ms": ms, "p80_ms": 1.03 * ms, "rounds": 30}
+    about = {"method": method, "measure": measure, "model": model, "share": share, "active": 0.5}
+    sizes = {"n": n, "dtype": dtype, "floor_bytes": 2 * n * size, "bytes": 2 * n * size}
+    return about | sizes | {"state_bytes": n // 40, "peak_bytes": n // 64} | times | more
+
+
+@pytest.fixture
+def rows():
+    found = [{"measure": "copy", "bytes": 8e9, "median_ms": 8e9 / COPY, "p20_ms": 2.0, "p80_ms": 2.0}]
+    found += [_row(method, measure, model) for method, measure in SPEED for model in MODELS]
+    for method in ("cuda", "triton", "dense masking"):
+        found.append(_row(method, "step", "1.3B bfloat16", 0.01))
+    for backend in ("cuda", "triton"):
+        found.append(_row(backend, "host", "300 tensors", median_ms=0.15))
+        found.append(_row(backend, "hook", "300 tensors", hook_us=20.0))
+        for parts, ratio in (("update", 0.5), ("update and join", 0.6)):
+            found.append(_row(backend, f"growth, {parts}", "1.3B bfloat16", 0.01, ratio=ratio))
+    return found
+
+
+@pytest.fixture
+def raw(rows):
+    machine = {
+        "gpu": "NVIDIA H200", "is_gpu": True, "driver": "1", "cuda": "13.0", "torch": "2.11.0",
+        "triton": "3.6.0", "python": "3.12", "commit": "abc1234", "date": "2000-01-01",
+    }  # fmt: skip
+    trained = {"tokens_per_s": 21_000.0, "peak_bytes": 31e9, "optimizer_share": 0.04, "step_ms": 97.0}
+    e2e = [{"method": "full"} | trained, {"method": "id3", "skipped": "out of memory"}]
+    ran = {"cuda": {"ok": True, "seconds": 9.0, "last_line": "100 passed", "tail": "much"}}
+    bench = {"rows": rows, "failed": {}, "not_run": []}
+    return {"machine": machine, "quick": False, "tests": ran, "bench": bench, "e2e": {"rows": e2e}}
+
+
+# --- bars ---------------------------------------------------------------------------------------------
+
+
+def test_every_bar_finds_its_number(rows):
+    bars = measured_bars(rows)
+    assert len(bars) > 30
+    assert [bar["what"] for bar in bars if not bar["met"]] == []
+
+
+@pytest.mark.parametrize(
+    "measure, method, model, share, slower, missed",
+    [
+        ("select", "cuda", "1.3B bfloat16", 0.001, 1.1, "selection / copy rate, 1.3B bfloat16"),
+        ("graph", "cuda", "184M float32", 0.001, 1.3, "step in a CUDA graph / floor, 184M float32"),
+        ("step", "cuda", "1.3B bfloat16", 0.01, 2.0, f"{DENSE} / step, B = 1.0%, 1.3B bfloat16"),
+        ("host", "cuda", "300 tensors", 0.001, 2.0, "host ms of a step, 300 tensors"),
+    ],
+)  # fmt: skip
+def test_what_is_too_slow_misses_its_bar_alone(rows, measure, method, model, share, slower, missed):
+    wanted = {"measure": measure, "method": method, "model": model, "share": share}
+    (row,) = [row for row in rows if wanted.items() <= row.items()]
+    row["median_ms"] *= slower
+    assert [bar["what"] for bar in measured_bars(rows) if not bar["met"]] == [f"cuda: {missed}"]
+
+
+def test_what_was_not_measured_is_not_run():
+    assert {bar["met"] for bar in measured_bars([])} == {None}
+
+
+def test_ratios(rows):
+    row = next(row for row in with_ratios(rows) if row["measure"] == "step" and row["method"] == "cuda")
+    assert row["gb_per_s"] == pytest.approx(4000 / 1.15, rel=1e-3)
+    assert row["over_floor"] == pytest.approx(1.15) and row["over_copy"] == pytest.approx(1 / 1.15, rel=1e-3)
+
+
+# --- the report ---------------------------------------------------------------------------------------
+
+
+def test_a_result_goes_into_the_readme(raw, tmp_path):
+    pytest.importorskip("matplotlib")
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n" + "\n".join((report.MARKERS[0], "old", report.MARKERS[1])) + "\nafter\n")
+    path = report.publish(raw, tmp_path / "results", readme, commit="fedcba9")
+    assert path.name == "gpu-nvidia-h200.json" and path.with_suffix(".png").stat().st_size > 10_000
+    shown = readme.read_text()
+    assert shown.startswith("before\n") and shown.endswith("\nafter\n") and "old" not in shown
+    assert "(results/gpu-nvidia-h200.png)" in shown and "commit fedcba9" in shown
+    assert "| 1.3B bfloat16, B = 0.1% | ID3AdamW, cuda | 1.541 (1.510 – 1.587) | 1.15 | 3478 |" in shown
+    assert "| cuda: step / floor, 1.3B bfloat16 | ≤ 1.2 | 1.15 | met |" in shown
+    assert "| full | 21,000 | 31.00 GB | 4.0% |" in shown
+    kept = json.loads(path.read_text())
+    assert kept["machine"]["commit"] == "fedcba9" and "tail" not in kept["tests"]["cuda"]
+    assert report.markdown(kept, "results/gpu-nvidia-h200.png") in shown
+
+
+@pytest.mark.parametrize(
+    "change, why",
+    [
+        (lambda raw: raw["machine"].update(is_gpu=False), "expected a run on a GPU, got one on"),
+        (lambda raw: raw.update(quick=True), "got --quick"),
+        (lambda raw: raw["bench"].update(rows=[]), "got none"),
+    ],
+)  # fmt: skip
+def test_what_is_no_gpu_result_is_refused(raw, tmp_path, change, why):
+    change(raw)
+    with pytest.raises(ValueError, match=why):
+        report.publish(raw, tmp_path, None)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_readme_shows_what_is_committed():
+    text = (ROOT / "README.md").read_text()
+    shown = text.split(report.MARKERS[0])[1].split(report.MARKERS[1])[0].strip()
+    sections = [
+        report.markdown(json.loads(path.read_text()), str(path.with_suffix(".png").relative_to(ROOT)))
+        for path in report.committed()
+    ]
+    assert shown in (sections or [report.NOTHING_YET])
+
+
+def test_the_table_at_the_end(raw):
+    shown = summary_table(raw | {"bars": measured_bars(raw["bench"]["rows"])})
+    assert "tests cuda: ok, 9.0 s: 100 passed" in shown
+    assert "id3                skipped: out of memory" in shown
+    assert "cuda: step / floor, 1.3B bfloat16" in shown and "MISSED" not in shown
+
+
+# --- parts --------------------------------------------------------------------------------------------
+
+
+def test_rows_of_a_process_that_hangs_are_kept():
+    script = "import time; print('{\"a\": 1}', flush=True); print('words', flush=True); time.sleep(60)"
+    rows = []
+    tail = stream([sys.executable, "-c", script], 3, rows.append)
+    assert rows == [{"a": 1}] and tail.startswith("words\n(cut off after")
+
+
+def test_commands_that_fail_hang_or_are_missing():
+    commands = {
+        "fine": [sys.executable, "-c", "print('all well')"],
+        "fails": [sys.executable, "-c", "raise SystemExit('no good')"],
+        "hangs": [sys.executable, "-c", "import time; time.sleep(60)"],
+        "missing": ["id3-no-such-tool"],
+    }
+    found = together(commands, 3)
+    assert {name: one["ok"] for name, one in found.items()} == {
+        "fine": True, "fails": False, "hangs": False, "missing": None,
+    }  # fmt: skip
+    assert found["fine"]["last_line"] == "all well" and found["fails"]["last_line"] == "no good"
+    assert found["hangs"]["timed_out"] and not found["fails"]["timed_out"]
+    assert "id3-no-such-tool" in found["missing"]["skipped"]
+
+
+def test_a_part_runs_here_and_its_results_are_no_gpu_s(tmp_path):
+    output = tmp_path / "gpu-check.json"
+    command = [sys.executable, "-m", "benchmarks.gpu", "--quick", "--part", "sanitize", "build"]
+    done = subprocess.run([*command, f"--output={output}"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    results = json.loads(output.read_text())
+    assert results["sanitize"]["plain"]["last_line"] == "done", results["sanitize"]
+    assert results["quick"] and {bar["met"] for bar in results["bars"]} == {None}
+    refused = subprocess.run(
+        [sys.executable, "-m", "benchmarks.gpu.report", str(output), "--update-readme"],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert refused.returncode == 2 and "expected a run on a GPU" in refused.stderr
+
+
+def test_jobs_of_the_benchmark_run_here():
+    """And one that fails says so; on a GPU its process ends there."""
+    id3 = f"id3 {BACKENDS[0]} tiny float32 5.0%"
+    jobs = ["bandwidth", id3, "adamw tiny float32 5.0%", "no such job"]
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.gpu.bench", "--quick", *jobs]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    ended = {row["job"]: row.get("skipped") for row in found if row.get("done")}
+    assert ended == dict.fromkeys(jobs) | {"no such job": "KeyError: 'no such job'"}
+    measured = {(row["job"].split()[0], row["measure"]) for row in found if "median_ms" in row}
+    assert measured >= {("bandwidth", "copy"), ("bandwidth", "read"), ("adamw", "step")}
+    assert measured >= {("id3", measure) for measure in ("select", "step", "host", "update")}
