@@ -62,9 +62,9 @@ def _unchanged(optimizer, kept: tuple) -> bool:
     return len(tensors) == len(kept[0]) and all(map(torch.equal, tensors, kept[0])) and settings == kept[1]
 
 
-@pytest.mark.parametrize("op", ["select_topk", "gather", "join_"])
+@pytest.mark.parametrize("op", ["select_topk", "gather", "join_", "adamw_"])
 def test_a_step_without_memory_changes_nothing(place, run, same, op):
-    """Wherever selection or joining runs out of memory, the next step goes on as if nothing had been."""
+    """Wherever the step runs out of memory, the next one goes on as if nothing had been."""
     grads = place.gradients(SHAPES, 6)
     untouched = place.optimizer(place.params(SHAPES))
     run(untouched, grads)
