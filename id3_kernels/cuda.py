@@ -1,7 +1,8 @@
 """The op table on an NVIDIA GPU through the CUDA C++ kernels of csrc/cuda.
 
 They take row-major tensors of float32, bfloat16 and float16; other strides pass through a copy. Nothing here
-waits for the GPU but `union`, which is the reference's, and writing back through a copy.
+waits for the GPU but `union`, which is the reference's, and the first AdamW step with its betas on a device:
+once that is done, all can be captured in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -9,11 +10,24 @@ from __future__ import annotations
 import torch
 
 from . import reference
-from .collect import collect_by_selection_
-from .entries import write_back
+from .collect import best_by_selection_
 
 union = reference.union
 _ops = torch.ops.id3_cuda
+
+_STATE = 2053  # int64: CollectState of csrc/cuda/collect.h, whose first is the number of candidates
+_ROOM_FOR_EACH, _LEAST_ROOM, _MOST_WANTED = 8, 1 << 16, 1 << 20
+
+
+def candidate_room(k):
+    """See `backend.candidate_room`. Candidates take eight times the memory of the best k, and a little more,
+    so that they are seldom cut down to these; beyond a million they are kept in order instead."""
+    return (_ROOM_FOR_EACH * k + _LEAST_ROOM, _STATE) if 0 < k <= _MOST_WANTED else (k, 0)
+
+
+def _most_wanted(room):
+    """The k of `candidate_room`, of tensors with a state."""
+    return max((room - _LEAST_ROOM) // _ROOM_FOR_EACH, 1) if room > _LEAST_ROOM else room // 2
 
 
 def _row_major(tensors):
@@ -25,28 +39,54 @@ def _refuse_float64(*tensors):
         raise ValueError("cuda backend: float64 is not supported, use cpu or reference")
 
 
+def _write_back(tensors, rows):
+    """From the row-major copies: all of them, as where the entries are is known to the GPU alone."""
+    for row, t in zip(rows, tensors, strict=True):
+        if row is not t:
+            t.copy_(row)
+
+
 def d3_score(param, grad, eps, exp):
     """See the op table."""
     _refuse_float64(param)
     return _ops.d3_score(param.contiguous(), grad.contiguous(), eps, exp)
 
 
-def select_topk(params, grads, offsets, indices, k, eps, exp):
+def select_topk(params, grads, offsets, indices, k, capacity, eps, exp):
     """See the op table."""
     _refuse_float64(*params)
-    return _ops.select_topk(_row_major(params), _row_major(grads), offsets, indices, k, eps, exp)
+    return _ops.select_topk(_row_major(params), _row_major(grads), offsets, indices, k, capacity, eps, exp)
 
 
-def select_topk_by_score(scores, offsets, indices, k):
+def select_topk_by_score(scores, offsets, indices, k, capacity):
     """See the op table."""
     _refuse_float64(*scores)
-    return _ops.select_topk_by_score(_row_major(scores), offsets, indices, k)
+    return _ops.select_topk_by_score(_row_major(scores), offsets, indices, k, capacity)
 
 
-def collect_(param, *rest):
+def collect_(
+    param, grad, score, offsets, indices, values, add, position, best_score, best_place, best_grad, state, k,
+    again, eps, exp,
+):  # fmt: skip
     """See the op table."""
     _refuse_float64(param)
-    collect_by_selection_(select_topk, select_topk_by_score, param, *rest)
+    param, grad, score = param.contiguous(), grad.contiguous(), None if score is None else score.contiguous()
+    best = best_score, best_place, best_grad
+    _ops.collect_(
+        param, grad, score, offsets, indices, values, add, position, *best, state, k, again, eps, exp
+    )
+    room, fused = best_score.numel(), state.numel() > 0
+    if (fused and not again) or room == 0:
+        return
+    best_by_selection_(
+        select_topk, select_topk_by_score, param, grad, score, offsets, indices, position, *best, k,
+        _most_wanted(room) if fused else room, again, eps, exp,
+    )  # fmt: skip
+    if fused:
+        beyond = torch.arange(room, device=k.device) >= k
+        for held, nobody in zip(best, (0, -1, 0), strict=True):
+            held.masked_fill_(beyond, nobody)
+        state[:1] = (best_place >= 0).sum()
 
 
 def gather(tensors, offsets, indices):
@@ -58,7 +98,7 @@ def scatter_(tensors, offsets, indices, values):
     """See the op table."""
     rows = _row_major(tensors)
     _ops.scatter_(rows, offsets, indices, values.contiguous())
-    write_back(tensors, rows, offsets, indices)
+    _write_back(tensors, rows)
 
 
 def squared_norm(tensors, offsets, indices):
@@ -67,9 +107,9 @@ def squared_norm(tensors, offsets, indices):
     return _ops.squared_norm(_row_major(tensors), offsets, indices)
 
 
-def join_(arrays, offsets, b_offsets, b_indices):
-    """See the op table."""
-    return _ops.join_(arrays, offsets, b_offsets, b_indices)
+def join_(arrays, offsets, b_offsets, b_indices, b_values):
+    """See the op table. Where an array has no room for all, nothing changes."""
+    _ops.join_(arrays, offsets, b_offsets, b_indices, b_values)
 
 
 def adamw_(params, grads, *rest):
@@ -77,7 +117,7 @@ def adamw_(params, grads, *rest):
     _refuse_float64(*params)
     rows = _row_major(params)
     _ops.adamw_(rows, _row_major(grads), *rest)
-    write_back(params, rows, *rest[:2])
+    _write_back(params, rows)
 
 
 def adamw_compact_(params, values, *rest):
@@ -85,4 +125,4 @@ def adamw_compact_(params, values, *rest):
     _refuse_float64(*params)
     rows = _row_major(params)
     _ops.adamw_compact_(rows, values.contiguous(), *rest)
-    write_back(params, rows, *rest[:2])
+    _write_back(params, rows)

@@ -4,14 +4,15 @@ namespace id3::cuda {
 namespace {
 
 template <class Bits>
-__global__ void gather_kernel(const TensorRow* rows, EntriesView entries, Bits* values) {
-  for (int64_t at = thread_in_grid(); at < entries.count(); at += threads_in_grid())
-    values[at] = static_cast<const Bits*>(rows[entries.owner(at)].param)[entries.indices[at]];
+__global__ void gather_kernel(const TensorRow* rows, EntriesView entries, int64_t n, Bits* values) {
+  const int64_t held = entries.end();
+  for (int64_t at = thread_in_grid(); at < n; at += threads_in_grid())
+    values[at] = at < held ? static_cast<const Bits*>(rows[entries.owner(at)].param)[entries.indices[at]] : 0;
 }
 
 template <class Bits>
 __global__ void scatter_kernel(const TensorRow* rows, EntriesView entries, const Bits* values) {
-  for (int64_t at = thread_in_grid(); at < entries.count(); at += threads_in_grid())
+  for (int64_t at = thread_in_grid(); at < entries.end(); at += threads_in_grid())
     static_cast<Bits*>(rows[entries.owner(at)].param)[entries.indices[at]] = values[at];
 }
 
@@ -30,16 +31,17 @@ __device__ __forceinline__ double square_at(const TensorRow* rows, const Entries
   return value * value;
 }
 
-__global__ void squares_kernel(const TensorRow* rows, EntriesView entries, int64_t n_blocks, double* sums) {
+__device__ __forceinline__ int64_t sum_blocks(const EntriesView& entries) {
+  return (entries.count() + kSumBlock - 1) / kSumBlock;
+}
+
+__global__ void squares_kernel(const TensorRow* rows, EntriesView entries, double* sums) {
   __shared__ double partial[kThreads];
-  const int64_t n = entries.count();
   const int me = threadIdx.x;
-  for (int64_t block = blockIdx.x; block < n_blocks; block += gridDim.x) {
+  for (int64_t block = blockIdx.x; block < sum_blocks(entries); block += gridDim.x) {
+    const int64_t first = entries.first() + block * kSumBlock, end = min(first + kSumBlock, entries.end());
     double mine = 0;
-    for (int i = me; i < kSumBlock; i += kThreads) {
-      const int64_t at = block * kSumBlock + i;
-      if (at < n) mine += square_at(rows, entries, at);
-    }
+    for (int64_t at = first + me; at < end; at += kThreads) mine += square_at(rows, entries, at);
     partial[me] = mine;
     __syncthreads();
     for (int half = kThreads / 2; half > 0; half /= 2) {
@@ -51,17 +53,22 @@ __global__ void squares_kernel(const TensorRow* rows, EntriesView entries, int64
   }
 }
 
-__global__ void total_kernel(const double* sums, int64_t n, double* total) {
+__global__ void total_kernel(const double* sums, EntriesView entries, double* total) {
   if (thread_in_grid() != 0) return;
   double sum = 0;
-  for (int64_t i = 0; i < n; ++i) sum += sums[i];
+  for (int64_t i = 0; i < sum_blocks(entries); ++i) sum += sums[i];
   *total = sum;
 }
 
-// --- join
-// ----------------------------------------------------------------------------------------------------
+// --- join --------------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ int64_t held_count(const Join& j) { return j.offsets[j.added.tensors]; }
+
+// How many entries there will be; 0 where nothing is to be done.
+__device__ __forceinline__ int64_t joined_count(const Join& j) {
+  const int64_t added = j.added.count(), joined = held_count(j) + added;
+  return added > 0 && added <= j.room_added && joined <= j.room ? joined : 0;
+}
 
 // How many new entries lie before place `at` of the set.
 __device__ __forceinline__ int64_t added_before(const Join& j, int64_t at) {
@@ -72,12 +79,9 @@ __device__ __forceinline__ int64_t added_before(const Join& j, int64_t at) {
 }
 
 __global__ void positions_kernel(Join j) {
+  if (joined_count(j) == 0) return;
   const auto* held = static_cast<const int32_t*>(j.arrays[0].array);
-  for (int64_t i = thread_in_grid(); i < j.n_added; i += threads_in_grid()) {
-    if (i >= j.added.count()) {
-      j.positions[i] = 0;
-      continue;
-    }
+  for (int64_t i = thread_in_grid(); i < j.added.count(); i += threads_in_grid()) {
     const int64_t* own = j.offsets + j.added.owner(i);
     j.positions[i] = i + lower_bound(held, own[0], own[1], j.added.indices[i]);
   }
@@ -85,9 +89,10 @@ __global__ void positions_kernel(Join j) {
 
 template <class Bits>
 __device__ __forceinline__ void copy_item(void* to, int64_t to_place, const void* from, int64_t place) {
-  static_cast<Bits*>(to)[to_place] = static_cast<const Bits*>(from)[place];
+  static_cast<Bits*>(to)[to_place] = from ? static_cast<const Bits*>(from)[place] : Bits(0);
 }
 
+// from null: zeros.
 __device__ __forceinline__ void copy(int item_bytes, void* to, int64_t to_place, const void* from,
                                      int64_t place) {
   if (item_bytes == 1) copy_item<uint8_t>(to, to_place, from, place);
@@ -96,39 +101,31 @@ __device__ __forceinline__ void copy(int item_bytes, void* to, int64_t to_place,
   if (item_bytes == 8) copy_item<uint64_t>(to, to_place, from, place);
 }
 
-__device__ __forceinline__ void set_zero(int item_bytes, void* to, int64_t place) {
-  const uint64_t zero = 0;
-  copy(item_bytes, to, place, &zero, 0);
-}
-
 // Every entry to its new place in the scratch arrays.
 __global__ void spread_kernel(Join j) {
-  const int64_t held = held_count(j), added = j.added.count();
-  for (int64_t i = thread_in_grid(); i < held + added; i += threads_in_grid()) {
+  const int64_t held = held_count(j), joined = joined_count(j);
+  for (int64_t i = thread_in_grid(); i < joined; i += threads_in_grid()) {
     const bool is_new = i >= held;
-    const int64_t to = is_new ? j.positions[i - held] : i + added_before(j, i);
+    const int64_t from = is_new ? i - held : i, to = is_new ? j.positions[from] : i + added_before(j, i);
     for (int a = 0; a < j.n_arrays; ++a) {
       const JoinArray array = j.arrays[a];
-      if (!is_new)
-        copy(array.item_bytes, array.scratch, to, array.array, i);
-      else if (a == 0)
-        static_cast<int32_t*>(array.scratch)[to] = j.added.indices[i - held];
-      else
-        set_zero(array.item_bytes, array.scratch, to);
+      copy(array.item_bytes, array.scratch, to, is_new ? array.added : array.array, from);
     }
   }
 }
 
 __global__ void copy_back_kernel(Join j) {
-  const int64_t n = held_count(j) + j.added.count();
-  for (int64_t i = thread_in_grid(); i < n; i += threads_in_grid())
+  const int64_t joined = joined_count(j);
+  for (int64_t i = thread_in_grid(); i < joined; i += threads_in_grid())
     for (int a = 0; a < j.n_arrays; ++a)
       copy(j.arrays[a].item_bytes, j.arrays[a].array, i, j.arrays[a].scratch, i);
 }
 
+// One block: the last offset says what the others wait for.
 __global__ void add_offsets_kernel(Join j) {
-  for (int64_t i = thread_in_grid(); i <= j.added.tensors; i += threads_in_grid())
-    j.offsets[i] += j.added.offsets[i];
+  if (joined_count(j) == 0) return;
+  __syncthreads();
+  for (int i = threadIdx.x; i <= j.added.tensors; i += kThreads) j.offsets[i] += j.added.offsets[i];
 }
 
 }  // namespace
@@ -137,7 +134,8 @@ void gather(const TensorRow* rows, EntriesView entries, int64_t n, int item_byte
             cudaStream_t stream) {
   with_bits(item_bytes, [&](auto bits) {
     using Bits = decltype(bits);
-    launch(gather_kernel<Bits>, blocks_for(n), kThreads, stream, rows, entries, static_cast<Bits*>(values));
+    launch(gather_kernel<Bits>, blocks_for(n), kThreads, stream, rows, entries, n,
+           static_cast<Bits*>(values));
   });
 }
 
@@ -152,17 +150,16 @@ void scatter(const TensorRow* rows, EntriesView entries, int64_t n, int item_byt
 
 void squared_norm(const TensorRow* rows, EntriesView entries, int64_t n, double* block_sums, double* sum,
                   cudaStream_t stream) {
-  const int64_t blocks = (n + kSumBlock - 1) / kSumBlock;
-  launch(squares_kernel, blocks_for(n, kSumBlock), kThreads, stream, rows, entries, blocks, block_sums);
-  launch(total_kernel, 1, 1, stream, block_sums, blocks, sum);
+  launch(squares_kernel, blocks_for(n, kSumBlock), kThreads, stream, rows, entries, block_sums);
+  launch(total_kernel, 1, 1, stream, block_sums, entries, sum);
 }
 
 void join(const Join& join, cudaStream_t stream) {
-  const unsigned blocks = blocks_for(join.n_held + join.n_added);
-  launch(positions_kernel, blocks_for(join.n_added), kThreads, stream, join);
+  const unsigned blocks = blocks_for(join.room);
+  launch(positions_kernel, blocks_for(join.room_added), kThreads, stream, join);
   launch(spread_kernel, blocks, kThreads, stream, join);
   launch(copy_back_kernel, blocks, kThreads, stream, join);
-  launch(add_offsets_kernel, blocks_for(join.added.tensors + 1), kThreads, stream, join);
+  launch(add_offsets_kernel, 1, kThreads, stream, join);
 }
 
 }  // namespace id3::cuda

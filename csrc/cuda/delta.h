@@ -6,8 +6,8 @@
 
 namespace id3::cuda {
 
-// values[i] = the i-th entry's value, moved by its bits; rows hold the tensors as `param`. item_bytes: 2, 4
-// or 8.
+// values[i] = the value of the entry at i, moved by its bits, and 0 behind the last; rows hold the tensors as
+// `param`. item_bytes: 2, 4 or 8. The offsets begin at 0. n: room in indices and values.
 void gather(const TensorRow* rows, EntriesView entries, int64_t n, int item_bytes, void* values,
             cudaStream_t stream);
 void scatter(const TensorRow* rows, EntriesView entries, int64_t n, int item_bytes, const void* values,
@@ -15,29 +15,32 @@ void scatter(const TensorRow* rows, EntriesView entries, int64_t n, int item_byt
 
 constexpr int kSumBlock = 4096;  // entries summed by one block: fixed, so that the sum has one order
 
-// The sum of squares of the rows' gradients at the entries; block_sums: [(n + kSumBlock - 1) / kSumBlock].
+// The sum of squares of the rows' gradients at the entries, of which there are at most n, in blocks that
+// count from the first; block_sums: [(n + kSumBlock - 1) / kSumBlock].
 void squared_norm(const TensorRow* rows, EntriesView entries, int64_t n, double* block_sums, double* sum,
                   cudaStream_t stream);
 
-constexpr int kMostArrays = 8;
+constexpr int kMostArrays = 16;
 
-// The arrays of a sorted set of entries, the indices first; `scratch` is as large as `array`.
+// One array of a sorted set of entries.
 struct JoinArray {
   void* array;
-  void* scratch;
+  void* scratch;      // as large
+  const void* added;  // what the new entries begin with; null: zeros
   int32_t item_bytes;
 };
 
 struct Join {
-  JoinArray arrays[kMostArrays];
+  JoinArray arrays[kMostArrays];  // the indices first, whose `added` is that of the entries below
   int32_t n_arrays;
-  int64_t* offsets;         // of the set; made those of the joined set
-  EntriesView added;        // none of them in the set
-  int64_t* positions;       // [added's capacity]: where each new entry comes to stand
-  int64_t n_held, n_added;  // capacities: the true counts are offsets[tensors] and added.count()
+  int64_t* offsets;    // of the set; made those of the joined set
+  EntriesView added;   // none of them in the set
+  int64_t* positions;  // [room_added]: where each new entry comes to stand
+  int64_t room;        // of every array
+  int64_t room_added;  // of every array of new entries
 };
 
-// Inserts `added`: its indices into the first array, zeros into the others.
+// Inserts `added`. Where the arrays have no room for all, nothing changes.
 void join(const Join& join, cudaStream_t stream);
 
 }  // namespace id3::cuda

@@ -10,7 +10,7 @@ at::Tensor gather_op(at::TensorList tensors, const at::Tensor& offsets, const at
   const c10::cuda::CUDAGuard guard(offsets.device());
   const auto dtype = tensors.empty() ? at::kFloat : tensors[0].scalar_type();
   const at::Tensor values = at::empty({indices.numel()}, offsets.options().dtype(dtype));
-  const at::Tensor rows = rows_of(tensors, OptionalTensors(), offsets);
+  const at::Tensor rows = stored(rows_of(tensors, OptionalTensors(), offsets), offsets);
   gather(data<TensorRow>(rows), view(offsets, indices), indices.numel(), values.element_size(),
          values.mutable_data_ptr(), c10::cuda::getCurrentCUDAStream());
   C10_CUDA_KERNEL_LAUNCH_CHECK();
@@ -21,7 +21,7 @@ void scatter_op(at::TensorList tensors, const at::Tensor& offsets, const at::Ten
                 const at::Tensor& values) {
   const c10::cuda::CUDAGuard guard(offsets.device());
   check_row_major(values, offsets);
-  const at::Tensor rows = rows_of(tensors, OptionalTensors(), offsets);
+  const at::Tensor rows = stored(rows_of(tensors, OptionalTensors(), offsets), offsets);
   scatter(data<TensorRow>(rows), view(offsets, indices), indices.numel(), values.element_size(),
           values.const_data_ptr(), c10::cuda::getCurrentCUDAStream());
   C10_CUDA_KERNEL_LAUNCH_CHECK();
@@ -30,8 +30,8 @@ void scatter_op(at::TensorList tensors, const at::Tensor& offsets, const at::Ten
 at::Tensor squared_norm_op(const OptionalTensors& tensors, const at::Tensor& offsets,
                            const at::Tensor& indices) {
   const c10::cuda::CUDAGuard guard(offsets.device());
-  const at::Tensor rows = rows_of({}, tensors, offsets),
-                   sum = at::zeros({}, offsets.options().dtype(at::kDouble));
+  const at::Tensor rows = stored(rows_of({}, tensors, offsets), offsets),
+                   sum = at::empty({}, offsets.options().dtype(at::kDouble));
   const int64_t n = indices.numel();
   const at::Tensor sums = empty<double>((n + kSumBlock - 1) / kSumBlock, offsets);
   squared_norm(data<TensorRow>(rows), view(offsets, indices), n, data<double>(sums), data<double>(sum),
@@ -40,28 +40,39 @@ at::Tensor squared_norm_op(const OptionalTensors& tensors, const at::Tensor& off
   return sum;
 }
 
-at::Tensor join_op(at::TensorList arrays, const at::Tensor& offsets, const at::Tensor& b_offsets,
-                   const at::Tensor& b_indices) {
+void join_op(at::TensorList arrays, const at::Tensor& offsets, const at::Tensor& b_offsets,
+             const at::Tensor& b_indices, const OptionalTensors& b_values) {
   const c10::cuda::CUDAGuard guard(offsets.device());
   TORCH_CHECK_VALUE(!arrays.empty() && arrays.size() <= kMostArrays, "arrays: expected 1 to ", kMostArrays,
                     ", got ", arrays.size());
-  const at::Tensor positions = at::empty({b_indices.numel()}, offsets.options());
+  TORCH_CHECK_VALUE(b_values.size() + 1 == arrays.size(), "b_values: expected ", arrays.size() - 1, ", got ",
+                    b_values.size());
   Join args{};
+  args.room = arrays[0].numel();
+  args.room_added = b_indices.numel();
   std::vector<at::Tensor> scratch;
-  for (const at::Tensor& array : arrays) {
+  for (size_t a = 0; a < arrays.size(); ++a) {
+    const at::Tensor& array = arrays[a];
     check_row_major(array, offsets);
+    const OptionalTensor added = a == 0 ? b_indices : b_values.get(a - 1);
+    if (added) {
+      check_row_major(*added, offsets);
+      TORCH_CHECK_VALUE(added->scalar_type() == array.scalar_type() && added->numel() >= args.room_added,
+                        "b_values: expected ", args.room_added, " ", array.scalar_type(), ", got ",
+                        added->numel(), " ", added->scalar_type());
+    }
     scratch.push_back(at::empty_like(array));
+    args.room = std::min(args.room, array.numel());
     args.arrays[args.n_arrays++] = {array.mutable_data_ptr(), scratch.back().mutable_data_ptr(),
+                                    added ? added->const_data_ptr() : nullptr,
                                     static_cast<int32_t>(array.element_size())};
   }
+  const at::Tensor positions = empty<int64_t>(args.room_added, offsets);
   args.offsets = data<int64_t>(offsets);
   args.added = view(b_offsets, b_indices);
   args.positions = data<int64_t>(positions);
-  args.n_held = arrays[0].numel();
-  args.n_added = b_indices.numel();
   join(args, c10::cuda::getCurrentCUDAStream());
   C10_CUDA_KERNEL_LAUNCH_CHECK();
-  return positions;
 }
 
 }  // namespace

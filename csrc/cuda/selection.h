@@ -2,23 +2,18 @@
 
 #include <cstdint>
 
-#include "cuda/layout.h"
-#include "cuda/tensors.h"
+#include "cuda/stream.h"
 #include "cuda/topk.h"
-#include "formulas/score.h"
 
 namespace id3::cuda {
 
 // All that is read: tensors cut into chunks, the rule of the score, the entries to leave out.
 struct Candidates {
   const TensorRow* rows;
-  const Chunk* chunks;
+  Chunk* chunks;  // [n_chunks]; written here
   int32_t n_chunks, chunk_length;
   EntriesView active;
-  int64_t* chunk_active;  // [n_chunks + 1]: where in active.indices each chunk begins; written here
-  float eps;
-  double exp;
-  bool given;  // the gradients are the scores themselves
+  ScoreRule rule;
 };
 
 // The result, in the form of the op table: offsets [tensors + 1]; indices and scores [capacity].
@@ -44,8 +39,9 @@ struct SelectionWorkspace {
 // anyway and the keys of the listed tiles would need memory like the model's.
 inline bool few_winners(int64_t capacity, int64_t tiles) { return capacity <= tiles / 64; }
 
-// The *k best entries outside `active`, at most `capacity` of them, ties to the lowest (tensor, index).
-// k lies in device memory. Issues kernels on the stream and nothing else.
+// The *k best entries outside `active`, at most out.capacity of them, ties to the lowest (tensor, index).
+// k lies in device memory; where it is below 1, nothing of the tensors' size is read. Issues kernels on the
+// stream and nothing else.
 void select_topk(const Candidates& candidates, const int64_t* k, const SelectionWorkspace& workspace,
                  const Selected& out, cudaStream_t stream);
 

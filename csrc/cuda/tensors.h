@@ -14,18 +14,23 @@ struct TensorRow {
   void* param;
   const void* grad;
   DType param_dtype, grad_dtype;
+  int32_t numel;        // entries of the gradient
+  int32_t first_chunk;  // set by cut_into_chunks of layout.h
 };
 
-// The active entries, or any set of them: tensor j owns indices[offsets[j] .. offsets[j + 1]).
+// The active entries, or any set of them: tensor j owns indices[offsets[j] .. offsets[j + 1]). The offsets
+// may begin anywhere, as those of a part of the tensors do.
 struct EntriesView {
   const int64_t* offsets;
   const int32_t* indices;
   int32_t tensors;
 
 #if defined(__CUDACC__) || defined(ID3_EMULATED_CUDA)
-  __device__ int64_t count() const { return offsets[tensors]; }
+  __device__ int64_t first() const { return offsets[0]; }
+  __device__ int64_t end() const { return offsets[tensors]; }
+  __device__ int64_t count() const { return end() - first(); }
 
-  // The tensor of the entry at `position`, which is below count().
+  // The tensor of the entry at `position`, which lies in [first(), end()).
   __device__ int32_t owner(int64_t position) const {
     return static_cast<int32_t>(lower_bound(offsets, 0, tensors + 1, position + 1)) - 1;
   }

@@ -12,6 +12,17 @@ namespace id3::cuda {
 constexpr int kDigits = 3, kBins = 2048;  // 11 + 10 + 10 bits: a key is a positive int32, or 0 for "never"
 constexpr int kKeysPerBlock = 4096;       // whose takers are counted together
 
+// How many are wanted: *k, which lies in device memory, within [0, capacity]. A kernel that is to find none
+// returns at once.
+struct Wanted {
+  const int64_t* k;
+  int64_t capacity;
+
+#if defined(__CUDACC__) || defined(ID3_EMULATED_CUDA)
+  __device__ int64_t count() const { return max(int64_t{0}, min(*k, capacity)); }
+#endif
+};
+
 struct TopkState {
   int64_t missing;    // how many keys that equal the digits known so far are wanted
   int64_t total;      // how many are taken in all: k, or the number of positive keys where that is less
@@ -65,29 +76,36 @@ __device__ inline void choose_digit(int round, TopkState* state, unsigned* histo
   }
 }
 
+// Counts the next digit of each positive key from `first` on, every `step`-th, whose digits so far are those
+// of `threshold`.
 template <class Keys>
-__global__ void histogram_kernel(Keys keys, int64_t n, const int64_t* k, int round, TopkState* state,
+__device__ inline void count_digits(const Keys& keys, int64_t first, int64_t n, int64_t step, int round,
+                                    int32_t threshold, unsigned* bins) {
+  const int shift = digit_shift(round), bits = digit_bits(round);
+  const int64_t known = static_cast<int64_t>(threshold) >> (shift + bits);
+  for (int64_t i = first; i < n; i += step) {
+    const int32_t key = keys(i);
+    if (key > 0 && static_cast<int64_t>(key) >> (shift + bits) == known)
+      atomicAdd(&bins[key >> shift & ((1 << bits) - 1)], 1u);
+  }
+}
+
+template <class Keys>
+__global__ void histogram_kernel(Keys keys, int64_t n, Wanted wanted, int round, TopkState* state,
                                  unsigned* histogram) {
+  if (wanted.count() == 0) return;
   __shared__ unsigned bins[kBins];
   for (int i = threadIdx.x; i < kBins; i += kThreads) bins[i] = 0;
   __syncthreads();
-  const int shift = digit_shift(round), bits = digit_bits(round);
-  const int64_t known = static_cast<int64_t>(state->threshold) >> (shift + bits);
-  if (!(round > 0 && state->all)) {
-    for (int64_t i = thread_in_grid(); i < n; i += threads_in_grid()) {
-      const int32_t key = keys(i);
-      if (key > 0 && static_cast<int64_t>(key) >> (shift + bits) == known)
-        atomicAdd(&bins[key >> shift & ((1 << bits) - 1)], 1u);
-    }
-  }
+  if (!(round > 0 && state->all))
+    count_digits(keys, thread_in_grid(), n, threads_in_grid(), round, state->threshold, bins);
   __syncthreads();
   for (int i = threadIdx.x; i < kBins; i += kThreads)
     if (bins[i]) atomicAdd(&histogram[i], bins[i]);
   if (!is_last_block(&state->arrived)) return;
   if (round == 0 && threadIdx.x == 0) {
-    state->missing = *k;
-    state->total = *k;
-    state->all = *k <= 0;
+    state->missing = state->total = wanted.count();
+    state->all = 0;
   }
   __syncthreads();
   if (!state->all) choose_digit(round, state, histogram);
@@ -98,12 +116,10 @@ __global__ void histogram_kernel(Keys keys, int64_t n, const int64_t* k, int rou
 struct Takes {
   int32_t threshold;
   bool all;
-  bool nothing;
 
-  __device__ explicit Takes(const TopkState& state)
-      : threshold(state.threshold), all(state.all), nothing(state.total <= 0) {}
-  __device__ bool above(int32_t key) const { return !nothing && (all ? key > 0 : key > threshold); }
-  __device__ bool equal(int32_t key) const { return !nothing && !all && key == threshold; }
+  __device__ explicit Takes(const TopkState& state) : threshold(state.threshold), all(state.all) {}
+  __device__ bool above(int32_t key) const { return all ? key > 0 : key > threshold; }
+  __device__ bool equal(int32_t key) const { return !all && key == threshold; }
 };
 
 // Turns the blocks' counts into the sums of those before them, block by block of kThreads.
@@ -121,7 +137,9 @@ __device__ inline void sum_counts(BlockCount* counts, int64_t blocks) {
 }
 
 template <class Keys>
-__global__ void count_kernel(Keys keys, int64_t n, int64_t blocks, TopkState* state, BlockCount* counts) {
+__global__ void count_kernel(Keys keys, int64_t n, Wanted wanted, int64_t blocks, TopkState* state,
+                             BlockCount* counts) {
+  if (wanted.count() == 0) return;
   const Takes takes(*state);
   for (int64_t block = blockIdx.x; block < blocks; block += gridDim.x) {
     int64_t above = 0, equal = 0;
@@ -142,8 +160,9 @@ __global__ void count_kernel(Keys keys, int64_t n, int64_t blocks, TopkState* st
 // out[i]: the position of the i-th key taken, for i below state->total.
 template <class Keys, class Position>
 __global__ void __launch_bounds__(kThreads, 4)
-    write_kernel(Keys keys, int64_t n, int64_t blocks, TopkState* state, const BlockCount* counts,
-                 Position* out, int64_t* n_taken) {
+    write_kernel(Keys keys, int64_t n, Wanted wanted, int64_t blocks, TopkState* state,
+                 const BlockCount* counts, Position* out, int64_t* n_taken) {
+  if (wanted.count() == 0) return;
   const Takes takes(*state);
   const int64_t ties = state->missing;
   constexpr int kMine = kKeysPerBlock / kThreads;
@@ -173,16 +192,18 @@ __global__ void __launch_bounds__(kThreads, 4)
   }
 }
 
-// k, n_taken: in device memory. out has room for as many as *k may be.
+// out: [wanted.capacity]. n_taken: in device memory; neither is written where none are wanted.
 template <class Keys, class Position>
-void largest_in_order(Keys keys, int64_t n, const int64_t* k, const TopkWorkspace& workspace, Position* out,
+void largest_in_order(Keys keys, int64_t n, Wanted wanted, const TopkWorkspace& workspace, Position* out,
                       int64_t* n_taken, cudaStream_t stream) {
   TopkState* state = workspace.state;
   const unsigned blocks = blocks_for(n, kKeysPerBlock);
   for (int round = 0; round < kDigits; ++round)
-    launch(histogram_kernel<Keys>, blocks, kThreads, stream, keys, n, k, round, state, workspace.histogram);
-  launch(count_kernel<Keys>, blocks, kThreads, stream, keys, n, topk_blocks(n), state, workspace.counts);
-  launch(write_kernel<Keys, Position>, blocks, kThreads, stream, keys, n, topk_blocks(n), state,
+    launch(histogram_kernel<Keys>, blocks, kThreads, stream, keys, n, wanted, round, state,
+           workspace.histogram);
+  launch(count_kernel<Keys>, blocks, kThreads, stream, keys, n, wanted, topk_blocks(n), state,
+         workspace.counts);
+  launch(write_kernel<Keys, Position>, blocks, kThreads, stream, keys, n, wanted, topk_blocks(n), state,
          workspace.counts, out, n_taken);
 }
 

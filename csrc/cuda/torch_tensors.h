@@ -56,26 +56,41 @@ inline at::Tensor stored(const std::vector<TensorRow>& rows, const at::Tensor& l
   return out;
 }
 
-// grads empty: there are none.
-inline at::Tensor rows_of(at::TensorList params, const OptionalTensors& grads, const at::Tensor& like) {
-  const size_t n = std::max<size_t>(params.size(), grads.size());
-  std::vector<TensorRow> rows(n);
-  for (size_t j = 0; j < n; ++j) {
-    TensorRow row{};
-    if (j < params.size()) {
-      check_row_major(params[j], like);
-      row.param = params[j].data_ptr();
-      if (params[j].element_size() < 8) row.param_dtype = dtype_of(params[j]);
-    }
-    const OptionalTensor grad = j < grads.size() ? grads.get(j) : OptionalTensor();
-    if (grad) {
-      check_row_major(*grad, like);
-      row.grad = grad->const_data_ptr();
-      row.grad_dtype = dtype_of(*grad);
-    }
-    rows[j] = row;
+// Where a tensor and its gradient lie, of which one may be missing.
+inline TensorRow row_of(const OptionalTensor& param, const OptionalTensor& grad, const at::Tensor& like) {
+  TensorRow row{};
+  if (param) {
+    check_row_major(*param, like);
+    row.param = param->data_ptr();
+    if (param->element_size() < 8) row.param_dtype = dtype_of(*param);
   }
-  return stored(rows, like);
+  if (grad) {
+    check_row_major(*grad, like);
+    row.grad = grad->const_data_ptr();
+    row.grad_dtype = dtype_of(*grad);
+    TORCH_CHECK_VALUE(grad->numel() <= std::numeric_limits<int32_t>::max(),
+                      "cuda backend: expected fewer than 2^31 entries, got ", grad->numel());
+    row.numel = static_cast<int32_t>(grad->numel());
+  }
+  return row;
+}
+
+// params or grads empty: there are none.
+inline std::vector<TensorRow> rows_of(at::TensorList params, const OptionalTensors& grads,
+                                      const at::Tensor& like) {
+  std::vector<TensorRow> rows(std::max<size_t>(params.size(), grads.size()));
+  for (size_t j = 0; j < rows.size(); ++j)
+    rows[j] = row_of(j < params.size() ? OptionalTensor(params[j]) : OptionalTensor(),
+                     j < grads.size() ? grads.get(j) : OptionalTensor(), like);
+  return rows;
+}
+
+// A number that the kernels read where it lies: *k of an op.
+inline const int64_t* count_at(const at::Tensor& k, const at::Tensor& like) {
+  check_row_major(k, like);
+  TORCH_CHECK_VALUE(k.scalar_type() == at::kLong && k.numel() == 1, "k: expected one int64, got ", k.numel(),
+                    " ", k.scalar_type());
+  return k.const_data_ptr<int64_t>();
 }
 
 }  // namespace id3::cuda

@@ -13,12 +13,14 @@ __device__ __forceinline__ float weight_at(const Update& u, const TensorRow& row
 }
 
 __global__ void adamw_kernel(Update u) {
-  if (u.found_inf && *u.found_inf != 0) return;
+  if (u.found_inf.at && u.found_inf.value() != 0) return;
   AdamWScalars<float> scalars = u.scalars;
-  if (u.grad_scale) scalars.grad_scale = *u.grad_scale;
-  if (u.clip) scalars.clip = *u.clip;
-  const int64_t n = u.entries.count();
-  for (int64_t at = thread_in_grid(); at < n; at += threads_in_grid()) {
+  if (u.grad_scale.at) scalars.grad_scale = static_cast<float>(u.grad_scale.value());
+  if (u.clip.at) scalars.clip = static_cast<float>(u.clip.value());
+  const double lr = u.tensor_lr.at ? u.tensor_lr.value() : u.lr;
+  scalars.decay = decay_of<float>(lr, u.weight_decay);
+  const int64_t end = u.entries.end();
+  for (int64_t at = u.entries.first() + thread_in_grid(); at < end; at += threads_in_grid()) {
     const int32_t tensor = u.entries.owner(at);
     const TensorRow row = u.rows[tensor];
     if (u.values == nullptr && row.grad == nullptr) continue;
@@ -27,7 +29,7 @@ __global__ void adamw_kernel(Update u) {
                                 : load_as_float(row.grad, row.grad_dtype, index);
     float weight = weight_at(u, row, index, at);
     const int64_t s = min(u.age ? static_cast<int64_t>(++u.age[at]) : u.step[tensor], u.bias.longest);
-    adamw_entry(grad, weight, u.exp_avg[at], u.exp_avg_sq[at], static_cast<float>(u.lr / u.bias.unbiased[s]),
+    adamw_entry(grad, weight, u.exp_avg[at], u.exp_avg_sq[at], static_cast<float>(lr / u.bias.unbiased[s]),
                 u.bias.root[s], scalars);
     store_float(row.param, row.param_dtype, index, weight);
     if (u.master && row.param_dtype != DType::float32) u.master[at] = weight;

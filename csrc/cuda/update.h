@@ -14,22 +14,36 @@ struct BiasTables {
   int64_t longest;
 };
 
-// One AdamW step on `entries`, in place. State arrays are [n], in entry order; device memory throughout.
+// One number in device memory, or null: there is none.
+struct Number {
+  const void* at;
+  bool is_double;  // else float
+
+#if defined(__CUDACC__) || defined(ID3_EMULATED_CUDA)
+  __device__ double value() const {
+    return is_double ? *static_cast<const double*>(at) : *static_cast<const float*>(at);
+  }
+#endif
+};
+
+// One AdamW step on `entries`, in place. State arrays are in entry order, each at the entries' own places;
+// device memory throughout.
 struct Update {
   const TensorRow* rows;
   EntriesView entries;
-  const void* values;  // gradients already gathered [n], or null: they lie in the rows
+  const void* values;  // gradients already gathered, or null: they lie in the rows
   DType values_dtype;
   float *exp_avg, *exp_avg_sq;
   float* master;        // or null
   int32_t* age;         // or null: the tensor's step counts
   const int64_t* step;  // [tensors]
   BiasTables bias;
-  double lr;
-  AdamWScalars<float> scalars;                 // grad_scale and clip are read from below where they are given
-  const float *grad_scale, *found_inf, *clip;  // one number each, or null
+  double lr, weight_decay;
+  AdamWScalars<float> scalars;  // what of it is given below is read there
+  Number grad_scale, found_inf, clip, tensor_lr;
 };
 
+// n: room in entries.indices.
 void adamw(const Update& update, int64_t n, cudaStream_t stream);
 
 }  // namespace id3::cuda

@@ -15,12 +15,17 @@ struct AdamWScalars {
   Value one_minus_beta1, beta2, one_minus_beta2, eps;
 };
 
+template <class Value>
+ID3_HOST_DEVICE Value decay_of(double lr, double weight_decay) {
+  return static_cast<Value>(1.0 - lr * weight_decay);
+}
+
 template <class Value = float>
 AdamWScalars<Value> adamw_scalars(double lr, double beta1, double beta2, double eps, double weight_decay,
                                   bool maximize) {
   AdamWScalars<Value> s;
   s.sign = maximize ? Value(-1) : Value(1);
-  s.decay = static_cast<Value>(1.0 - lr * weight_decay);
+  s.decay = decay_of<Value>(lr, weight_decay);
   s.one_minus_beta1 = static_cast<Value>(1.0 - beta1);
   s.beta2 = static_cast<Value>(beta2);
   s.one_minus_beta2 = static_cast<Value>(1.0 - beta2);

@@ -5,6 +5,7 @@
 
 import ctypes
 import functools
+import mmap
 import subprocess
 import tempfile
 from ctypes import c_double, c_float, c_int32, c_int64, c_void_p
@@ -20,7 +21,14 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 class Row(ctypes.Structure):
     """`TensorRow` of csrc/cuda/tensors.h."""
 
-    _fields_ = [("param", c_void_p), ("grad", c_void_p), ("param_dtype", c_int32), ("grad_dtype", c_int32)]
+    _fields_ = [
+        ("param", c_void_p),
+        ("grad", c_void_p),
+        ("param_dtype", c_int32),
+        ("grad_dtype", c_int32),
+        ("numel", c_int32),
+        ("first_chunk", c_int32),
+    ]
 
 
 @functools.cache
@@ -34,7 +42,9 @@ def library() -> ctypes.CDLL:
         command = ["g++", *flags, *includes, "-x", "c++", *map(str, sources), "-o", str(out)]
         subprocess.run(command, check=True)
         loaded = ctypes.CDLL(str(out))
-    loaded.cut_into_chunks_emulated.restype = loaded.blocks_for_emulated.restype = c_int64
+    for function in ("chunks", "blocks_for", "launches"):
+        getattr(loaded, f"{function}_emulated").restype = c_int64
+    loaded.collect_state_length.restype = c_int64
     loaded.squared_norm_emulated.restype = c_double
     return loaded
 
@@ -50,8 +60,17 @@ def rows(params, grads):
     for j in range(n):
         pair = [column[j] if j < len(column) else None for column in (params, grads)]
         codes = [DTYPES.index(t.dtype) if t is not None and t.dtype in DTYPES else 0 for t in pair]
-        table[j] = Row(*(None if t is None else t.data_ptr() for t in pair), *codes)
+        numel = 0 if pair[1] is None else pair[1].numel()
+        table[j] = Row(*(None if t is None else t.data_ptr() for t in pair), *codes, numel, -1)
     return table
+
+
+def unreadable(numel):
+    """float32, of which one read ends the process."""
+    memory = mmap.mmap(-1, 4 * numel)
+    tensor = torch.frombuffer(memory, dtype=torch.float32)
+    assert ctypes.CDLL(None).mprotect(address(tensor), c_int64(4 * numel), 0) == 0
+    return tensor
 
 
 def entries(offsets, indices):
@@ -67,27 +86,40 @@ def d3_score(param, grad, eps, exp):
     return scores
 
 
-def select(params, grads, numels, offsets, indices, k, eps, exp, given):
+def select(params, grads, offsets, indices, k, capacity, eps, exp, given):
     """The result, and whether tiles were listed by their maxima."""
-    sizes, out = torch.tensor([*numels, 0]), torch.full_like(offsets, -7)
-    picked, scores = torch.full((k,), -7, dtype=torch.int32), torch.full((k,), float("nan"))
-    if k == 0 or not sum(numels):
+    out = torch.full_like(offsets, -7)
+    picked, scores = torch.full((capacity,), -7, dtype=torch.int32), torch.full((capacity,), float("nan"))
+    if capacity == 0 or not sum(g.numel() for g in grads if g is not None):
         return (out.zero_(), picked.zero_(), scores.zero_()), False
     few = library().select_topk_emulated(
-        rows(params, grads), address(sizes), *entries(offsets, indices)[:3], c_int64(k), c_int64(k),
+        rows(params, grads), *entries(offsets, indices)[:3], address(k), c_int64(capacity),
         c_float(eps), c_double(exp), int(given), address(out), address(picked), address(scores),
     )  # fmt: skip
     assert few >= 0, "the workspace is not as the next call expects it"
     return (out, picked, scores), bool(few)
 
 
-def select_topk(params, grads, offsets, indices, k, eps, exp):
-    return select(params, grads, [p.numel() for p in params], offsets, indices, k, eps, exp, False)[0]
+def select_topk(params, grads, offsets, indices, k, capacity, eps, exp):
+    return select(params, grads, offsets, indices, k, capacity, eps, exp, False)[0]
 
 
-def select_topk_by_score(scores, offsets, indices, k):
-    numels = [0 if s is None else s.numel() for s in scores]
-    return select([], scores, numels, offsets, indices, k, 0, 0, True)[0]
+def select_topk_by_score(scores, offsets, indices, k, capacity):
+    return select([], scores, offsets, indices, k, capacity, 0, 0, True)[0]
+
+
+def collect_(
+    param, grad, score, offsets, indices, values, add, position, best_score, best_place, best_grad, state, k,
+    again, eps, exp,
+):  # fmt: skip
+    fused = not again and state.numel() > 0 and best_score.numel() > 0
+    assert not fused or state.numel() >= library().collect_state_length()
+    library().collect_emulated(
+        rows([param], [grad]), None if score is None else rows([], [score]), *entries(offsets, indices)[1:],
+        address(values), int(add), c_int64(position), *map(address, (best_score, best_place, best_grad)),
+        c_int64(best_score.numel()), address(state) if fused else None, address(k), c_float(eps),
+        c_double(exp),
+    )  # fmt: skip
 
 
 def gather(tensors, offsets, indices):
@@ -109,15 +141,14 @@ def squared_norm(tensors, offsets, indices):
     return torch.tensor(total, dtype=torch.float64)
 
 
-def join_(arrays, offsets, b_offsets, b_indices):
-    positions = torch.full((b_indices.numel(),), -7)
-    pointers = (c_void_p * len(arrays))(*(a.data_ptr() for a in arrays))
+def join_(arrays, offsets, b_offsets, b_indices, b_values):
+    columns = (arrays, [b_indices, *b_values])
+    pointers = [(c_void_p * len(arrays))(*(t if t is None else t.data_ptr() for t in c)) for c in columns]
     widths = (c_int32 * len(arrays))(*(a.element_size() for a in arrays))
     library().join_emulated(
-        pointers, widths, len(arrays), c_int64(arrays[0].numel()), address(offsets),
-        *entries(b_offsets, b_indices), address(positions),
+        *pointers, widths, len(arrays), c_int64(min(a.numel() for a in arrays)), address(offsets),
+        *entries(b_offsets, b_indices),
     )  # fmt: skip
-    return positions
 
 
 def adamw_(params, grads, *rest):
@@ -130,7 +161,7 @@ def adamw_compact_(params, values, *rest):
 
 def _adamw(
     params, grads, values, offsets, indices, exp_avg, exp_avg_sq, master, age, step,
-    lr, beta1, beta2, eps, weight_decay, maximize, grad_scale, found_inf, clip,
+    lr, beta1, beta2, eps, weight_decay, maximize, grad_scale, found_inf, clip, tensor_lr,
 ):  # fmt: skip
     scalars = [None if t is None else t.float() for t in (grad_scale, found_inf, clip)]
     library().adamw_emulated(
@@ -138,4 +169,5 @@ def _adamw(
         0 if values is None else DTYPES.index(values.dtype),
         *map(address, (exp_avg, exp_avg_sq, master, age, step)),
         *map(c_double, (lr, beta1, beta2, eps, weight_decay)), int(maximize), *map(address, scalars),
+        address(tensor_lr), int(tensor_lr is not None and tensor_lr.dtype == torch.float64),
     )  # fmt: skip

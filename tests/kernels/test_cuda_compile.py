@@ -12,7 +12,7 @@ import pytest
 
 CSRC = Path(__file__).parents[2] / "csrc"
 ARCHITECTURES = ["sm_80", "sm_90", "sm_100"]
-STREAMING = "18tile_maxima_kernel"
+STREAMING = {"selection": "18tile_maxima_kernel", "collect": "13stream_kernel"}
 GENERAL = "ExponentE7E"  # pow in float64: spills, and is slow anyway
 REGISTER_CEILING = 64  # 65536 registers then hold four blocks of 256 threads
 
@@ -91,10 +91,13 @@ def test_every_kernel_fits_the_registers_without_spilling(compiled):
     assert seen > 40
 
 
-def test_the_streaming_kernel_reads_16_bytes_at_a_time(compiled):
-    cubin, _ = compiled["selection"]
+@pytest.mark.parametrize("source", STREAMING)
+def test_the_streaming_kernel_reads_16_bytes_at_a_time(compiled, source):
+    cubin, _ = compiled[source]
     kernels = {
-        name: code for name, code in disassembled(cubin).items() if STREAMING in name and GENERAL not in name
+        name: code
+        for name, code in disassembled(cubin).items()
+        if STREAMING[source] in name and GENERAL not in name
     }
     assert len(kernels) == 7
     for name, code in kernels.items():

@@ -43,10 +43,11 @@ class Made:
         return Entries.from_lists([p.sort().values.int() for p in picked], torch.device("cpu"))
 
 
-def assert_selects_as_reference(params, grads, active, k, eps=1.0, exp=1.0):
+def assert_selects_as_reference(params, grads, active, k, eps=1.0, exp=1.0, capacity=None):
     """Also gives whether the maxima of tiles were used."""
-    got, few = emulated.select(params, grads, [p.numel() for p in params], *active, k, eps, exp, False)
-    assert all(map(torch.equal, got, reference.select_topk(params, grads, *active, k, eps, exp)))
+    wanted = torch.tensor([k]), k if capacity is None else capacity
+    got, few = emulated.select(params, grads, *active, *wanted, eps, exp, False)
+    assert all(map(torch.equal, got, reference.select_topk(params, grads, *active, *wanted, eps, exp)))
     return few
 
 
@@ -99,7 +100,44 @@ def test_fewer_than_k_qualify(order):
     assert_selects_as_reference(params, grads, active, 300)
 
 
-def test_join(order):
+@pytest.mark.parametrize("k", [-3, 0, 2, 9, 1000])
+@pytest.mark.parametrize("capacity", [4, 300])
+def test_k_lies_on_the_device_and_active_entries_anywhere(order, k, capacity):
+    made = Made(5)
+    sizes = [300, 40000, 0, 20007, 60000]
+    params, grads = ([made.tensor(n, torch.bfloat16) for n in sizes] for _ in range(2))
+    offsets, indices = made.entries(sizes, 0.02)
+    for part in (slice(0, 5), slice(1, 5), slice(3, 5)):
+        active = offsets[part.start : part.stop + 1], indices
+        few = assert_selects_as_reference(params[part], grads[part], active, k, capacity=capacity)
+        assert few == (capacity == 4)
+
+
+def test_nothing_of_the_tensors_is_read_where_nobody_is_wanted(order):
+    active = Entries(torch.tensor([0, 0]), torch.empty(0, dtype=torch.int32))
+    unread = emulated.unreadable(40000)
+    for k in (0, -1):
+        for capacity in (2, 300):
+            wanted = torch.tensor([k]), capacity
+            (offsets, _, scores), _ = emulated.select([unread], [unread], *active, *wanted, 1.0, 1.0, False)
+            assert offsets.tolist() == [0, 0]
+            assert not scores.any()
+
+
+@pytest.mark.parametrize("k", [2, 300])
+def test_active_entries_of_a_tensor_without_scores_hide_nothing_of_others(order, k):
+    made = Made(6)
+    scores = [made.tensor(20000, torch.float32).abs(), None, made.tensor(9000, torch.float32).abs()]
+    active = made.entries([20000, 50000, 9000], 0.3)
+    got, _ = emulated.select([], scores, *active, torch.tensor([k]), k, 0, 0, True)
+    assert all(map(torch.equal, got, reference.select_topk_by_score(scores, *active, torch.tensor([k]), k)))
+
+
+# --- join ---------------------------------------------------------------------------------------------
+
+
+def a_join(spare):
+    """Arrays with room for `spare` more than all entries, offsets, new entries and what they begin with."""
     made = Made(9)
     sizes = [400, 0, 3000, 50]
     both = made.entries(sizes, 0.4).lists()
@@ -107,24 +145,42 @@ def test_join(order):
     new = [row[~torch.isin(row, held)] for row, held in zip(both, first, strict=True)]
     held, new = (Entries.from_lists(part, torch.device("cpu")) for part in (first, new))
     n, n_new = held.indices.numel(), new.indices.numel()
-    state = [held.indices, *(made.tensor(n, d) for d in (torch.float32, torch.bfloat16, torch.float64))]
-    mine, wanted = ([torch.cat([a, a.new_full((n_new + 5,), 77)]) for a in state] for _ in range(2))
-    my_offsets, wanted_offsets = held.offsets.clone(), held.offsets.clone()
-    positions = emulated.join_(mine, my_offsets, *new)
-    assert torch.equal(positions, reference.join_(wanted, wanted_offsets, *new))
-    assert torch.equal(my_offsets, wanted_offsets)
-    assert all(map(torch.equal, mine, wanted))
+    dtypes = (torch.float32, torch.bfloat16, torch.float64, torch.float32)
+    arrays = [held.indices, *(made.tensor(n, d) for d in dtypes)]
+    arrays = [torch.cat([a, a.new_full((n_new + spare,), 77)]) for a in arrays]
+    return arrays, held.offsets, new, [made.tensor(n_new, d) for d in dtypes[:3]] + [None]
+
+
+def test_join(order):
+    arrays, offsets, new, values = a_join(5)
+    wanted, wanted_offsets = [a.clone() for a in arrays], offsets.clone()
+    emulated.join_(arrays, offsets, *new, values)
+    reference.join_(wanted, wanted_offsets, *new, values)
+    assert torch.equal(offsets, wanted_offsets)
+    assert all(map(torch.equal, arrays, wanted))
+
+
+def test_join_without_room_or_without_entries_changes_nothing(order):
+    arrays, offsets, new, values = a_join(-1)
+    before, before_offsets = [a.clone() for a in arrays], offsets.clone()
+    emulated.join_(arrays, offsets, *new, values)
+    arrays[2] = arrays[2][:-3]  # one array is shorter than the others
+    emulated.join_(arrays, offsets, *new, values)
+    emulated.join_(arrays, offsets, torch.zeros_like(offsets), new.indices, values)
+    assert torch.equal(offsets, before_offsets)
+    assert all(torch.equal(a, b[: a.numel()]) for a, b in zip(arrays, before, strict=True))
 
 
 # --- index arithmetic of the host ---------------------------------------------------------------------
 
 
-def chunks_of(numels):
-    library, sizes, length = emulated.library(), torch.tensor(numels), c_int32()
-    at = emulated.address
-    count = library.cut_into_chunks_emulated(at(sizes), len(numels), None, ctypes.byref(length))
-    table = torch.zeros(count, 3, dtype=torch.int64)
-    library.cut_into_chunks_emulated(at(sizes), len(numels), at(table), ctypes.byref(length))
+def chunks_of(numels, active=None):
+    library, length = emulated.library(), c_int32()
+    rows = (emulated.Row * len(numels))(*(emulated.Row(numel=n) for n in numels))
+    active = emulated.entries(*(active or Entries.empty(len(numels))))[:3]
+    count = library.chunks_emulated(rows, *active, None, ctypes.byref(length))
+    table = torch.zeros(count, 5, dtype=torch.int64)
+    library.chunks_emulated(rows, *active, emulated.address(table), ctypes.byref(length))
     return table, length.value
 
 
@@ -137,6 +193,17 @@ def test_chunks_cover_every_entry_once():
         assert mine[:, 2].sum() == numel
         assert torch.equal(mine[:, 0], torch.arange(0, numel, length))
         assert (mine[:-1, 2] == length).all()
+    assert torch.equal(table[:, 1], table[:, 1].sort().values)
+
+
+def test_chunks_know_their_active_entries():
+    numels = [1, 0, 8192, 8193, 100000, 0]
+    offsets, indices = Made(7).entries([1, 500, 8192, 8193, 100000, 70], 0.1)
+    table, _ = chunks_of(numels, (offsets, indices))
+    for offset, tensor, length, begin, end in table.tolist():
+        first, last = offsets[tensor : tensor + 2].tolist()
+        inside = [i for i in range(first, last) if offset <= indices[i] < offset + length]
+        assert inside == list(range(begin, end))
 
 
 def test_chunks_of_more_than_2_to_the_33_entries():

@@ -50,6 +50,7 @@ inline dim3 gridDim, blockDim, blockIdx, threadIdx;
 namespace emulated {
 
 inline bool reverse = false;
+inline int64_t launches = 0;
 
 class Block {
  public:
@@ -147,6 +148,7 @@ auto with_warp(Value mine, const Use& use) {
 
 template <class... Params, class... Args>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params...), Args... args) {
+  ++emulated::launches;
   gridDim = config->gridDim;
   blockDim = config->blockDim;
   for (unsigned i = 0; i < gridDim.x; ++i) {
@@ -166,6 +168,18 @@ inline int __reduce_max_sync(unsigned, int value) {
     return *std::max_element(reinterpret_cast<const int64_t*>(lanes),
                              reinterpret_cast<const int64_t*>(lanes) + n);
   });
+}
+
+inline unsigned __ballot_sync(unsigned, bool vote) {
+  return emulated::with_warp(vote, [](const uint64_t* lanes, unsigned n) {
+    unsigned votes = 0;
+    for (unsigned lane = 0; lane < n; ++lane) votes |= static_cast<unsigned>(lanes[lane] != 0) << lane;
+    return votes;
+  });
+}
+
+inline unsigned long long __shfl_sync(unsigned, unsigned long long value, int from) {
+  return emulated::with_warp(value, [from](const uint64_t* lanes, unsigned) { return lanes[from]; });
 }
 
 template <class T>

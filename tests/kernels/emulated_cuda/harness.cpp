@@ -2,9 +2,8 @@
 
 #include <vector>
 
+#include "cuda/collect.h"
 #include "cuda/delta.h"
-#include "cuda/layout.h"
-#include "cuda/score.h"
 #include "cuda/selection.h"
 #include "cuda/update.h"
 
@@ -18,30 +17,27 @@ void d3_score_emulated(const TensorRow* row, int64_t numel, float eps, double ex
   d3_score(*row, numel, eps, exp, scores, nullptr);
 }
 
+// Kernels launched so far.
+int64_t launches_emulated() { return emulated::launches; }
+
 // Returns 1 if the maxima of tiles were used, 0 if all keys were read in every round.
-int select_topk_emulated(const TensorRow* rows, const int64_t* numels, int32_t tensors,
-                         const int64_t* offsets, const int32_t* indices, int64_t k, int64_t capacity,
-                         float eps, double exp, int given, int64_t* out_offsets, int32_t* out_indices,
-                         float* out_scores) {
-  const Layout layout = cut_into_chunks({numels, numels + tensors});
-  std::vector<TensorRow> stored(tensors);
-  store_rows(rows, tensors, stored.data(), nullptr);
+int select_topk_emulated(const TensorRow* rows, int32_t tensors, const int64_t* offsets,
+                         const int32_t* indices, const int64_t* k, int64_t capacity, float eps, double exp,
+                         int given, int64_t* out_offsets, int32_t* out_indices, float* out_scores) {
+  std::vector<TensorRow> cut(rows, rows + tensors), stored(tensors);
+  const Layout layout = cut_into_chunks(cut);
+  store_rows(cut.data(), tensors, stored.data(), nullptr);
   const int64_t n = std::max(layout.slots(), capacity * kTile);
-  std::vector<int64_t> chunk_active(layout.chunks.size() + 1), slots(capacity + 1);
+  std::vector<Chunk> chunks(layout.n_chunks);
+  std::vector<int64_t> slots(capacity + 1);
   std::vector<int32_t> maxima(layout.tiles() + 1), tiles(capacity + 1), keys(capacity * kTile + 1);
   std::vector<unsigned> histogram(kBins);
   std::vector<BlockCount> counts(topk_blocks(n) + 1);
   TopkState state{};
   int64_t n_tiles = -1, n_slots = -1;
-  const Candidates candidates{stored.data(),
-                              layout.chunks.data(),
-                              static_cast<int32_t>(layout.chunks.size()),
-                              layout.chunk_length,
-                              {offsets, indices, tensors},
-                              chunk_active.data(),
-                              eps,
-                              exp,
-                              given != 0};
+  const Candidates candidates{
+      stored.data(),         chunks.data(), layout.n_chunks, layout.chunk_length, {offsets, indices, tensors},
+      {eps, exp, given != 0}};
   const SelectionWorkspace workspace{{&state, histogram.data(), counts.data()},
                                      maxima.data(),
                                      tiles.data(),
@@ -49,24 +45,56 @@ int select_topk_emulated(const TensorRow* rows, const int64_t* numels, int32_t t
                                      slots.data(),
                                      &n_tiles,
                                      &n_slots};
-  select_topk(candidates, &k, workspace, {out_offsets, out_indices, out_scores, capacity}, nullptr);
+  select_topk(candidates, k, workspace, {out_offsets, out_indices, out_scores, capacity}, nullptr);
   for (const unsigned bin : histogram)
     if (bin) return -1;  // the next call relies on it
   if (state.arrived || state.threshold || state.all) return -2;
   return few_winners(capacity, layout.tiles());
 }
 
+int64_t collect_state_length() { return sizeof(CollectState) / sizeof(int64_t); }
+
+// score: null, or the row of a tensor of scores. state null: nothing but the values is taken.
+void collect_emulated(const TensorRow* row, const TensorRow* score, const int64_t* offsets,
+                      const int32_t* indices, int64_t most_active, float* values, int add, int64_t position,
+                      float* best_score, int64_t* best_place, float* best_grad, int64_t room, void* state,
+                      const int64_t* k, float eps, double exp) {
+  const int64_t chunks = chunks_of(row->numel);
+  std::vector<int64_t> chunk_active(chunks + 1, -1);
+  std::vector<int32_t> maxima(chunks * (kShortChunk / kTile) + 1, 0x7fffffff);
+  collect({score ? *score : *row,
+           row->grad,
+           row->grad_dtype,
+           {eps, exp, score != nullptr},
+           {offsets, indices, 1},
+           values,
+           add != 0,
+           most_active,
+           position,
+           best_score,
+           best_place,
+           best_grad,
+           {k, room / 2},
+           room,
+           static_cast<CollectState*>(state),
+           chunk_active.data(),
+           maxima.data()},
+          nullptr);
+}
+
 // Writes {offset, tensor, length} of each chunk and returns how many there are; chunks may be null to count.
-int64_t cut_into_chunks_emulated(const int64_t* numels, int32_t tensors, int64_t* chunks,
-                                 int32_t* chunk_length) {
-  const Layout layout = cut_into_chunks({numels, numels + tensors});
+int64_t chunks_emulated(TensorRow* rows, int32_t tensors, const int64_t* offsets, const int32_t* indices,
+                        int64_t* chunks, int32_t* chunk_length) {
+  std::vector<TensorRow> cut(rows, rows + tensors);
+  const Layout layout = cut_into_chunks(cut);
   *chunk_length = layout.chunk_length;
-  for (size_t i = 0; chunks && i < layout.chunks.size(); ++i) {
-    chunks[3 * i] = layout.chunks[i].offset;
-    chunks[3 * i + 1] = layout.chunks[i].tensor;
-    chunks[3 * i + 2] = layout.chunks[i].length;
+  for (int64_t i = 0; chunks && i < layout.n_chunks; ++i) {
+    const Chunk chunk = chunk_at(cut.data(), {offsets, indices, tensors}, layout.chunk_length, i);
+    for (const int64_t x :
+         {chunk.offset, int64_t{chunk.tensor}, int64_t{chunk.length}, chunk.active_begin, chunk.active_end})
+      *chunks++ = x;
   }
-  return layout.chunks.size();
+  return layout.n_chunks;
 }
 
 int64_t blocks_for_emulated(int64_t items, int per_block) { return blocks_for(items, per_block); }
@@ -89,22 +117,23 @@ double squared_norm_emulated(const TensorRow* rows, int32_t tensors, const int64
   return sum;
 }
 
-// arrays: n_arrays pointers to memory for capacity items of item_bytes each.
-void join_emulated(void** arrays, const int32_t* item_bytes, int32_t n_arrays, int64_t capacity,
-                   int64_t* offsets, int32_t tensors, const int64_t* b_offsets, const int32_t* b_indices,
-                   int64_t n_added, int64_t* positions) {
+// arrays, added: n_arrays pointers to room and room_added items of item_bytes each; added may be null.
+void join_emulated(void** arrays, const void** added, const int32_t* item_bytes, int32_t n_arrays,
+                   int64_t room, int64_t* offsets, int32_t tensors, const int64_t* b_offsets,
+                   const int32_t* b_indices, int64_t room_added) {
   Join args{};
   std::vector<std::vector<char>> scratch;
+  std::vector<int64_t> positions(room_added, -1);
   for (int32_t a = 0; a < n_arrays; ++a) {
-    scratch.emplace_back(capacity * item_bytes[a]);
-    args.arrays[a] = {arrays[a], scratch.back().data(), item_bytes[a]};
+    scratch.emplace_back(room * item_bytes[a]);
+    args.arrays[a] = {arrays[a], scratch.back().data(), added[a], item_bytes[a]};
   }
   args.n_arrays = n_arrays;
   args.offsets = offsets;
   args.added = {b_offsets, b_indices, tensors};
-  args.positions = positions;
-  args.n_held = capacity;
-  args.n_added = n_added;
+  args.positions = positions.data();
+  args.room = room;
+  args.room_added = room_added;
   join(args, nullptr);
 }
 
@@ -112,7 +141,7 @@ void adamw_emulated(const TensorRow* rows, int32_t tensors, const int64_t* offse
                     int64_t n, const void* values, int32_t values_dtype, float* exp_avg, float* exp_avg_sq,
                     float* master, int32_t* age, const int64_t* step, double lr, double beta1, double beta2,
                     double eps, double weight_decay, int maximize, const float* grad_scale,
-                    const float* found_inf, const float* clip) {
+                    const float* found_inf, const float* clip, const void* tensor_lr, int lr_is_double) {
   constexpr int64_t kLongest = 5000;
   std::vector<double> unbiased(kLongest + 1, 1.0);
   std::vector<float> root(kLongest + 1, 1.0f);
@@ -120,14 +149,23 @@ void adamw_emulated(const TensorRow* rows, int32_t tensors, const int64_t* offse
     unbiased[s] = 1.0 - std::pow(beta1, static_cast<double>(s));
     root[s] = static_cast<float>(std::sqrt(1.0 - std::pow(beta2, static_cast<double>(s))));
   }
-  Update u{rows,       {offsets, indices, tensors},
-           values,     static_cast<DType>(values_dtype),
-           exp_avg,    exp_avg_sq,
-           master,     age,
-           step,       {unbiased.data(), root.data(), kLongest},
-           lr,         id3::adamw_scalars(lr, beta1, beta2, eps, weight_decay, maximize != 0),
-           grad_scale, found_inf,
-           clip};
+  Update u{rows,
+           {offsets, indices, tensors},
+           values,
+           static_cast<DType>(values_dtype),
+           exp_avg,
+           exp_avg_sq,
+           master,
+           age,
+           step,
+           {unbiased.data(), root.data(), kLongest},
+           lr,
+           weight_decay,
+           id3::adamw_scalars(lr, beta1, beta2, eps, weight_decay, maximize != 0),
+           {grad_scale, false},
+           {found_inf, false},
+           {clip, false},
+           {tensor_lr, lr_is_double != 0}};
   adamw(u, n, nullptr);
 }
 

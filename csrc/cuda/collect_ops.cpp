@@ -1,0 +1,66 @@
+#include <torch/library.h>
+
+#include "cuda/collect.h"
+#include "cuda/torch_tensors.h"
+
+namespace id3::cuda {
+namespace {
+
+// The candidates' part of the arguments, and where the room for a tensor's tile maxima is.
+void set_candidates(Collect& c, const at::Tensor& best_score, const at::Tensor& best_place,
+                    const at::Tensor& best_grad, const at::Tensor& state, const at::Tensor& like) {
+  for (const at::Tensor* best : {&best_score, &best_place, &best_grad, &state}) check_row_major(*best, like);
+  c.room = best_score.numel();
+  TORCH_CHECK_VALUE(best_place.numel() == c.room && best_grad.numel() == c.room, "best: expected room for ",
+                    c.room, ", got ", best_place.numel(), " and ", best_grad.numel());
+  TORCH_CHECK_VALUE(state.nbytes() >= sizeof(CollectState), "state: expected ", sizeof(CollectState),
+                    " bytes, got ", state.nbytes());
+  c.wanted.capacity = c.room / 2;
+  c.best_score = best_score.mutable_data_ptr<float>();
+  c.best_place = best_place.mutable_data_ptr<int64_t>();
+  c.best_grad = best_grad.mutable_data_ptr<float>();
+  c.state = data<CollectState>(state);
+}
+
+// With `again`, or where there is no state, the values at active entries alone: cuda.py has the rest.
+void collect_op(const at::Tensor& param, const at::Tensor& grad, const OptionalTensor& score,
+                const at::Tensor& offsets, const at::Tensor& indices, const at::Tensor& values, bool add,
+                int64_t position, const at::Tensor& best_score, const at::Tensor& best_place,
+                const at::Tensor& best_grad, const at::Tensor& state, const at::Tensor& k, bool again,
+                double eps, double exp) {
+  const c10::cuda::CUDAGuard guard(grad.device());
+  check_row_major(values, grad);
+  TORCH_CHECK_VALUE(offsets.numel() == 2 && values.numel() >= indices.numel(),
+                    "collect_: expected 2 offsets and ", indices.numel(), " values, got ", offsets.numel(),
+                    " and ", values.numel());
+  TORCH_CHECK_VALUE((score ? *score : param).numel() == grad.numel(), "grad: expected ",
+                    (score ? *score : param).numel(), " entries, got ", grad.numel());
+  Collect c{};
+  c.row = score ? row_of(std::nullopt, *score, grad) : row_of(param, grad, grad);
+  const TensorRow own = row_of(std::nullopt, grad, grad);
+  c.grad = own.grad;
+  c.grad_dtype = own.grad_dtype;
+  c.rule = {static_cast<float>(eps), exp, score.has_value()};
+  c.active = view(offsets, indices);
+  c.most_active = indices.numel();
+  c.values = values.mutable_data_ptr<float>();
+  c.add = add;
+  c.position = position;
+  c.wanted = {count_at(k, grad), 0};
+  at::Tensor workspace;
+  if (!again && state.numel() > 0 && best_score.numel() > 0) {
+    set_candidates(c, best_score, best_place, best_grad, state, grad);
+    const int64_t chunks = chunks_of(c.row.numel), tiles = chunks * (kShortChunk / kTile);
+    workspace = empty<int64_t>(chunks + 1 + (tiles + 1) / 2, grad);
+    c.chunk_active = data<int64_t>(workspace);
+    c.maxima = reinterpret_cast<int32_t*>(c.chunk_active + chunks + 1);
+  }
+  collect(c, c10::cuda::getCurrentCUDAStream());
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(id3_cuda, CUDA, m) { m.impl("collect_", &collect_op); }
+
+}  // namespace id3::cuda
