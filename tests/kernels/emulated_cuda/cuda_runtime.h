@@ -2,11 +2,11 @@
 
 // What csrc/cuda uses of CUDA, run by the host compiler: the real kernels, on a machine without a GPU.
 //
-// The threads of a block are coroutines on one host thread. They run one after another and change at
-// __syncthreads and at warp functions, so that every exchange between threads is the one CUDA promises; a
-// kernel that needs a barrier which it lacks sees stale values here, in the order of the threads or, with
-// `emulated::reverse`, in the opposite one. Not modelled: memory that lags between blocks, alignment faults,
-// time.
+// The threads of a block are coroutines on one host thread. They run one after another, warp by warp as far
+// as each gets alone, and change at __syncthreads and at warp functions, so that every exchange between
+// threads is the one CUDA promises; a kernel that needs a barrier which it lacks sees stale values here, in
+// the order of the threads or, with `emulated::reverse`, in the opposite one. Not modelled: memory that lags
+// between blocks, alignment faults, time.
 
 #include <ucontext.h>
 
@@ -21,6 +21,7 @@
 #include <vector>
 
 #define ID3_EMULATED_CUDA 1
+#define ID3_BLOCKS_PER_LAUNCH 3  // so that small inputs take more than one stride
 #define __host__
 #define __device__
 #define __global__
@@ -66,21 +67,17 @@ class Block {
   }
 
   void run() {
-    for (size_t done = 0; done < fibers_.size();) {
-      done = 0;
-      for (size_t i = 0; i < fibers_.size(); ++i) {
-        const unsigned t = reverse ? fibers_.size() - 1 - i : i;
-        if (!fibers_[t].done) {
-          threadIdx.x = running_ = t;
-          swapcontext(&scheduler_, &fibers_[t].context);
-        }
-        done += fibers_[t].done;
-      }
-    }
+    const size_t warps = (fibers_.size() + 31) / 32;
+    while (std::any_of(fibers_.begin(), fibers_.end(), [](const Fiber& f) { return !f.done; }))
+      for (size_t i = 0; i < warps; ++i) run_warp(reverse ? warps - 1 - i : i);
   }
 
   // Both return when all threads of the block, or of the running one's warp, that have not ended are here.
-  void meet_block() { meet(&Fiber::met_block, 0, fibers_.size()); }
+  void meet_block() {
+    fibers_[running_].at_barrier = true;
+    meet(&Fiber::met_block, 0, fibers_.size());
+    fibers_[running_].at_barrier = false;
+  }
   void meet_warp() { meet(&Fiber::met_warp, running_ / 32 * 32, 32); }
 
   unsigned running() const { return running_; }
@@ -93,8 +90,23 @@ class Block {
   struct Fiber {
     ucontext_t context;
     uint64_t met_block = 0, met_warp = 0;
-    bool done = false;
+    bool done = false, at_barrier = false;
   };
+
+  // As far as the warp gets without the others: what it must not do before them shows.
+  void run_warp(size_t warp) {
+    const size_t first = warp * 32, count = std::min<size_t>(32, fibers_.size() - first);
+    for (bool goes_on = true; goes_on;) {
+      goes_on = false;
+      for (size_t i = 0; i < count; ++i) {
+        const unsigned t = first + (reverse ? count - 1 - i : i);
+        if (fibers_[t].done) continue;
+        threadIdx.x = running_ = t;
+        swapcontext(&scheduler_, &fibers_[t].context);
+        goes_on |= !fibers_[t].done && !fibers_[t].at_barrier;
+      }
+    }
+  }
 
   void meet(uint64_t Fiber::* met, size_t first, size_t count) {
     const uint64_t round = ++(fibers_[running_].*met);
