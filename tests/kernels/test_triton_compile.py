@@ -32,23 +32,26 @@ STREAMS = [
 ON, OFF = True, False
 
 ARGUMENTS = {
-    "*i64": "params grads tensors first_tile tiles offsets param grad listed step",
-    "*i32": "param_codes grad_codes codes owner owners lengths numels indices words maxima keys age",
-    "*fp32": "out exp_avg exp_avg_sq master step_sizes roots grad_scale found_inf clip",
-    "*fp64": "exponent squares",
+    "*i64": "params grads param_codes grad_codes codes tensors first_tile tiles offsets param grad step "
+    "wanted state histogram counts before slots table",
+    "*i32": "owner owners lengths numels indices words maxima keys best age",
+    "*fp32": "out exp_avg exp_avg_sq master roots decay grad_scale found_inf clip",
+    "*fp64": "exponent squares unbiased lr",
     "*u8": "active",
     "*i16": "values",
-    "fp32": "eps decay rest1 beta2 rest2",
-    "i32": "n n_tensors numel longest",
+    "fp32": "eps rest1 beta2 rest2",
+    "i32": "n n_tensors numel longest run",
+    "i64": " ".join(f"a{i:02}" for i in range(32)),
 }
 TYPES = {name: kind for kind, names in ARGUMENTS.items() for name in names.split()}
+OTHER_TYPES = {"take": {"values": "*fp32"}}  # of a name that means another thing there
 
 
 def kernels():
     """Name -> (kernel, constants, warps), every variant that differs in more than a number."""
     import triton.language as tl
 
-    from id3_kernels.triton import delta, score, selection, update
+    from id3_kernels.triton import delta, score, selection, tables, topk, update
 
     stream = {"CHUNK": 4096, "ROWS": selection.ROWS, "FULL": ON, "EXCLUDE": OFF}
     out = {}
@@ -62,8 +65,16 @@ def kernels():
         out[f"tile_maxima {kind}"] = selection.tile_maxima_kernel, constants, 1
     mixed = {"KIND": "g/d", "PARAM": 1, "GRAD": 0}
     out["tile_maxima mixed"] = selection.tile_maxima_kernel, stream | mixed, 1
-    out["tile_keys"] = selection.tile_keys_kernel, {"KIND": "g/d", "EXCLUDE": ON}, 4
+    look = {"KIND": "g/d", "EXCLUDE": ON, "BLOCK": topk.BLOCK}
+    for shift in topk.SHIFTS:
+        out[f"count_digits {shift}"] = topk.count_digits_kernel, look | {"SHIFT": shift}, 4
+        out[f"settle_digit {shift}"] = topk.settle_digit_kernel, {"SHIFT": shift}, 1
+    out["count_winners"] = topk.count_winners_kernel, look, 8
+    out["write_winners"] = topk.write_winners_kernel, look, 4
+    out["clear"] = selection.clear_kernel, {"BLOCK": 1024}, 4
     out["mark_active"] = selection.mark_active_kernel, {"BLOCK": 1024}, 4
+    out["take"] = selection.take_kernel, {"CODE": 1, "ADD": ON, "BLOCK": 256}, 4
+    out["write_table"] = tables.write_table_kernel, {}, 1
     out["d3_score"] = score.d3_score_kernel, {"KIND": "g/d", "PARAM": 1, "GRAD": 0, "BLOCK": 1024}, 4
     flags = dict.fromkeys(("MASTER", "AGE", "MAXIMIZE", "SCALE", "FOUND", "CLIP"), ON)
     out["adamw"] = update.adamw_kernel, flags | {"COMPACT": OFF, "BLOCK": 256}, 4
@@ -76,13 +87,13 @@ def kernels():
     return out
 
 
-def compile_one(kernel, constants, warps, target):
+def compile_one(name, kernel, constants, warps, target):
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    names = kernel.arg_names
-    signature = {name: "constexpr" if name in constants else TYPES[name] for name in names}
+    names, types = kernel.arg_names, TYPES | OTHER_TYPES.get(name, {})
+    signature = {name: "constexpr" if name in constants else types[name] for name in names}
     values = {(names.index(name),): value for name, value in constants.items()}
     source = ASTSource(kernel, signature, values)
     options = {"num_warps": warps, "enable_fp_fusion": False}
@@ -111,7 +122,7 @@ def main(folder):
     for target in TARGETS:
         report[target] = {}
         for name, variant in kernels().items():
-            asm = compile_one(*variant, target)
+            asm = compile_one(name, *variant, target)
             found = {"binary": len(asm.get("cubin") or asm.get("hsaco") or b"")}
             if "cubin" in asm:
                 found |= disassembled(asm["cubin"], folder)
@@ -139,7 +150,7 @@ def loads(instructions, pattern):
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_kernel_compiles(compiled, target):
     sizes = {name: found["binary"] for name, found in compiled[target].items()}
-    assert len(sizes) >= 24
+    assert len(sizes) >= 36
     assert all(size > 0 for size in sizes.values()), sizes
 
 

@@ -6,35 +6,12 @@ tried here as well.
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from fake_gpu import fake_gpu
 
 from id3_kernels import backend, reference
 from id3_optim import D3, Fisher, ID3AdamW, Magnitude, heuristics, progress
 
 SHAPES = ((300,), (40, 30), (7, 5, 3), (1,))
-
-
-def item(t, key):
-    """Python's own indexing wants a guard for the device, which this torch may not have."""
-    if isinstance(key, int):
-        return torch.select(t, 0, key)
-    if isinstance(key, slice):
-        begin, end, _ = key.indices(t.shape[0])
-        return t.narrow(0, begin, max(end - begin, 0))
-    assert key.dtype != torch.bool, "a mask asks how many of it are True"
-    return torch.ops.aten.index(t, [key])
-
-
-def set_item(t, key, value):
-    part = item(t, key)
-    part.copy_(value) if isinstance(value, torch.Tensor) else part.fill_(value)
-
-
-def copy_(t, value, non_blocking=False):
-    """So does copy_; nothing is to be copied, but the shapes must fit."""
-    torch.broadcast_to(value, t.shape)
-    assert non_blocking or t.device == value.device
-    return t
 
 
 class NoReport:
@@ -49,12 +26,9 @@ class NoReport:
 
 @pytest.fixture(autouse=True)
 def on_a_gpu(monkeypatch):
-    monkeypatch.setattr(FakeTensor, "__getitem__", item, raising=False)
-    monkeypatch.setattr(FakeTensor, "__setitem__", set_item, raising=False)
-    monkeypatch.setattr(FakeTensor, "copy_", copy_, raising=False)
     monkeypatch.setattr(progress, "Report", NoReport)
     monkeypatch.setattr(backend, "for_gpu", lambda: reference)
-    with FakeTensorMode(), torch.no_grad():
+    with fake_gpu(monkeypatch):
         yield
 
 

@@ -1,0 +1,44 @@
+"""Tensors on a GPU that is not there: shape, dtype and device, no values. Who asks for one raises, and so does
+who mixes devices."""
+
+import contextlib
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+
+def item(t, key):
+    if isinstance(key, int):
+        return torch.select(t, 0, key)
+    if isinstance(key, slice):
+        begin, end, _ = key.indices(t.shape[0])
+        return t.narrow(0, begin, max(end - begin, 0))
+    assert key.dtype != torch.bool, "a mask asks how many of it are True"
+    return torch.ops.aten.index(t, [key])
+
+
+def set_item(t, key, value):
+    part = item(t, key)
+    part.copy_(value) if isinstance(value, torch.Tensor) else part.fill_(value)
+
+
+def copy_(t, value, non_blocking=False):
+    torch.broadcast_to(value, t.shape)
+    assert non_blocking or t.device == value.device
+    return t
+
+
+def invert(t):
+    return torch.bitwise_not(t)
+
+
+# Python's own want a guard for the device, which a torch for CPUs does not have.
+STAND_INS = {"__getitem__": item, "__setitem__": set_item, "copy_": copy_, "__invert__": invert}
+
+
+@contextlib.contextmanager
+def fake_gpu(monkeypatch):
+    for name, stand_in in STAND_INS.items():
+        monkeypatch.setattr(FakeTensor, name, stand_in, raising=False)
+    with FakeTensorMode(), torch.no_grad():
+        yield
