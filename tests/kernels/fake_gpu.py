@@ -1,5 +1,5 @@
-"""Tensors on a GPU that is not there: shape, dtype and device, no values. Who asks for one raises, and so does
-who mixes devices."""
+"""Tensors on a GPU that is not there: shape, dtype and device, but no values. Whoever asks for one raises, and
+so does whoever mixes devices."""
 
 import contextlib
 
