@@ -94,6 +94,15 @@ def test_one_large_tensor_leaves_little_more_than_k(cuda, kind):
     assert 1000 <= count(held) < 1500
 
 
+def test_active_entries_do_not_count_however_large(cuda):
+    problem = make("normal", (60_000, 300), torch.bfloat16, 30, share=0.05)
+    for g, active in zip(problem.grads, problem.active.lists(), strict=True):
+        g[active.long()] *= 1000
+    held = nobody(30)
+    collect(cuda, problem, (0, 1), held, 1.0, 0.0)
+    held.check(problem, best_of(problem, 0.0))
+
+
 @pytest.mark.parametrize("kind", ["normal", "equal", "quantised", "special", "one_mass", "close"])
 @pytest.mark.parametrize(("k", "room"), [(1, 64), (7, 20), (40, 80), (300, 1000), (900, 30_000)])
 def test_too_many_candidates_are_cut_to_the_best(cuda, kind, k, room):
@@ -121,6 +130,17 @@ def test_each_way_out_of_too_many_is_taken(cuda):
             assert (before + sizes[j] > 1000) == (overflows and was_cut(held))
         held.check(problem, best_of(problem, 1.0))
         assert count(held) == 10
+
+
+def test_an_overflow_leaves_nothing_behind_the_candidates(cuda):
+    grad = torch.arange(800.0)
+    grad[::3] = 0
+    problem = cases.Problem([torch.ones(800)], [grad.clamp(max=1)], Entries.empty(1), 10)
+    held = nobody(10, 100)
+    collect(cuda, problem, (0,), held, 1.0, 0.0)
+    held.check(problem, best_of(problem, 0.0))
+    assert was_cut(held)
+    count(held)
 
 
 @pytest.mark.parametrize("room", [None, 30])

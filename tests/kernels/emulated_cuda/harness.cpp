@@ -28,7 +28,7 @@ int select_topk_emulated(const TensorRow* rows, int32_t tensors, const int64_t* 
   const Layout layout = cut_into_chunks(cut);
   store_rows(cut.data(), tensors, stored.data(), nullptr);
   const int64_t n = std::max(layout.slots(), capacity * kTile);
-  std::vector<Chunk> chunks(layout.n_chunks);
+  std::vector<Chunk> chunks(layout.n_chunks, Chunk{0, 0, kShortChunk, 0, 0});  // read before it is made: seen
   std::vector<int64_t> slots(capacity + 1);
   std::vector<int32_t> maxima(layout.tiles() + 1), tiles(capacity + 1), keys(capacity * kTile + 1);
   std::vector<unsigned> histogram(kBins);
