@@ -1,5 +1,7 @@
-"""Tensors on a GPU that is not there: shape, dtype and device, but no values. Whoever asks for one raises, and
-so does whoever mixes devices."""
+"""Tensors on a GPU that is not there: shape, dtype and device, but no values.
+
+Asking for a value raises, and so does mixing devices.
+"""
 
 import contextlib
 
