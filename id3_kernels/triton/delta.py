@@ -8,9 +8,10 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import reference
-from ..entries import Entries, sort_keys, write_back
-from . import launch
-from .launch import load_any, owners
+from ..entries import Entries, sort_keys
+from . import launch, tables
+from .launch import load_any
+from .tables import owners
 
 BLOCK = 256
 SUM_BLOCK = 4096  # fixed, so that the sum has one order
@@ -39,14 +40,14 @@ def scatter_kernel(tensors, owner, indices, values, n, n_tensors, BITS: tl.const
 
 
 @triton.jit
-def squares_kernel(tensors, codes, owner, indices, squares, n, n_tensors, BLOCK: tl.constexpr):
+def squares_kernel(tensors, codes, owner, offsets, indices, squares, n, n_tensors, BLOCK: tl.constexpr):
     """float64 squares; 0 where there is no tensor (address 0) and behind the last entry."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     j = tl.load(owner + at, mask=at < n, other=n_tensors)
     held = j < n_tensors
     source = tl.load(tensors + j, mask=held, other=0)
     held = held & (source != 0)
-    index = tl.load(indices + at, mask=held, other=0)
+    index = tl.load(indices + tl.load(offsets) + at, mask=held, other=0)
     x = load_any(source, index, held, tl.load(codes + j, mask=held, other=0)).to(tl.float64)
     tl.store(squares + at, x * x, mask=at < n)
 
@@ -63,10 +64,10 @@ def gather(tensors, offsets, indices):
     device, n = offsets.device, indices.numel()
     dtype = tensors[0].dtype if tensors else torch.float32
     rows = [t.contiguous() for t in tensors]
-    values = torch.empty(n, dtype=dtype, device=device)
+    values = torch.zeros(n, dtype=dtype, device=device)
     as_torch, as_triton = _bits(dtype)
     launch.run(
-        gather_kernel, triton.cdiv(n, BLOCK), 4, device, launch.addresses(rows, device), owners(offsets, n),
+        gather_kernel, triton.cdiv(n, BLOCK), 4, device, tables.addresses(rows, device), owners(offsets, n),
         indices, values.view(as_torch), n, len(rows), as_triton, BLOCK,
     )  # fmt: skip
     return values
@@ -79,38 +80,60 @@ def scatter_(tensors, offsets, indices, values):
     rows = [t.contiguous() for t in tensors]
     as_torch, as_triton = _bits(values.dtype)
     launch.run(
-        scatter_kernel, triton.cdiv(n, BLOCK), 4, device, launch.addresses(rows, device), owners(offsets, n),
+        scatter_kernel, triton.cdiv(n, BLOCK), 4, device, tables.addresses(rows, device), owners(offsets, n),
         indices, values.contiguous().view(as_torch), n, len(rows), as_triton, BLOCK,
     )  # fmt: skip
-    write_back(tensors, rows, offsets, indices)
+    launch.carry_back(tensors, rows)
 
 
 def squared_norm(tensors, offsets, indices):
     """See the op table. One order of summation: blocks of 4096 entries, then the blocks."""
     launch.check(*tensors)
-    device, n = offsets.device, indices.numel()
+    device, n = offsets.device, tables.most_entries(tensors, indices)
     rows = [None if t is None else t.contiguous() for t in tensors]
     squares = torch.zeros(-(-n // SUM_BLOCK) * SUM_BLOCK, dtype=torch.float64, device=device)
     launch.run(
-        squares_kernel, triton.cdiv(n, BLOCK), 4, device, launch.addresses(rows, device),
-        launch.codes(rows, device), owners(offsets, n), indices, squares, n, len(rows), BLOCK,
+        squares_kernel, triton.cdiv(n, BLOCK), 4, device, tables.addresses(rows, device),
+        tables.codes(rows, device), owners(offsets, n), offsets, indices, squares, n, len(rows),
+        BLOCK,
     )  # fmt: skip
     sums = squares.view(-1, SUM_BLOCK).sum(1)
     return sums.cumsum(0)[-1] if n else squares.sum()
 
 
-def join_(arrays: list[Tensor], offsets: Tensor, b_offsets: Tensor, b_indices: Tensor) -> Tensor:
-    """See the op table. Synchronises once, to know both counts."""
-    n, n_new = torch.stack([offsets[-1], b_offsets[-1]]).tolist()
-    held, new = sort_keys(Entries(offsets, arrays[0]), n), sort_keys(Entries(b_offsets, b_indices), n_new)
-    moved = torch.searchsorted(new, held) + torch.arange(n, device=held.device)
-    position = torch.searchsorted(held, new) + torch.arange(n_new, device=held.device)
-    for array in arrays:
-        old = array[:n].clone()
-        array[: n + n_new].zero_()
-        array[moved] = old
-    arrays[0][position] = b_indices[:n_new]
+def join_(arrays, offsets, b_offsets, b_indices, b_values):
+    """See the op table. Each place of an array takes what belongs there, so that no count has to be known."""
+    if b_indices.numel():
+        room = max(array.numel() for array in arrays)
+        is_new, from_new, from_held = _sources(
+            Entries(offsets, arrays[0]), Entries(b_offsets, b_indices), room
+        )
+        for array, values in zip(arrays, [b_indices, *b_values], strict=True):
+            n = array.numel()
+            joining = array.new_zeros(()) if values is None else values[from_new[:n]]
+            array.copy_(torch.where(is_new[:n], joining, array[from_held[:n]]))
     offsets.add_(b_offsets)
-    out = b_offsets.new_zeros(b_indices.numel())
-    out[:n_new] = position
-    return out
+
+
+def _sources(held: Entries, new: Entries, room: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Per place of the joined entries: whether it is a new one's, and its place among the new or the held.
+
+    What lies behind the last entry stays where it is.
+    """
+    held_keys, new_keys = _padded_keys(held), _padded_keys(new)
+    places = torch.arange(room, device=new_keys.device)
+    rank = torch.arange(new_keys.numel(), device=new_keys.device)
+    target = torch.searchsorted(held_keys, new_keys) + rank
+    target = torch.where(rank < new.offsets[-1], target, room)
+    before = torch.searchsorted(target, places, right=True)  # new entries up to and at this place
+    from_new = (before - 1).clamp(min=0)
+    is_new = target[from_new] == places
+    inside = places < held.offsets[-1] + new.offsets[-1]
+    return is_new, from_new, torch.where(inside & ~is_new, places - before, places)
+
+
+def _padded_keys(entries: Entries) -> Tensor:
+    """int64: `sort_keys` of the entries, and a larger one for all that lies behind them."""
+    n = entries.indices.numel()
+    keys = sort_keys(entries, n)
+    return torch.where(torch.arange(n, device=keys.device) < entries.offsets[-1], keys, 1 << 62)

@@ -8,8 +8,6 @@ flat space of all entries is cut into tiles of 256; a tensor begins a new tile, 
 from __future__ import annotations
 
 import contextlib
-import functools
-from typing import NamedTuple
 
 import torch
 import triton
@@ -92,101 +90,11 @@ def check(*tensors: Tensor | None, float64: bool = False) -> None:
             raise ValueError(f"triton backend: expected {where}, got a tensor on {t.device}")
 
 
-# --- tables in device memory -------------------------------------------------------------------------
+def carry_back(tensors: list[Tensor], rows: list[Tensor]) -> None:
+    """Carry what was written to row-major copies to the tensors; `rows[j] is tensors[j]` is no copy.
 
-
-@functools.lru_cache(maxsize=32)
-def table(values: tuple[int, ...], device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
-    """The numbers as a 1-D tensor on the device. The content is the key, so a kept copy can not be stale."""
-    return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
-
-
-def addresses(tensors: list[Tensor | None], device: torch.device) -> Tensor:
-    """int64 [M]: where each tensor's memory begins; 0 for None."""
-    if len(tensors) == 1:  # a fill takes its number along: nothing is copied, nobody waits
-        address = 0 if tensors[0] is None else tensors[0].data_ptr()
-        return torch.full((1,), address, dtype=torch.int64, device=device)
-    return table(tuple(0 if t is None else t.data_ptr() for t in tensors), device)
-
-
-def codes(tensors: list[Tensor | None], device: torch.device) -> Tensor:
-    """int32 [M]: the dtype code of each tensor; 0 for None."""
-    return table(tuple(0 if t is None else CODES[t.dtype] for t in tensors), device, torch.int32)
-
-
-def owners(offsets: Tensor, n: int) -> Tensor:
-    """int32 [n]: the tensor of each entry; the number of tensors for what lies behind the last entry."""
-    positions = torch.arange(n, device=offsets.device)
-    return torch.searchsorted(offsets[1:], positions, right=True, out_int32=True)
-
-
-class Span(NamedTuple):
-    """How one tensor is to be streamed; a list of them is the key under which a layout is kept.
-
-    numel: 0 where there is no gradient. aligned: whether every address is a multiple of 16.
+    All of it, as the host does not know where the entries lie: the others keep their bits.
     """
-
-    numel: int
-    param_code: int
-    grad_code: int
-    aligned: bool
-
-
-class Launch(NamedTuple):
-    """The chunks [begin, end) of the chunk table, which are of one kind and streamed by one launch."""
-
-    param_code: int
-    grad_code: int
-    full: bool
-    begin: int
-    end: int
-
-
-class Layout(NamedTuple):
-    """A list of tensors cut into tiles and chunks; the tensors here lie in device memory.
-
-    first_tile: int64 [M + 1], the first tile of each tensor. numels: int32 [M]. Per chunk: owner int32,
-    tile int64 (its first), offset int64 (its first entry in the tensor), length int32.
-    """
-
-    tiles: int
-    chunk: int
-    launches: tuple[Launch, ...]
-    first_tile: Tensor
-    numels: Tensor
-    owner: Tensor
-    tile: Tensor
-    offset: Tensor
-    length: Tensor
-
-
-@functools.lru_cache(maxsize=64)  # one for each shape of a model, and a few for all of it
-def layout(spans: tuple[Span, ...], device: torch.device) -> Layout:
-    """The chunk table of a list of tensors, built once per list.
-
-    Full chunks of aligned tensors come apart from the rest, which a second, masked launch reads: both in
-    one kernel would quadruple its registers.
-    """
-    tile = TILE.value
-    numels = torch.tensor([s.numel for s in spans], dtype=torch.int64)
-    first_tile = torch.cat([numels.new_zeros(1), (-(-numels // tile)).cumsum(0)])
-    # Small models get small chunks, so that the last wave of programs is not mostly empty.
-    chunk = 4096 if int(first_tile[-1]) * tile < 1 << 30 else 16384
-    groups: dict[tuple, list[Tensor]] = {}
-    for j, span in enumerate(spans):
-        offset = torch.arange(0, span.numel, chunk)
-        length = (span.numel - offset).clamp(max=chunk)
-        rows = torch.stack([torch.full_like(offset, j), first_tile[j] + offset // tile, offset, length])
-        n_full = span.numel // chunk if span.aligned else 0
-        for full, part in ((True, rows[:, :n_full]), (False, rows[:, n_full:])):
-            if part.shape[1]:
-                groups.setdefault((span.param_code, span.grad_code, full), []).append(part)
-    launches, begin = [], 0
-    for kind, parts in groups.items():
-        end = begin + sum(part.shape[1] for part in parts)
-        launches.append(Launch(*kind, begin, end))
-        begin = end
-    parts = [numels.new_zeros(4, 0)] + [part for parts in groups.values() for part in parts]
-    owner, first, offset, length = torch.cat(parts, 1).unbind()
-    tables = (first_tile, numels.int(), owner.int(), first.clone(), offset.clone(), length.int())
-    return Layout(int(first_tile[-1]), chunk, tuple(launches), *(x.to(device) for x in tables))
+    for t, row in zip(tensors, rows, strict=True):
+        if row is not t:
+            t.copy_(row)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import launch
+from . import launch, tables
 from .launch import load_wide
 
 SMALLEST_NORMAL = tl.constexpr(1.1754943508222875e-38)
@@ -25,7 +23,7 @@ def kind_of(exp: float) -> str:
     return KINDS.get(float(exp), "pow")
 
 
-@functools.lru_cache(maxsize=8)
+@tables.kept(8)
 def exponent(exp: float, device: torch.device) -> Tensor:
     """float64 [1]: Triton would pass a Python float as float32."""
     return torch.full((1,), exp, dtype=torch.float64, device=device)
@@ -95,7 +93,7 @@ def d3_score(param: Tensor, grad: Tensor, eps: float, exp: float) -> Tensor:
     block = 1024
     launch.run(
         d3_score_kernel, triton.cdiv(out.numel(), block), 4, device,
-        launch.addresses([param], device), launch.addresses([grad], device), out, out.numel(), eps,
+        tables.addresses([param], device), tables.addresses([grad], device), out, out.numel(), eps,
         exponent(exp, device), kind_of(exp), launch.CODES[param.dtype], launch.CODES[grad.dtype], block,
     )  # fmt: skip
     return out

@@ -1,12 +1,12 @@
 """AdamW at the entries alone, for all tensors in one launch.
 
 torch's order of operations, each rounded once to float32. The bias corrections come from tables over the
-step number, computed in float64 by the host and kept on the device: no step number has to be read back.
+step number, computed in float64 by the host and kept on the device: no step number has to be read back, nor
+a learning rate that lies there.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 
 import torch
@@ -14,11 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..entries import write_back
-from . import launch
-from .launch import bfloat16_bits, load_any, owners
+from . import launch, tables
+from .launch import bfloat16_bits, load_any
 
-LONGEST_TABLE = 1 << 20
+LONGEST_TABLE = 1 << 22  # beta up to 0.99999; from its last step on, the bias counts as gone
 
 
 @triton.jit
@@ -52,15 +51,16 @@ def gradient_of(g, grad_scale, clip, SCALE: tl.constexpr, CLIP: tl.constexpr, MA
 
 @triton.jit
 def adamw_kernel(
-    params, param_codes, grads, grad_codes, owner, indices, exp_avg, exp_avg_sq, master, age, step,
-    step_sizes, roots, longest, grad_scale, found_inf, clip, n, n_tensors,
-    decay, rest1, beta2, rest2, eps,
+    params, param_codes, grads, grad_codes, owner, offsets, indices, exp_avg, exp_avg_sq, master, age, step,
+    unbiased, roots, longest, lr, decay, grad_scale, found_inf, clip, n, n_tensors,
+    rest1, beta2, rest2, eps,
     COMPACT: tl.constexpr, MASTER: tl.constexpr, AGE: tl.constexpr, MAXIMIZE: tl.constexpr,
     SCALE: tl.constexpr, FOUND: tl.constexpr, CLIP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """rest1, rest2: 1 - beta1, 1 - beta2. decay: 1 - lr·weight_decay. longest: last row of both tables."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    j = tl.load(owner + at, mask=at < n, other=n_tensors)
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    j = tl.load(owner + place, mask=place < n, other=n_tensors)
+    at = tl.load(offsets) + place
     live = j < n_tensors
     if FOUND:
         live = live & (tl.load(found_inf + tl.zeros_like(j)) == 0)
@@ -79,7 +79,7 @@ def adamw_kernel(
         back = rounded(kept, code)
         same = (back == stored) | ((back != back) & (stored != stored))
         w = tl.where(same & (code != 0), kept, stored)
-    w = w * decay
+    w = w * tl.load(decay)
     m = tl.load(exp_avg + at, mask=live, other=0.0)
     v = tl.load(exp_avg_sq + at, mask=live, other=0.0)
     m = m + (g - m) * rest1
@@ -90,7 +90,7 @@ def adamw_kernel(
     else:
         s = tl.load(step + j, mask=live, other=0)
     s = tl.minimum(s, longest)
-    step_size = tl.load(step_sizes + s, mask=live, other=0.0)
+    step_size = (tl.load(lr) / tl.load(unbiased + s, mask=live, other=1.0)).to(tl.float32)
     root = tl.load(roots + s, mask=live, other=1.0)
     w = w - tl.div_rn(step_size * m, tl.div_rn(tl.sqrt_rn(v), root) + eps)
     tl.store(exp_avg + at, m, mask=live)
@@ -100,73 +100,55 @@ def adamw_kernel(
         tl.store(master + at, w, mask=live & (code != 0))
 
 
-def adamw_(
-    params, grads, offsets, indices, exp_avg, exp_avg_sq, master, age, step,
-    lr, beta1, beta2, eps, weight_decay, maximize, grad_scale, found_inf, clip,
-):  # fmt: skip
+def adamw_(params, grads, offsets, *rest):
     """See the op table. A gradient or parameter of other than row-major strides passes through a copy."""
     launch.check(*params, *grads)
-    grads = [None if g is None else g.contiguous() for g in grads]
-    _adamw(
-        params, grads, False, offsets, indices, exp_avg, exp_avg_sq, master, age, step,
-        lr, beta1, beta2, eps, weight_decay, maximize, grad_scale, found_inf, clip,
-    )  # fmt: skip
+    _adamw(params, [None if g is None else g.contiguous() for g in grads], False, offsets, *rest)
 
 
-def adamw_compact_(
-    params, values, offsets, indices, exp_avg, exp_avg_sq, master, age, step,
-    lr, beta1, beta2, eps, weight_decay, maximize, grad_scale, found_inf, clip,
-):  # fmt: skip
+def adamw_compact_(params, values, offsets, *rest):
     """See the op table."""
     launch.check(*params, values)
-    _adamw(
-        params, [values.contiguous()], True, offsets, indices, exp_avg, exp_avg_sq, master, age, step,
-        lr, beta1, beta2, eps, weight_decay, maximize, grad_scale, found_inf, clip,
-    )  # fmt: skip
+    _adamw(params, [values.contiguous()], True, offsets, *rest)
 
 
 def _adamw(
     params, grads, compact, offsets, indices, exp_avg, exp_avg_sq, master, age, step,
-    lr, beta1, beta2, eps, weight_decay, maximize, grad_scale, found_inf, clip,
+    lr, beta1, beta2, eps, weight_decay, maximize, grad_scale, found_inf, clip, tensor_lr,
 ):  # fmt: skip
-    device, n, block = offsets.device, indices.numel(), 256
+    device, n, block = offsets.device, tables.most_entries(params, indices), 256
     rows = [p.contiguous() for p in params]
-    step = step.to(device)
-    step_sizes, roots = _bias_corrections(lr, beta1, beta2, step if age is None else age)
+    unbiased, roots = bias_tables(beta1, beta2, device)
+    if tensor_lr is None:
+        lr = torch.full((1,), lr, dtype=torch.float64, device=device)
+    else:
+        lr = tensor_lr.reshape(1).double()
+    decay = (1 - lr * weight_decay).float()
     scalars = [None if x is None else x.to(device, torch.float32) for x in (grad_scale, found_inf, clip)]
     launch.run(
         adamw_kernel, triton.cdiv(n, block), 4, device,
-        launch.addresses(rows, device), launch.codes(rows, device), launch.addresses(grads, device),
-        launch.codes(grads, device), owners(offsets, n), indices, exp_avg, exp_avg_sq, master, age, step,
-        step_sizes, roots, roots.numel() - 1, *scalars, n, len(params),
-        1 - lr * weight_decay, 1 - beta1, beta2, 1 - beta2, eps,
+        tables.addresses(rows, device), tables.codes(rows, device), tables.addresses(grads, device),
+        tables.codes(grads, device), tables.owners(offsets, n), offsets, indices, exp_avg, exp_avg_sq, master,
+        age, step.to(device), unbiased, roots, roots.numel() - 1, lr, decay, *scalars, n, len(params),
+        1 - beta1, beta2, 1 - beta2, eps,
         compact, master is not None, age is not None, maximize, *(x is not None for x in scalars), block,
     )  # fmt: skip
-    write_back(params, rows, offsets, indices)
+    launch.carry_back(params, rows)
 
 
-def _bias_corrections(lr: float, beta1: float, beta2: float, steps: Tensor) -> tuple[Tensor, Tensor]:
-    """float32 tables over the step number s: lr / (1 - beta1^s) and sqrt(1 - beta2^s), each rounded once."""
-    longest = max(_limit(beta1), _limit(beta2))
-    if longest > LONGEST_TABLE:  # the only case in which the host has to know the steps
-        reached = int(steps.max()) + 1 if steps.numel() else 1
-        longest = min(longest, 1 << max(reached, LONGEST_TABLE).bit_length())
-    unbiased, roots = _bias_tables(beta1, beta2, longest, steps.device)
-    return torch.full_like(unbiased, lr).div_(unbiased).float(), roots
+def _last_biased_step(beta: float) -> int:
+    """The step from which 1 - beta^s is 1 in float64, if the table holds it."""
+    last = 1 if beta == 0 else math.ceil(-54 * math.log(2) / math.log(beta))
+    return min(last, LONGEST_TABLE)
 
 
-def _limit(beta: float) -> int:
-    """The step from which 1 - beta^s is 1 in float64."""
-    return 1 if beta == 0 else math.ceil(-54 * math.log(2) / math.log(beta))
-
-
-@functools.lru_cache(maxsize=4)
-def _bias_tables(beta1: float, beta2: float, longest: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """1 - beta1^s (float64) and sqrt(1 - beta2^s) (float32) for s = 0 … longest; step 0 does not occur.
+@tables.kept(4)
+def bias_tables(beta1: float, beta2: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """1 - beta1^s (float64) and sqrt(1 - beta2^s) (float32) by the step s from 0; step 0 does not occur.
 
     Python's pow is the C library's, as in the other backends; torch's own may differ in the last bit.
     """
-    steps = range(1, longest + 1)
+    steps = range(1, max(_last_biased_step(beta1), _last_biased_step(beta2)) + 1)
     unbiased = torch.tensor([1.0] + [1 - beta1**s for s in steps], dtype=torch.float64)
     roots = torch.tensor([1.0] + [math.sqrt(1 - beta2**s) for s in steps], dtype=torch.float64)
     return unbiased.to(device), roots.float().to(device)

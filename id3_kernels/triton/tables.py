@@ -1,0 +1,190 @@
+"""Tables in device memory: where the tensors lie, how they are cut, which tensor owns an entry.
+
+Once its first step has built what depends on shapes and dtypes alone, a step copies nothing from the host's
+memory: it would wait for the host, and a CUDA graph would read that memory again at each replay.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import launch
+from .launch import CODES, TILE
+
+BATCH = 32  # numbers a launch writes: more parameters would make the launch itself dear
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether what is launched now becomes part of a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+class Kept:
+    """A function whose last `most` results are kept, by its arguments, of which the last is the device.
+
+    What a CUDA graph is captured with is kept for good, as each replay reads it. What is made during
+    a capture is not kept: its content is there only once the graph has run.
+    """
+
+    def __init__(self, make: Callable, most: int):
+        self.make, self.most = make, most
+        self.recent, self.in_graphs = OrderedDict(), {}
+
+    def __call__(self, *key):
+        captured = capturing(key[-1])
+        found = self.in_graphs.get(key)
+        if found is None:
+            found = self.recent.pop(key, None)
+        if found is None:
+            found = self.make(*key)
+            if captured:
+                return found
+        if captured:
+            self.in_graphs[key] = found
+        else:
+            self.recent[key] = found
+            if len(self.recent) > self.most:
+                self.recent.popitem(last=False)
+        return found
+
+
+def kept(most: int) -> Callable[[Callable], Kept]:
+    """Decorator: see Kept."""
+    return lambda make: Kept(make, most)
+
+
+@triton.jit(do_not_specialize=range(1, 33))  # or each address would have a kernel compiled for it
+def write_table_kernel(
+    table,
+    a00: tl.int64, a01: tl.int64, a02: tl.int64, a03: tl.int64, a04: tl.int64, a05: tl.int64, a06: tl.int64,
+    a07: tl.int64, a08: tl.int64, a09: tl.int64, a10: tl.int64, a11: tl.int64, a12: tl.int64, a13: tl.int64,
+    a14: tl.int64, a15: tl.int64, a16: tl.int64, a17: tl.int64, a18: tl.int64, a19: tl.int64, a20: tl.int64,
+    a21: tl.int64, a22: tl.int64, a23: tl.int64, a24: tl.int64, a25: tl.int64, a26: tl.int64, a27: tl.int64,
+    a28: tl.int64, a29: tl.int64, a30: tl.int64, a31: tl.int64,
+):  # fmt: skip
+    numbers = (
+        a00, a01, a02, a03, a04, a05, a06, a07, a08, a09, a10, a11, a12, a13, a14, a15,
+        a16, a17, a18, a19, a20, a21, a22, a23, a24, a25, a26, a27, a28, a29, a30, a31,
+    )  # fmt: skip
+    for i in tl.static_range(32):
+        tl.store(table + i, numbers[i])
+
+
+@kept(64)
+def table(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+    """int64: the numbers, which travel to the device as parameters of kernels."""
+    padded = numbers + (0,) * (-len(numbers) % BATCH)
+    out = torch.empty(len(padded), dtype=torch.int64, device=device)
+    for i in range(0, len(padded), BATCH):
+        launch.run(write_table_kernel, 1, 1, device, out[i : i + BATCH], *padded[i : i + BATCH])
+    return out
+
+
+def address(tensor: Tensor | None) -> int:
+    """Where a tensor's memory begins; 0 for None."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def addresses(tensors: list[Tensor | None], device: torch.device) -> Tensor:
+    """int64 [>= M]: where each tensor's memory begins; 0 for None."""
+    if len(tensors) == 1:
+        return torch.full((1,), address(tensors[0]), dtype=torch.int64, device=device)
+    return table(tuple(map(address, tensors)), device)
+
+
+def codes(tensors: list[Tensor | None], device: torch.device) -> Tensor:
+    """int64 [>= M]: the dtype code of each tensor; 0 for None."""
+    return table(tuple(0 if t is None else CODES[t.dtype] for t in tensors), device)
+
+
+def owners(offsets: Tensor, n: int) -> Tensor:
+    """int32 [n]: the tensor of each entry from offsets[0] on; the number of tensors behind the last entry."""
+    positions = torch.arange(n, device=offsets.device)
+    return torch.searchsorted(offsets[1:] - offsets[:1], positions, right=True, out_int32=True)
+
+
+def most_entries(tensors: list[Tensor | None], indices: Tensor) -> int:
+    """How many of `indices` can belong to the tensors (None: of unknown size), as far as the host knows."""
+    n = indices.numel()
+    return n if any(t is None for t in tensors) else min(n, sum(t.numel() for t in tensors))
+
+
+class Span(NamedTuple):
+    """How one tensor is to be streamed; a list of them is the key under which a layout is kept.
+
+    numel: 0 where there is no gradient. aligned: whether every address is a multiple of 16.
+    """
+
+    numel: int
+    param_code: int
+    grad_code: int
+    aligned: bool
+
+
+class Launch(NamedTuple):
+    """The chunks [begin, end) of the chunk table, which are of one kind and streamed by one launch."""
+
+    param_code: int
+    grad_code: int
+    full: bool
+    begin: int
+    end: int
+
+
+class Layout(NamedTuple):
+    """A list of tensors cut into tiles and chunks; the tensors here lie in device memory.
+
+    first_tile: int64 [M + 1], the first tile of each tensor. numels: int32 [M]. Per chunk: owner int32,
+    tile int64 (its first), offset int64 (its first entry in the tensor), length int32.
+    """
+
+    tiles: int
+    chunk: int
+    launches: tuple[Launch, ...]
+    first_tile: Tensor
+    numels: Tensor
+    owner: Tensor
+    tile: Tensor
+    offset: Tensor
+    length: Tensor
+
+
+@kept(64)  # one for each shape of a model, and a few for all of it
+def layout(spans: tuple[Span, ...], device: torch.device) -> Layout:
+    """The chunk table of a list of tensors, built once per list.
+
+    Full chunks of aligned tensors come apart from the rest, which a second, masked launch reads: both in
+    one kernel would quadruple its registers.
+    """
+    tile = TILE.value
+    numels = np.array([s.numel for s in spans], dtype=np.int64)
+    first_tile = np.concatenate([[0], (-(-numels // tile)).cumsum()]).astype(np.int64)
+    # Small models get small chunks, so that the last wave of programs is not mostly empty.
+    chunk = 4096 if first_tile[-1] * tile < 1 << 30 else 16384
+    groups: dict[tuple, list[np.ndarray]] = {}
+    for j, span in enumerate(spans):
+        offset = np.arange(0, span.numel, chunk)
+        length = (span.numel - offset).clip(max=chunk)
+        rows = np.stack([np.full_like(offset, j), first_tile[j] + offset // tile, offset, length])
+        n_full = span.numel // chunk if span.aligned else 0
+        for full, part in ((True, rows[:, :n_full]), (False, rows[:, n_full:])):
+            if part.shape[1]:
+                groups.setdefault((span.param_code, span.grad_code, full), []).append(part)
+    launches, begin = [], 0
+    for kind, parts in groups.items():
+        end = begin + sum(part.shape[1] for part in parts)
+        launches.append(Launch(*kind, begin, end))
+        begin = end
+    parts = [np.zeros((4, 0), np.int64)] + [part for parts in groups.values() for part in parts]
+    columns = (first_tile, numels, *np.concatenate(parts, 1))
+    dtypes = (torch.int64, torch.int32, torch.int32, torch.int64, torch.int64, torch.int32)
+    on_device = (torch.tensor(c, dtype=d).to(device) for c, d in zip(columns, dtypes, strict=True))
+    return Layout(int(first_tile[-1]), chunk, tuple(launches), *on_device)

@@ -1,0 +1,215 @@
+"""The exact best k of the entries of a list of tiles, by a radix selection whose passes score them anew.
+
+Four passes settle the k-th largest key, eight bits at a time; two more count and write the winners, in entry
+order. Nothing is kept per entry, and where the device says that nobody is wanted, nothing is read.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import launch
+from .launch import TILE, load_any
+from .score import d3, key, normal_key
+from .tables import Layout
+
+BINS = tl.constexpr(256)
+SHIFTS = (24, 16, 8, 0)
+BLOCK = 1024
+PROGRAMS = 2048  # each adds at most BINS numbers to one histogram
+
+
+class Reading(NamedTuple):
+    """What a look at the entries reads: the tensors as tables, the formula, and the entries to leave out.
+
+    active: uint8, one bit per slot, read if `exclude`.
+    """
+
+    cut: Layout
+    params: Tensor
+    grads: Tensor
+    param_codes: Tensor
+    grad_codes: Tensor
+    active: Tensor
+    exclude: bool
+    kind: str
+    eps: float
+    exponent: Tensor
+
+
+@triton.jit
+def load_keys(
+    params, grads, param_codes, grad_codes, first_tile, numels, n_tensors, active, eps, exponent,
+    tiles, owners, n, at, KIND: tl.constexpr, EXCLUDE: tl.constexpr,
+):  # fmt: skip
+    """(owner, index, key) of the entries `at` of the n that the listed tiles have; key 0: no candidate."""
+    tile = tl.load(tiles + at // TILE, mask=at < n, other=0)
+    owner = tl.load(owners + at // TILE, mask=at < n, other=n_tensors)
+    inside = owner < n_tensors
+    index = (tile - tl.load(first_tile + owner, mask=inside, other=0)) * TILE + at % TILE
+    inside = inside & (index < tl.load(numels + owner, mask=inside, other=0))
+    grad, code = (
+        tl.load(grads + owner, mask=inside, other=0),
+        tl.load(grad_codes + owner, mask=inside, other=0),
+    )
+    g = load_any(grad, index, inside, code)
+    if KIND != "given":
+        g = tl.abs(g)
+    if EXCLUDE:
+        bit = at % TILE
+        taken = tl.load(active + tile * (TILE // 8) + bit // 8, mask=inside, other=0).to(tl.int64)
+        g = tl.where((taken >> (bit % 8)) & 1 != 0, 0.0, g)
+    theta = g
+    if (KIND != "g") & (KIND != "given"):
+        param = tl.load(params + owner, mask=inside, other=0)
+        theta = load_any(param, index, inside, tl.load(param_codes + owner, mask=inside, other=0))
+    keys = normal_key(key(d3(g, theta, eps, exponent, KIND), g))
+    return owner, index, tl.where(inside, keys, 0)
+
+
+@triton.jit
+def count_digits_kernel(
+    params, grads, param_codes, grad_codes, first_tile, numels, n_tensors, active, eps, exponent,
+    tiles, owners, n, run, state, histogram,
+    KIND: tl.constexpr, EXCLUDE: tl.constexpr, SHIFT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """How often each value of a digit occurs among the keys whose higher digits are those of state[0]."""
+    if tl.load(state + 1) <= 0:
+        return
+    prefix = tl.load(state).to(tl.int32)
+    begin = tl.program_id(0).to(tl.int64) * run
+    end = tl.minimum(begin + run, n)
+    counts = tl.zeros((BINS,), tl.int32)
+    while begin < end:
+        _, _, keys = load_keys(
+            params, grads, param_codes, grad_codes, first_tile, numels, n_tensors, active, eps, exponent,
+            tiles, owners, n, begin + tl.arange(0, BLOCK), KIND, EXCLUDE,
+        )  # fmt: skip
+        digits = (keys ^ prefix) >> SHIFT  # larger than any digit where a higher one differs
+        counts += tl.histogram(digits & (BINS - 1), BINS, mask=(keys > 0) & (digits < BINS))
+        begin += BLOCK
+    bins = tl.arange(0, BINS)
+    tl.atomic_add(histogram + bins, counts.to(tl.int64), mask=counts > 0, sem="relaxed")
+
+
+@triton.jit
+def settle_digit_kernel(state, histogram, SHIFT: tl.constexpr):
+    """state: the digits of the threshold so far, and how many are wanted of the keys that have these."""
+    wanted = tl.load(state + 1)
+    if wanted <= 0:
+        return
+    bins = tl.arange(0, BINS)
+    counts = tl.load(histogram + bins)
+    at_least = tl.sum(counts) - tl.cumsum(counts) + counts
+    digit = tl.max(tl.where(at_least >= wanted, bins, 0))
+    tl.store(state, tl.load(state) + (digit.to(tl.int64) << SHIFT))
+    tl.store(state + 1, wanted - tl.sum(tl.where(bins > digit, counts, 0)))
+
+
+@triton.jit
+def count_winners_kernel(
+    params, grads, param_codes, grad_codes, first_tile, numels, n_tensors, active, eps, exponent,
+    tiles, owners, n, run, state, counts,
+    KIND: tl.constexpr, EXCLUDE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Per program: how many keys lie above the threshold, and how many on it."""
+    if tl.load(state + 1) <= 0:
+        return
+    threshold = tl.load(state).to(tl.int32)
+    begin = tl.program_id(0).to(tl.int64) * run
+    end = tl.minimum(begin + run, n)
+    above, equal = tl.zeros((BLOCK,), tl.int32), tl.zeros((BLOCK,), tl.int32)
+    while begin < end:
+        _, _, keys = load_keys(
+            params, grads, param_codes, grad_codes, first_tile, numels, n_tensors, active, eps, exponent,
+            tiles, owners, n, begin + tl.arange(0, BLOCK), KIND, EXCLUDE,
+        )  # fmt: skip
+        above += (keys > threshold).to(tl.int32)
+        equal += ((keys == threshold) & (keys > 0)).to(tl.int32)
+        begin += BLOCK
+    tl.store(counts + tl.program_id(0), tl.sum(above).to(tl.int64))
+    tl.store(counts + tl.num_programs(0) + tl.program_id(0), tl.sum(equal).to(tl.int64))
+
+
+@triton.jit
+def write_winners_kernel(
+    params, grads, param_codes, grad_codes, first_tile, numels, n_tensors, active, eps, exponent,
+    tiles, owners, n, run, state, before, slots, indices, best,
+    KIND: tl.constexpr, EXCLUDE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """before: as `count_winners_kernel` counts, of all programs before. Of equal keys the first ones win."""
+    wanted = tl.load(state + 1)
+    if wanted <= 0:
+        return
+    threshold = tl.load(state).to(tl.int32)
+    begin = tl.program_id(0).to(tl.int64) * run
+    end = tl.minimum(begin + run, n)
+    n_above = tl.load(before + tl.program_id(0))
+    n_equal = tl.load(before + tl.num_programs(0) + tl.program_id(0))
+    while begin < end:
+        owner, index, keys = load_keys(
+            params, grads, param_codes, grad_codes, first_tile, numels, n_tensors, active, eps, exponent,
+            tiles, owners, n, begin + tl.arange(0, BLOCK), KIND, EXCLUDE,
+        )  # fmt: skip
+        above = (keys > threshold).to(tl.int32)
+        equal = ((keys == threshold) & (keys > 0)).to(tl.int32)
+        rank = n_equal + tl.cumsum(equal) - equal
+        wins = (above != 0) | ((equal != 0) & (rank < wanted))
+        place = n_above + tl.cumsum(above) - above + tl.minimum(rank, wanted)
+        slot = tl.load(first_tile + owner, mask=wins, other=0) * TILE + index
+        tl.store(slots + place, slot, mask=wins)
+        tl.store(indices + place, index.to(tl.int32), mask=wins)
+        tl.store(best + place, keys, mask=wins)
+        n_above += tl.sum(above)
+        n_equal += tl.sum(equal)
+        begin += BLOCK
+
+
+def best_entries(reading: Reading, tiles: Tensor, wanted: Tensor, capacity: int):
+    """(slots int64, indices int32, keys int32) [capacity]: the best `wanted` (0 … capacity) in entry order.
+
+    tiles: int64, ascending; one that there is not stands for none. Behind the last entry: the number of all
+    slots, 0, 0.
+    """
+    cut, device = reading.cut, tiles.device
+    n = tiles.numel() * TILE.value
+    run = triton.cdiv(triton.cdiv(n, BLOCK), PROGRAMS) * BLOCK
+    programs = triton.cdiv(n, run)
+    owners = torch.searchsorted(cut.first_tile[1:], tiles, right=True, out_int32=True)
+    source = (
+        reading.params, reading.grads, reading.param_codes, reading.grad_codes, cut.first_tile, cut.numels,
+        cut.numels.numel(), reading.active, reading.eps, reading.exponent, tiles, owners, n, run,
+    )  # fmt: skip
+    formula = reading.kind, reading.exclude
+    state = torch.cat([torch.zeros_like(wanted), wanted])
+    for shift in SHIFTS:
+        histogram = torch.zeros(BINS.value, dtype=torch.int64, device=device)
+        launch.run(
+            count_digits_kernel, programs, 4, device, *source, state, histogram, *formula, shift, BLOCK
+        )
+        launch.run(settle_digit_kernel, 1, 1, device, state, histogram, shift)
+    counts = torch.zeros(2, programs, dtype=torch.int64, device=device)
+    launch.run(count_winners_kernel, programs, 4, device, *source, state, counts, *formula, BLOCK)
+    before = counts.cumsum(1) - counts
+    slots = torch.full((capacity,), cut.tiles * TILE.value, dtype=torch.int64, device=device)
+    indices, keys = (torch.zeros(capacity, dtype=torch.int32, device=device) for _ in range(2))
+    launch.run(
+        write_winners_kernel,
+        programs,
+        4,
+        device,
+        *source,
+        state,
+        before,
+        slots,
+        indices,
+        keys,
+        *formula,
+        BLOCK,
+    )
+    return slots, indices, keys
