@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "checks.h"
+#include "cpu/best.h"
 #include "cpu/cut.h"
 #include "cpu/entries.h"
 #include "cpu/simd.h"
@@ -23,94 +24,6 @@ namespace {
 constexpr int64_t kTileGrain = 512;
 constexpr int64_t kEntryGrain = 8192;
 constexpr int64_t kTogether = 32;  // tiles between two looks at active entries: they stay in the cache
-
-template <class Value>
-struct Found {
-  Key<Value> key;
-  int32_t index;
-  Value grad;
-};
-
-// Best first.
-template <class Value>
-bool precedes(const Found<Value>& a, const Found<Value>& b) {
-  return a.key != b.key ? a.key > b.key : a.index < b.index;
-}
-
-template <class Value>
-bool lower_index(const Found<Value>& a, const Found<Value>& b) {
-  return a.index < b.index;
-}
-
-// The best k entries of all tensors so far, best first; a score of 0 is no entry and stands at the end. Room
-// for more than k stays empty.
-template <class Value>
-struct Best {
-  Value* score;
-  int64_t* place;  // tensor position << 32 | flat index
-  Value* grad;
-  int64_t k, room;
-
-  // What is held where no more than k belong; left by a call with a larger k.
-  void drop_behind() {
-    for (int64_t i = k; i < room && place[i] != -1; ++i) put(i, 0, -1, 0);
-  }
-
-  int64_t held() const {
-    return std::partition_point(score, score + k, [](Value s) { return s > Value(0); }) - score;
-  }
-
-  Key<Value> key(int64_t i) const { return reinterpret_bits<Key<Value>>(score[i]); }
-
-  // The smallest key with which an entry of this tensor can still come in: ties go to the lowest place.
-  Key<Value> floor(int64_t position) const {
-    if (k == 0 || !(score[k - 1] > Value(0))) return 1;
-    return key(k - 1) + (place[k - 1] >> 32 < position ? 1 : 0);
-  }
-
-  // An entry that is held already keeps the larger score, and of equal ones the older. `found` is left with
-  // what is still to come in, in index order.
-  void drop_repeated(int64_t position, std::vector<Found<Value>>& found) {
-    std::sort(found.begin(), found.end(), lower_index<Value>);
-    int64_t kept = 0;
-    const int64_t count = held();
-    for (int64_t i = 0; i < count; ++i) {
-      if (place[i] >> 32 == position) {
-        const Found<Value> same{0, static_cast<int32_t>(place[i] & 0xffffffff), 0};
-        const auto at = std::lower_bound(found.begin(), found.end(), same, lower_index<Value>);
-        if (at != found.end() && at->index == same.index) {
-          if (at->key > key(i)) continue;
-          at->key = 0;
-        }
-      }
-      put(kept++, score[i], place[i], grad[i]);
-    }
-    for (int64_t i = kept; i < count; ++i) put(i, 0, -1, 0);
-    found.erase(std::remove_if(found.begin(), found.end(), [](const auto& f) { return f.key == 0; }),
-                found.end());
-  }
-
-  // Merges `found`, best first, from the back: in place.
-  void merge(int64_t position, const std::vector<Found<Value>>& found) {
-    int64_t i = held() - 1, j = static_cast<int64_t>(found.size()) - 1;
-    for (int64_t out = i + j + 1; j >= 0; --out) {
-      const int64_t here = position << 32 | found[j].index;
-      const bool held_is_worse = i >= 0 && (key(i) != found[j].key ? key(i) < found[j].key : place[i] > here);
-      if (out < k) {
-        if (held_is_worse)
-          put(out, score[i], place[i], grad[i]);
-        else
-          put(out, score_of<Value>(found[j].key), here, found[j].grad);
-      }
-      held_is_worse ? --i : --j;
-    }
-  }
-
- private:
-  void put(int64_t at, Value new_score, int64_t new_place, Value new_grad) {
-    score[at] = new_score, place[at] = new_place, grad[at] = new_grad;
-  }
-};
 
 template <class Value>
 class Collector {

@@ -94,6 +94,7 @@ void join_cpu(at::TensorList arrays, const at::Tensor& offsets, const at::Tensor
     const at::Tensor& array = arrays[a];
     const auto dtype = array.scalar_type();
     check_vector(item_name("arrays", a), array, dtype, held.end() + added.end());
+    check_element_size("arrays", array);
     const std::optional<at::Tensor> fill = a == 0 ? b_indices : b_values.get(a - 1);
     if (fill && a > 0) check_vector(item_name("b_values", a - 1), *fill, dtype, added.end());
     gapped.push_back({static_cast<char*>(array.mutable_data_ptr()),
@@ -104,23 +105,6 @@ void join_cpu(at::TensorList arrays, const at::Tensor& offsets, const at::Tensor
   Gaps(positions.data(), added.end(), held.end()).open(gapped);
   auto* offset = offsets.mutable_data_ptr<int64_t>();
   for (int64_t j = 0; j <= tensors; ++j) offset[j] += added.offsets[j];
-}
-
-// visit(T()) for an unsigned integer of the element's size: entries are moved as bits.
-template <class Visit>
-void visit_bits(const at::Tensor& t, const Visit& visit) {
-  switch (t.element_size()) {
-    case 1:
-      return visit(uint8_t());
-    case 2:
-      return visit(uint16_t());
-    case 4:
-      return visit(uint32_t());
-    case 8:
-      return visit(uint64_t());
-    default:
-      TORCH_CHECK_VALUE(false, "tensors: elements of ", t.element_size(), " bytes are not supported");
-  }
 }
 
 // visit(first, count, places) for all entries of the tensors in blocks; places is where they lie.
@@ -140,6 +124,7 @@ void for_each_block(at::TensorList tensors, const EntriesView& entries, const Vi
 }
 
 void check_one_dtype(at::TensorList tensors) {
+  if (!tensors.empty()) check_element_size("tensors", tensors[0]);
   for (size_t j = 0; j < tensors.size(); ++j) {
     check_on_cpu(item_name("tensors", j), tensors[j]);
     TORCH_CHECK_VALUE(tensors[j].scalar_type() == tensors[0].scalar_type(), item_name("tensors", j),
@@ -153,7 +138,7 @@ at::Tensor gather_cpu(at::TensorList tensors, const at::Tensor& offsets, const a
   const EntriesView entries = view_all_entries("", offsets, indices, tensors.size());
   if (tensors.empty()) return at::empty({indices.numel()}, at::kFloat);
   const at::Tensor out = at::empty({indices.numel()}, tensors[0].scalar_type());
-  visit_bits(out, [&](auto bits) {
+  visit_bits(out.element_size(), [&](auto bits) {
     using T = decltype(bits);
     T* to = static_cast<T*>(out.mutable_data_ptr());
     for_each_block(tensors, entries,
@@ -171,7 +156,7 @@ void scatter_cpu(at::TensorList tensors, const at::Tensor& offsets, const at::Te
   const EntriesView entries = view_all_entries("", offsets, indices, tensors.size());
   if (tensors.empty()) return;
   check_vector("values", values, tensors[0].scalar_type(), entries.end());
-  visit_bits(values, [&](auto bits) {
+  visit_bits(values.element_size(), [&](auto bits) {
     using T = decltype(bits);
     const T* from = static_cast<const T*>(values.const_data_ptr());
     for_each_block(tensors, entries,

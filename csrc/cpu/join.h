@@ -2,12 +2,27 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <cstdint>
 #include <cstring>
 #include <vector>
 
 #include "cpu/cut.h"
 
 namespace id3::cpu {
+
+inline void check_element_size(const char* name, const at::Tensor& t) {
+  TORCH_CHECK_VALUE(t.element_size() <= 8, name, ": elements of ", t.element_size(),
+                    " bytes are not supported");
+}
+
+// visit(T()) for an unsigned integer of so many bytes: elements are moved as bits.
+template <class Visit>
+void visit_bits(int64_t size, const Visit& visit) {
+  if (size == 1) return visit(uint8_t());
+  if (size == 2) return visit(uint16_t());
+  if (size == 4) return visit(uint32_t());
+  visit(uint64_t());
+}
 
 // An array and what to put into its gaps, one element each; null: zeros.
 struct Gapped {
@@ -64,31 +79,35 @@ class Gaps {
   }
 
   void move(int64_t part, const std::vector<Gapped>& arrays) {
-    const int64_t begin = parts_.begin(part), end = parts_.begin(part + 1), count = saved_count(part);
-    const int64_t first = first_gap(part), last = first_gap(part + 1);
     const char* saved = saved_[part].data();
     for (const Gapped& array : arrays) {
-      char* const data = array.data;
-      const int64_t size = array.size;
-      // Moves the entries [from, to) up by `shift`.
-      const auto shift_up = [&](int64_t from, int64_t to, int64_t shift) {
-        const int64_t middle = std::clamp(begin + count, from, to);
-        std::memmove(data + (middle + shift) * size, data + middle * size, (to - middle) * size);
-        std::memcpy(data + (from + shift) * size, saved + (from - begin) * size, (middle - from) * size);
-      };
-      int64_t to = end;
-      for (int64_t gap = last - 1; gap >= first; --gap) {
-        const int64_t from = before(gap);
-        shift_up(from, to, gap + 1);
-        if (array.fill)
-          std::memcpy(data + positions_[gap] * size, array.fill + gap * size, size);
-        else
-          std::memset(data + positions_[gap] * size, 0, size);
-        to = from;
-      }
-      shift_up(begin, to, first);
-      saved += count * size;
+      visit_bits(array.size, [&](auto bits) {
+        using T = decltype(bits);
+        move(part, reinterpret_cast<T*>(array.data), reinterpret_cast<const T*>(array.fill), saved);
+      });
+      saved += saved_count(part) * array.size;
     }
+  }
+
+  template <class T>
+  void move(int64_t part, T* data, const T* fill, const char* saved) {
+    const int64_t begin = parts_.begin(part), end = parts_.begin(part + 1), count = saved_count(part);
+    const int64_t first = first_gap(part), last = first_gap(part + 1);
+    // Moves the entries [from, to) up by `shift`.
+    const auto shift_up = [&](int64_t from, int64_t to, int64_t shift) {
+      const int64_t middle = std::clamp(begin + count, from, to);
+      std::memmove(data + middle + shift, data + middle, (to - middle) * sizeof(T));
+      if (from < middle)
+        std::memcpy(data + from + shift, saved + (from - begin) * sizeof(T), (middle - from) * sizeof(T));
+    };
+    int64_t to = end;
+    for (int64_t gap = last - 1; gap >= first; --gap) {
+      const int64_t from = before(gap);
+      shift_up(from, to, gap + 1);
+      data[positions_[gap]] = fill ? fill[gap] : T(0);
+      to = from;
+    }
+    shift_up(begin, to, first);
   }
 
   const int64_t* positions_;

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from id3_kernels import Entries
+from id3_kernels.backend import candidate_room
 from id3_kernels.reference import wide_dtype
 
 
@@ -101,6 +102,17 @@ def test_nobody_is_wanted(backend, k):
     assert not held.score.any()
 
 
+def test_fewer_are_wanted_than_before(cpu):
+    """An entry that is no longer among the best comes back with a larger score."""
+    first, later = torch.arange(1.0, 10.0), torch.zeros(9)
+    later[3] = 20.0
+    held = Candidates.none(cpu, 8, torch.float32)
+    collect(cpu, cases.Problem([torch.ones(9)], [first], None, 8), (0,), held, 1.0, 0.0)
+    held.k.fill_(3)
+    collect(cpu, cases.Problem([torch.ones(9)], [later], None, 3), (0,), held, 1.0, 0.0, again=True)
+    assert [x.tolist() for x in held.best()] == [[20.0, 9.0, 8.0], [3, 8, 7], [20.0, 9.0, 8.0]]
+
+
 @pytest.mark.parametrize("more_room", [False, True])
 @pytest.mark.parametrize("k", [1, 10, 100], ids=lambda k: f"k={k}")
 def test_again_keeps_the_best_score_of_each_entry_and_its_gradient(backend, k, more_room):
@@ -157,13 +169,13 @@ class NoQuestions(TorchDispatchMode):
 def test_a_gpu_hook_never_waits(monkeypatch, given_score, again, numel):
     """What Triton's collect_ does between its kernels, which the interpreter is not asked to run here."""
     launch = pytest.importorskip("id3_kernels.triton.launch", reason="triton is not installed")
-    from id3_kernels.triton import candidate_room, collect_
+    from id3_kernels.triton import collect_
 
     monkeypatch.setattr(launch, "run", lambda *_: None)
     monkeypatch.setattr(launch, "check", lambda *_: None)
     param, grad, indices = torch.ones(numel), torch.ones(numel), torch.tensor([1, 5, 7], dtype=torch.int32)
     score = grad.clone() if given_score else None
-    room, length = candidate_room(4)
+    room, length = candidate_room(torch.device("cpu"), "triton", 4)
     best = torch.zeros(room), torch.full((room,), -1), torch.zeros(room)
     state, k = torch.zeros(length, dtype=torch.int64), torch.tensor([4])
     entries = torch.tensor([0, 3]), indices, torch.zeros(3)

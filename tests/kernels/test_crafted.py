@@ -163,6 +163,39 @@ def test_native_selection_stays_inside_the_tensors(cpu, name, k, function):
     s.check_unchanged()
 
 
+@pytest.mark.parametrize(
+    ("k", "capacity"),
+    [
+        (torch.tensor([1, 1]), 1),
+        (torch.tensor([], dtype=torch.int64), 1),
+        (torch.tensor([1], dtype=torch.int32), 1),
+        (torch.tensor([1.0]), 1),
+        (torch.tensor([1]), -1),
+    ],
+    ids=str,
+)
+def test_native_selection_refuses_what_is_no_count(cpu, k, capacity):
+    for call in (
+        lambda: torch.ops.id3.select_topk(
+            [torch.ones(4)], [torch.ones(4)], *entries(0), k, capacity, 1.0, 2.0
+        ),
+        lambda: torch.ops.id3.select_topk_by_score([torch.ones(4)], *entries(0), k, capacity),
+    ):
+        with pytest.raises(ValueError, match="capacity" if capacity < 0 else "k: expected"):
+            call()
+
+
+@pytest.mark.parametrize("lr", [torch.ones(2), torch.ones(0), torch.ones(1, dtype=torch.int64)], ids=str)
+@pytest.mark.parametrize("function", ["adamw_", "adamw_compact_"])
+def test_native_update_refuses_what_is_no_learning_rate(cpu, function, lr):
+    param, moments, step = torch.ones(NUMEL), torch.zeros(2, 2), torch.ones(1, dtype=torch.int64)
+    gradient = [param] if function == "adamw_" else torch.ones(2)
+    rest = (*moments, None, None, step, *NUMBERS.values(), False, None, None, None, lr)
+    with pytest.raises(ValueError, match="lr: expected"):
+        getattr(torch.ops.id3, function)([param], gradient, *entries(0, 3), *rest)
+    assert param.tolist() == [1.0] * NUMEL
+
+
 @pytest.mark.parametrize("function", ["gather", "scatter_", "squared_norm", "adamw_", "adamw_compact_"])
 @pytest.mark.parametrize("name", ["descending", "twice"])
 def test_native_ops_stay_inside_the_tensors_even_out_of_order(cpu, name, function):
@@ -204,6 +237,13 @@ def test_native_join_stays_inside_its_arrays(cpu, held, added):
     for memory, before in zip(s.memory, s.before, strict=True):
         before[30 : 30 + capacity] = memory[30 : 30 + capacity]
         oracle.check_bits(memory, before, "memory beside an array")
+
+
+def test_native_join_refuses_elements_that_it_can_not_move(cpu):
+    arrays = [torch.tensor([1, 0], dtype=torch.int32), torch.zeros(2, dtype=torch.complex128)]
+    with pytest.raises(ValueError, match="16 bytes"):
+        torch.ops.id3.join_(arrays, torch.tensor([0, 1]), *entries(2), [None])
+    assert arrays[0].tolist() == [1, 0]
 
 
 @pytest.mark.parametrize("short", [0, 1])
