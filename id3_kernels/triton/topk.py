@@ -53,11 +53,8 @@ def load_keys(
     inside = owner < n_tensors
     index = (tile - tl.load(first_tile + owner, mask=inside, other=0)) * TILE + at % TILE
     inside = inside & (index < tl.load(numels + owner, mask=inside, other=0))
-    grad, code = (
-        tl.load(grads + owner, mask=inside, other=0),
-        tl.load(grad_codes + owner, mask=inside, other=0),
-    )
-    g = load_any(grad, index, inside, code)
+    grad = tl.load(grads + owner, mask=inside, other=0)
+    g = load_any(grad, index, inside, tl.load(grad_codes + owner, mask=inside, other=0))
     if KIND != "given":
         g = tl.abs(g)
     if EXCLUDE:
@@ -199,17 +196,7 @@ def best_entries(reading: Reading, tiles: Tensor, wanted: Tensor, capacity: int)
     slots = torch.full((capacity,), cut.tiles * TILE.value, dtype=torch.int64, device=device)
     indices, keys = (torch.zeros(capacity, dtype=torch.int32, device=device) for _ in range(2))
     launch.run(
-        write_winners_kernel,
-        programs,
-        4,
-        device,
-        *source,
-        state,
-        before,
-        slots,
-        indices,
-        keys,
-        *formula,
+        write_winners_kernel, programs, 4, device, *source, state, before, slots, indices, keys, *formula,
         BLOCK,
-    )
+    )  # fmt: skip
     return slots, indices, keys

@@ -32,14 +32,16 @@ STREAMS = [
 ON, OFF = True, False
 
 ARGUMENTS = {
-    "*i64": "params grads tensors first_tile tiles offsets param grad listed step",
-    "*i32": "param_codes grad_codes codes owner owners lengths numels indices words maxima keys age",
-    "*fp32": "out exp_avg exp_avg_sq master step_sizes roots grad_scale found_inf clip",
-    "*fp64": "exponent squares",
+    "*i64": "params grads param_codes grad_codes tensors codes first_tile tiles offsets param grad step "
+    "wanted state histogram counts before slots table",
+    "*i32": "owner owners lengths numels indices words maxima best age",
+    "*fp32": "out exp_avg exp_avg_sq master roots decay grad_scale found_inf clip",
+    "*fp64": "exponent squares unbiased lr",
     "*u8": "active",
     "*i16": "values",
-    "fp32": "eps decay rest1 beta2 rest2",
-    "i32": "n n_tensors numel longest",
+    "fp32": "eps rest1 beta2 rest2",
+    "i32": "n n_tensors numel longest run",
+    "i64": " ".join(f"a{i:02}" for i in range(32)),
 }
 TYPES = {name: kind for kind, names in ARGUMENTS.items() for name in names.split()}
 
@@ -48,7 +50,7 @@ def kernels():
     """Name -> (kernel, constants, warps), every variant that differs in more than a number."""
     import triton.language as tl
 
-    from id3_kernels.triton import delta, score, selection, update
+    from id3_kernels.triton import delta, score, selection, tables, topk, update
 
     stream = {"CHUNK": 4096, "ROWS": selection.ROWS, "FULL": ON, "EXCLUDE": OFF}
     out = {}
@@ -62,7 +64,16 @@ def kernels():
         out[f"tile_maxima {kind}"] = selection.tile_maxima_kernel, constants, 1
     mixed = {"KIND": "g/d", "PARAM": 1, "GRAD": 0}
     out["tile_maxima mixed"] = selection.tile_maxima_kernel, stream | mixed, 1
-    out["tile_keys"] = selection.tile_keys_kernel, {"KIND": "g/d", "EXCLUDE": ON}, 4
+    for kind, exclude in (("g/d", ON), ("pow", ON), ("given", OFF)):
+        block = {"KIND": kind, "EXCLUDE": exclude, "BLOCK": topk.BLOCK}
+        out[f"count_digits {kind}"] = topk.count_digits_kernel, block | {"SHIFT": 16}, 4
+        out[f"count_winners {kind}"] = topk.count_winners_kernel, block, 4
+        out[f"write_winners {kind}"] = topk.write_winners_kernel, block, 4
+    out["settle_digit"] = topk.settle_digit_kernel, {"SHIFT": 24}, 1
+    out["write_table"] = tables.write_table_kernel, {}, 1
+    for code, add in ((0, OFF), (1, ON)):
+        out[f"take {code}"] = selection.take_kernel, {"CODE": code, "ADD": add, "BLOCK": 256}, 4
+    out["clear"] = selection.clear_kernel, {"BLOCK": 1024}, 4
     out["mark_active"] = selection.mark_active_kernel, {"BLOCK": 1024}, 4
     out["d3_score"] = score.d3_score_kernel, {"KIND": "g/d", "PARAM": 1, "GRAD": 0, "BLOCK": 1024}, 4
     flags = dict.fromkeys(("MASTER", "AGE", "MAXIMIZE", "SCALE", "FOUND", "CLIP"), ON)
@@ -83,6 +94,8 @@ def compile_one(kernel, constants, warps, target):
 
     names = kernel.arg_names
     signature = {name: "constexpr" if name in constants else TYPES[name] for name in names}
+    if kernel.__name__ == "take_kernel":  # the one that does not move values by their bits
+        signature["values"] = "*fp32"
     values = {(names.index(name),): value for name, value in constants.items()}
     source = ASTSource(kernel, signature, values)
     options = {"num_warps": warps, "enable_fp_fusion": False}
@@ -105,9 +118,25 @@ def disassembled(cubin, folder):
     return {"registers": registers, "instructions": collections.Counter(code)}
 
 
+def table_signatures():
+    """What a launch makes of the parameters of `write_table_kernel`, for numbers of any size."""
+    import torch
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler.compiler import make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    from id3_kernels.triton.tables import BATCH, write_table_kernel
+
+    backend = make_backend(GPUTarget(*TARGETS["sm_90"]))
+    bind = create_function_from_signature(write_table_kernel.signature, write_table_kernel.params, backend)
+    sizes = [0, 1, 16, -1, 2**31 - 1, 2**31, 2**40 + 16, 2**47 + 3]
+    table = torch.empty(BATCH, dtype=torch.int64)
+    return [bind(table, *[size] * BATCH)[1] for size in sizes]
+
+
 def main(folder):
     """Compiles everything and prints one JSON object: target -> kernel -> what came out."""
-    report = {}
+    report = {"table": table_signatures()}
     for target in TARGETS:
         report[target] = {}
         for name, variant in kernels().items():
@@ -139,7 +168,7 @@ def loads(instructions, pattern):
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_kernel_compiles(compiled, target):
     sizes = {name: found["binary"] for name, found in compiled[target].items()}
-    assert len(sizes) >= 24
+    assert len(sizes) >= 37
     assert all(size > 0 for size in sizes.values()), sizes
 
 
@@ -164,6 +193,13 @@ def test_streaming_kernel_reads_16_bytes_at_a_time(compiled, name, target):
     assert loads(instructions, r"LDG\.E.*\.128") * 32 * 16 == 2 * 2 * 256 * ITEM_BYTES[dtype]
     bitmap = loads(instructions, r"LDG\.E.*\.[US](8|16)")
     assert bitmap <= 2 if active else bitmap == 0
+
+
+def test_one_compiled_kernel_writes_tables_of_any_numbers(compiled):
+    """Every number comes as an int64, neither narrower because it is small nor a constant because it is 1."""
+    _, *numbers = compiled["table"][0]
+    assert numbers == [["i64", None]] * 32
+    assert all(signature == compiled["table"][0] for signature in compiled["table"])
 
 
 if __name__ == "__main__":

@@ -1,0 +1,197 @@
+"""What the Triton backend does on the host: it asks no GPU, copies nothing to it, and its tables are right.
+
+Tensors on the meta device stand for those on a GPU: they have no content, so whatever would read it raises.
+"""
+
+import itertools
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+tables = pytest.importorskip("id3_kernels.triton.tables", reason="triton is not installed")
+
+from id3_kernels import triton as kernels  # noqa: E402
+from id3_kernels.triton import delta, launch, score, selection, update  # noqa: E402
+
+SIZES = ((300, 7), (4097,), (70_000,))
+CPU, CAPACITY, NUMBERS = torch.device("cpu"), 20, (0.9, 0.999, 1e-8, 0.1)
+CACHES = ((tables, "table"), (tables, "layout"), (score, "exponent"), (update, "bias_tables"))
+
+
+class NothingFromTheHost(TorchDispatchMode):
+    """Fails where an op reads a tensor of the host, as an upload does; what has no dimension is a number."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        from_host = [a for a in args if isinstance(a, torch.Tensor) and a.device.type == "cpu" and a.dim()]
+        assert not from_host, f"{func} reads the host's memory"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A GPU on which nothing happens, empty caches, and tensors that never stay where they were."""
+    places = itertools.count(0, 256)
+    monkeypatch.setattr(launch, "run", lambda *_: None)
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    monkeypatch.setattr(tables, "address", lambda tensor: next(places))
+    for module, name in CACHES:
+        monkeypatch.setattr(module, name, tables.Kept(getattr(module, name).make, 64))
+    return torch.device("meta")
+
+
+class Step:
+    """The arguments of all ops of a step, of tensors in many dtypes, and of a channels_last one."""
+
+    def __init__(self, device):
+        def new(*shape, dtype=torch.float32):
+            return torch.empty(shape, dtype=dtype, device=device)
+
+        self.params = [new(*shape, dtype=torch.bfloat16) for shape in SIZES]
+        self.params.append(new(2, 3, 5, 7).to(memory_format=torch.channels_last))
+        self.grads = [None, *(torch.empty_like(p) for p in self.params[1:])]
+        self.scores = [None if g is None else new(*g.shape) for g in self.grads]
+        self.offsets = new(len(self.params) + 1, dtype=torch.int64)
+        self.entries = self.offsets, new(100, dtype=torch.int32)
+        self.values, self.state = new(100), [new(100) for _ in range(3)]
+        self.age, self.step = new(100, dtype=torch.int32), new(4, dtype=torch.int64)
+        self.k, self.scalar = new(1, dtype=torch.int64), new()
+        self.best = new(CAPACITY), new(CAPACITY, dtype=torch.int64), new(CAPACITY)
+        self.none = new(0, dtype=torch.int64)
+
+    def adamw(self, lr=1e-3, tensor_lr=None):
+        scalars = (False, self.scalar, self.scalar, None, tensor_lr)
+        return (*self.entries, *self.state, self.age, self.step, lr, *NUMBERS, *scalars)
+
+    def collect(self, j, score=None):
+        place = (self.offsets[j : j + 2], self.entries[1], self.values, True, j)
+        tensors = (self.params[j], self.grads[j], score)
+        return (*tensors, *place, *self.best, self.none, self.k, True, 1.0, 2.0)
+
+    def join(self):
+        joining = self.offsets.clone(), self.entries[1][:CAPACITY], [self.values[:CAPACITY], None]
+        return [self.entries[1], *self.state[:2]], self.offsets, *joining
+
+
+OPS = {
+    "d3_score": lambda s: kernels.d3_score(s.params[1], s.grads[1], 1.0, 2.0),
+    "select_topk, few": lambda s: kernels.select_topk(s.params, s.grads, *s.entries, s.k, CAPACITY, 1.0, 2.0),
+    "select_topk, many": lambda s: kernels.select_topk(s.params, s.grads, *s.entries, s.k, 5000, 1.0, 0.7),
+    "select_topk_by_score": lambda s: kernels.select_topk_by_score(s.scores, *s.entries, s.k, CAPACITY),
+    "collect_": lambda s: kernels.collect_(*s.collect(2)),
+    "collect_ by score": lambda s: kernels.collect_(*s.collect(3, s.scores[3])),
+    "join_": lambda s: kernels.join_(*s.join()),
+    "gather": lambda s: kernels.gather(s.params, *s.entries),
+    "scatter_": lambda s: kernels.scatter_(s.params, *s.entries, s.values),
+    "squared_norm": lambda s: kernels.squared_norm(s.grads, *s.entries),
+    "adamw_": lambda s: kernels.adamw_(s.params, s.grads, *s.adamw()),
+    "adamw_compact_": lambda s: kernels.adamw_compact_(s.params, s.values, *s.adamw(0.0, s.scalar)),
+}
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_no_op_of_a_step_asks_the_device(gpu, name):
+    """Neither a number nor a size; and from the second step on, nothing comes from the host's memory."""
+    step = Step(gpu)
+    OPS[name](step)
+    with NothingFromTheHost():
+        OPS[name](step)
+
+
+def test_every_op_of_a_step_is_tried():
+    tried = {name.split()[0].strip(",") for name in OPS}
+    assert tried == set(kernels.__all__) - {"union", "why_unavailable"}
+
+
+QUESTIONS = {
+    "a number": lambda t: int(t[0]),
+    "numbers": lambda t: t.tolist(),
+    "a truth": lambda t: bool((t > 0).all()),
+    "a size": lambda t: t.nonzero(),
+}
+
+
+@pytest.mark.parametrize("name", QUESTIONS)
+@pytest.mark.parametrize("op", ["select_topk, few", "join_", "adamw_", "squared_norm", "collect_"])
+def test_a_question_would_be_seen(gpu, monkeypatch, op, name):
+    """The same test with a question put into each op."""
+    owners, keys = tables.owners, delta.sort_keys
+
+    def asking(inner):
+        return lambda offsets, *rest: (QUESTIONS[name](offsets[0:2]), inner(offsets, *rest))[1]
+
+    monkeypatch.setattr(tables, "owners", asking(owners))
+    monkeypatch.setattr(delta, "owners", asking(owners))
+    monkeypatch.setattr(delta, "sort_keys", lambda e, n: (QUESTIONS[name](e.offsets), keys(e, n))[1])
+    with pytest.raises(RuntimeError, match="meta"):
+        OPS[op](Step(gpu))
+
+
+def test_an_upload_would_be_seen(gpu):
+    with NothingFromTheHost(), pytest.raises(AssertionError, match="reads the host's memory"):
+        torch.tensor([1, 2, 3]).to(gpu)
+
+
+def test_a_beta_near_1_asks_nobody(gpu, monkeypatch):
+    """Its table ends where the bias is gone for all that matters."""
+    monkeypatch.setattr(update, "LONGEST_TABLE", 1000)
+    _, roots = update.bias_tables(0.9, 1 - 1e-9, gpu)
+    assert roots.numel() == 1001
+    step = Step(gpu)
+    arguments = list(step.adamw())
+    arguments[9] = 1 - 1e-9
+    kernels.adamw_(step.params, step.grads, *arguments)
+
+
+# --- tables ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [0, 1, 31, 32, 33, 100])
+def test_a_table_holds_its_numbers_whatever_their_size(n):
+    """None from 2^31 to 2^32, which the interpreter itself misreads: compiled, all come as int64."""
+    numbers = tuple(
+        (0, 1, -1, 16, 2**31 - 99, 2**32, 2**40 + 5, 2**47 + 3)[i % 8] + (i // 8) for i in range(n)
+    )
+    assert tables.table.make(numbers, CPU)[:n].tolist() == list(numbers)
+
+
+def kept_numbers(most=2):
+    made = []
+    return made, tables.Kept(lambda number, device: made.append(number) or torch.tensor([0]), most)
+
+
+def test_the_last_results_are_kept():
+    made, number = kept_numbers()
+    for x in (1, 2, 1, 3, 1, 2):
+        number(x, CPU)
+    assert made == [1, 2, 3, 2]
+
+
+def test_a_graph_keeps_what_it_reads_and_gives_away_nothing_it_makes(monkeypatch):
+    made, number = kept_numbers()
+    before = number(1, CPU)
+    monkeypatch.setattr(tables, "capturing", lambda device: True)
+    assert number(1, CPU) is before
+    inside = number(2, CPU)
+    monkeypatch.setattr(tables, "capturing", lambda device: False)
+    assert number(2, CPU) is not inside
+    for x in range(3, 9):
+        number(x, CPU)
+    assert number(1, CPU) is before
+    assert made == [1, 2, 2, *range(3, 9)]
+
+
+def test_what_has_a_gradient_and_where_it_lies_may_change(monkeypatch):
+    """Addresses that move are written anew; the layout stays."""
+    written = []
+    monkeypatch.setattr(launch, "run", lambda kernel, *_: written.append(kernel))
+
+    tensors = [torch.ones(3), torch.ones(5)]
+    tables.addresses(tensors, CPU)
+    tables.addresses(tensors, CPU)
+    assert written == [tables.write_table_kernel]
+    tables.addresses([tensors[1], tensors[0]], CPU)
+    tables.addresses([tensors[1], None], CPU)
+    assert len(written) == 3
+    spans = tuple(selection._span(None, t) for t in tensors)
+    assert tables.layout(spans, CPU) is tables.layout(spans, CPU)
