@@ -5,14 +5,16 @@ Tensors on the meta device stand for those on a GPU: they have no content, so wh
 
 import itertools
 
+import oracle
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 tables = pytest.importorskip("id3_kernels.triton.tables", reason="triton is not installed")
 
+from id3_kernels import reference  # noqa: E402
 from id3_kernels import triton as kernels  # noqa: E402
-from id3_kernels.triton import delta, launch, score, selection, update  # noqa: E402
+from id3_kernels.triton import delta, launch, score, selection, topk, update  # noqa: E402
 
 SIZES = ((300, 7), (4097,), (70_000,))
 CPU, CAPACITY, NUMBERS = torch.device("cpu"), 20, (0.9, 0.999, 1e-8, 0.1)
@@ -125,6 +127,38 @@ def test_a_question_would_be_seen(gpu, monkeypatch, op, name):
     monkeypatch.setattr(delta, "sort_keys", lambda e, n: (QUESTIONS[name](e.offsets), keys(e, n))[1])
     with pytest.raises(RuntimeError, match="meta"):
         OPS[op](Step(gpu))
+
+
+@pytest.mark.parametrize("capacity", [2, 500], ids=["few", "many"])
+@pytest.mark.parametrize("k", [-1, 0, 1])
+def test_where_nobody_is_wanted_no_entry_is_read(monkeypatch, capacity, k):
+    """Not by the streaming pass and not by a radix pass: all loads of entries are watched."""
+    loads = []
+
+    def watched(load):
+        return lambda *args: (loads.append(1), load(*args))[1]
+
+    for module, name in ((selection, "load_wide"), (topk, "load_any")):
+        monkeypatch.setattr(module, name, watched(getattr(module, name)))
+    tensors = [torch.arange(1.0, 4001.0)]
+    entries = torch.tensor([0, 1]), torch.tensor([3999], dtype=torch.int32)
+    got = kernels.select_topk(tensors, tensors, *entries, torch.tensor([k]), capacity, 1.0, 0.5)
+    assert bool(loads) == (k > 0)
+    assert [x[-1 if x is got[0] else 0].item() for x in got[:2]] == ([1, 3998] if k > 0 else [0, 0])
+
+
+@pytest.mark.parametrize("programs", [1, 3, 50])
+@pytest.mark.parametrize("k", [1, 700, 4000, 20_000])
+def test_programs_that_go_over_many_blocks_share_the_ties(monkeypatch, programs, k):
+    """As they do where there are more than 2 million entries."""
+    monkeypatch.setattr(topk, "PROGRAMS", programs)
+    generator = torch.Generator().manual_seed(k)
+    scores = [torch.randint(0, 9, (n,), generator=generator) / 8 for n in (3000, 1, 8000)]
+    entries = torch.tensor([0, 1, 1, 2]), torch.tensor([5, 7999], dtype=torch.int32)
+    arguments = (scores, *entries, torch.tensor([k]), k)
+    got, want = (b.select_topk_by_score(*arguments) for b in (kernels, reference))
+    for a, b in zip(got, want, strict=True):
+        oracle.check_bits(a, b)
 
 
 def test_an_upload_would_be_seen(gpu):
