@@ -60,16 +60,3 @@ def owners(entries: Entries, n: int) -> Tensor:
 def sort_keys(entries: Entries, n: int) -> Tensor:
     """int64 [n]: one number per entry that orders by (tensor, flat index)."""
     return (owners(entries, n) << 32) | entries.indices[:n].to(torch.int64)
-
-
-def write_back(tensors: list[Tensor], rows: list[Tensor], offsets: Tensor, indices: Tensor) -> None:
-    """Carry the entries from the row-major copies to the tensors; `rows[j] is tensors[j]` is no copy.
-
-    Synchronises if there is one.
-    """
-    if all(row is t for row, t in zip(rows, tensors, strict=True)):
-        return
-    for row, t, index in zip(rows, tensors, Entries(offsets, indices).lists(), strict=True):
-        if row is not t:
-            index = index.to(torch.int64)
-            t[torch.unravel_index(index, t.shape)] = row.view(-1)[index]

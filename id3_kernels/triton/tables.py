@@ -157,7 +157,7 @@ class Layout(NamedTuple):
     length: Tensor
 
 
-@kept(64)  # one for each shape of a model, and a few for all of it
+@kept(128)  # for each shape of a model one of its entries and one of its tiles, and a few for all of it
 def layout(spans: tuple[Span, ...], device: torch.device) -> Layout:
     """The chunk table of a list of tensors, built once per list.
 

@@ -45,31 +45,31 @@ class Reading(NamedTuple):
 @triton.jit
 def load_keys(
     params, grads, param_codes, grad_codes, first_tile, numels, n_tensors, active, eps, exponent,
-    tiles, owners, n, at, KIND: tl.constexpr, EXCLUDE: tl.constexpr,
+    tiles, owners, n, begin, KIND: tl.constexpr, EXCLUDE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """(owner, index, key) of the entries `at` of the n that the listed tiles have; key 0: no candidate."""
-    tile = tl.load(tiles + at // TILE, mask=at < n, other=0)
-    owner = tl.load(owners + at // TILE, mask=at < n, other=n_tensors)
-    inside = owner < n_tensors
-    index = (tile - tl.load(first_tile + owner, mask=inside, other=0)) * TILE + at % TILE
-    inside = inside & (index < tl.load(numels + owner, mask=inside, other=0))
-    grad, code = (
-        tl.load(grads + owner, mask=inside, other=0),
-        tl.load(grad_codes + owner, mask=inside, other=0),
-    )
-    g = load_any(grad, index, inside, code)
+    """(slot, index, key) of the entries from `begin` of the n that the listed tiles have; key 0: nobody."""
+    row, at = begin // TILE + tl.arange(0, BLOCK // TILE), tl.arange(0, TILE)[None, :]
+    tile = tl.load(tiles + row, mask=row < n // TILE, other=0)
+    owner = tl.load(owners + row, mask=row < n // TILE, other=n_tensors)
+    known = owner < n_tensors
+    first = tile - tl.load(first_tile + owner, mask=known, other=0)
+    index = first[:, None] * TILE + at
+    inside = index < tl.load(numels + owner, mask=known, other=0)[:, None]
+    grad, code = tl.load(grads + owner, mask=known, other=0), tl.load(grad_codes + owner, mask=known, other=0)
+    g = load_any(grad[:, None], index, inside, code[:, None])
     if KIND != "given":
         g = tl.abs(g)
+    slot = tile[:, None] * TILE + at
     if EXCLUDE:
-        bit = at % TILE
-        taken = tl.load(active + tile * (TILE // 8) + bit // 8, mask=inside, other=0).to(tl.int64)
-        g = tl.where((taken >> (bit % 8)) & 1 != 0, 0.0, g)
+        taken = tl.load(active + slot // 8, mask=inside, other=0).to(tl.int32)
+        g = tl.where((taken >> (at % 8)) & 1 != 0, 0.0, g)
     theta = g
     if (KIND != "g") & (KIND != "given"):
-        param = tl.load(params + owner, mask=inside, other=0)
-        theta = load_any(param, index, inside, tl.load(param_codes + owner, mask=inside, other=0))
-    keys = normal_key(key(d3(g, theta, eps, exponent, KIND), g))
-    return owner, index, tl.where(inside, keys, 0)
+        param = tl.load(params + owner, mask=known, other=0)
+        code = tl.load(param_codes + owner, mask=known, other=0)
+        theta = load_any(param[:, None], index, inside, code[:, None])
+    keys = tl.where(inside, normal_key(key(d3(g, theta, eps, exponent, KIND), g)), 0)
+    return tl.reshape(slot, (BLOCK,)), tl.reshape(index, (BLOCK,)), tl.reshape(keys, (BLOCK,))
 
 
 @triton.jit
@@ -88,7 +88,7 @@ def count_digits_kernel(
     while begin < end:
         _, _, keys = load_keys(
             params, grads, param_codes, grad_codes, first_tile, numels, n_tensors, active, eps, exponent,
-            tiles, owners, n, begin + tl.arange(0, BLOCK), KIND, EXCLUDE,
+            tiles, owners, n, begin, KIND, EXCLUDE, BLOCK,
         )  # fmt: skip
         digits = (keys ^ prefix) >> SHIFT  # larger than any digit where a higher one differs
         counts += tl.histogram(digits & (BINS - 1), BINS, mask=(keys > 0) & (digits < BINS))
@@ -123,17 +123,17 @@ def count_winners_kernel(
     threshold = tl.load(state).to(tl.int32)
     begin = tl.program_id(0).to(tl.int64) * run
     end = tl.minimum(begin + run, n)
-    above, equal = tl.zeros((BLOCK,), tl.int32), tl.zeros((BLOCK,), tl.int32)
+    n_above, n_equal = tl.zeros((), tl.int32), tl.zeros((), tl.int32)
     while begin < end:
         _, _, keys = load_keys(
             params, grads, param_codes, grad_codes, first_tile, numels, n_tensors, active, eps, exponent,
-            tiles, owners, n, begin + tl.arange(0, BLOCK), KIND, EXCLUDE,
+            tiles, owners, n, begin, KIND, EXCLUDE, BLOCK,
         )  # fmt: skip
-        above += (keys > threshold).to(tl.int32)
-        equal += ((keys == threshold) & (keys > 0)).to(tl.int32)
+        n_above += tl.sum((keys > threshold).to(tl.int32))
+        n_equal += tl.sum(((keys == threshold) & (keys > 0)).to(tl.int32))
         begin += BLOCK
-    tl.store(counts + tl.program_id(0), tl.sum(above).to(tl.int64))
-    tl.store(counts + tl.num_programs(0) + tl.program_id(0), tl.sum(equal).to(tl.int64))
+    tl.store(counts + tl.program_id(0), n_above)
+    tl.store(counts + tl.num_programs(0) + tl.program_id(0), n_equal)
 
 
 @triton.jit
@@ -152,16 +152,15 @@ def write_winners_kernel(
     n_above = tl.load(before + tl.program_id(0))
     n_equal = tl.load(before + tl.num_programs(0) + tl.program_id(0))
     while begin < end:
-        owner, index, keys = load_keys(
+        slot, index, keys = load_keys(
             params, grads, param_codes, grad_codes, first_tile, numels, n_tensors, active, eps, exponent,
-            tiles, owners, n, begin + tl.arange(0, BLOCK), KIND, EXCLUDE,
+            tiles, owners, n, begin, KIND, EXCLUDE, BLOCK,
         )  # fmt: skip
         above = (keys > threshold).to(tl.int32)
         equal = ((keys == threshold) & (keys > 0)).to(tl.int32)
         rank = n_equal + tl.cumsum(equal) - equal
         wins = (above != 0) | ((equal != 0) & (rank < wanted))
         place = n_above + tl.cumsum(above) - above + tl.minimum(rank, wanted)
-        slot = tl.load(first_tile + owner, mask=wins, other=0) * TILE + index
         tl.store(slots + place, slot, mask=wins)
         tl.store(indices + place, index.to(tl.int32), mask=wins)
         tl.store(best + place, keys, mask=wins)
@@ -194,8 +193,7 @@ def best_entries(reading: Reading, tiles: Tensor, wanted: Tensor, capacity: int)
         )
         launch.run(settle_digit_kernel, 1, 1, device, state, histogram, shift)
     counts = torch.zeros(2, programs, dtype=torch.int64, device=device)
-    # Eight warps: with four it spills.
-    launch.run(count_winners_kernel, programs, 8, device, *source, state, counts, *formula, BLOCK)
+    launch.run(count_winners_kernel, programs, 4, device, *source, state, counts, *formula, BLOCK)
     before = counts.cumsum(1) - counts
     slots = torch.full((capacity,), cut.tiles * TILE.value, dtype=torch.int64, device=device)
     indices, keys = (torch.zeros(capacity, dtype=torch.int32, device=device) for _ in range(2))

@@ -32,9 +32,9 @@ STREAMS = [
 ON, OFF = True, False
 
 ARGUMENTS = {
-    "*i64": "params grads param_codes grad_codes codes tensors first_tile tiles offsets param grad step "
+    "*i64": "params grads param_codes grad_codes tensors codes first_tile tiles offsets param grad step "
     "wanted state histogram counts before slots table",
-    "*i32": "owner owners lengths numels indices words maxima keys best age",
+    "*i32": "owner owners lengths numels indices words maxima best age",
     "*fp32": "out exp_avg exp_avg_sq master roots decay grad_scale found_inf clip",
     "*fp64": "exponent squares unbiased lr",
     "*u8": "active",
@@ -44,7 +44,6 @@ ARGUMENTS = {
     "i64": " ".join(f"a{i:02}" for i in range(32)),
 }
 TYPES = {name: kind for kind, names in ARGUMENTS.items() for name in names.split()}
-OTHER_TYPES = {"take": {"values": "*fp32"}}  # of a name that means another thing there
 
 
 def kernels():
@@ -65,16 +64,17 @@ def kernels():
         out[f"tile_maxima {kind}"] = selection.tile_maxima_kernel, constants, 1
     mixed = {"KIND": "g/d", "PARAM": 1, "GRAD": 0}
     out["tile_maxima mixed"] = selection.tile_maxima_kernel, stream | mixed, 1
-    look = {"KIND": "g/d", "EXCLUDE": ON, "BLOCK": topk.BLOCK}
-    for shift in topk.SHIFTS:
-        out[f"count_digits {shift}"] = topk.count_digits_kernel, look | {"SHIFT": shift}, 4
-        out[f"settle_digit {shift}"] = topk.settle_digit_kernel, {"SHIFT": shift}, 1
-    out["count_winners"] = topk.count_winners_kernel, look, 8
-    out["write_winners"] = topk.write_winners_kernel, look, 4
+    for kind, exclude in (("g/d", ON), ("pow", ON), ("given", OFF)):
+        block = {"KIND": kind, "EXCLUDE": exclude, "BLOCK": topk.BLOCK}
+        out[f"count_digits {kind}"] = topk.count_digits_kernel, block | {"SHIFT": 16}, 4
+        out[f"count_winners {kind}"] = topk.count_winners_kernel, block, 4
+        out[f"write_winners {kind}"] = topk.write_winners_kernel, block, 4
+    out["settle_digit"] = topk.settle_digit_kernel, {"SHIFT": 24}, 1
+    out["write_table"] = tables.write_table_kernel, {}, 1
+    for code, add in ((0, OFF), (1, ON)):
+        out[f"take {code}"] = selection.take_kernel, {"CODE": code, "ADD": add, "BLOCK": 256}, 4
     out["clear"] = selection.clear_kernel, {"BLOCK": 1024}, 4
     out["mark_active"] = selection.mark_active_kernel, {"BLOCK": 1024}, 4
-    out["take"] = selection.take_kernel, {"CODE": 1, "ADD": ON, "BLOCK": 256}, 4
-    out["write_table"] = tables.write_table_kernel, {}, 1
     out["d3_score"] = score.d3_score_kernel, {"KIND": "g/d", "PARAM": 1, "GRAD": 0, "BLOCK": 1024}, 4
     flags = dict.fromkeys(("MASTER", "AGE", "MAXIMIZE", "SCALE", "FOUND", "CLIP"), ON)
     out["adamw"] = update.adamw_kernel, flags | {"COMPACT": OFF, "BLOCK": 256}, 4
@@ -87,13 +87,15 @@ def kernels():
     return out
 
 
-def compile_one(name, kernel, constants, warps, target):
+def compile_one(kernel, constants, warps, target):
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    names, types = kernel.arg_names, TYPES | OTHER_TYPES.get(name, {})
-    signature = {name: "constexpr" if name in constants else types[name] for name in names}
+    names = kernel.arg_names
+    signature = {name: "constexpr" if name in constants else TYPES[name] for name in names}
+    if kernel.__name__ == "take_kernel":  # the one that does not move values by their bits
+        signature["values"] = "*fp32"
     values = {(names.index(name),): value for name, value in constants.items()}
     source = ASTSource(kernel, signature, values)
     options = {"num_warps": warps, "enable_fp_fusion": False}
@@ -116,13 +118,29 @@ def disassembled(cubin, folder):
     return {"registers": registers, "instructions": collections.Counter(code)}
 
 
+def table_signatures():
+    """What a launch makes of the parameters of `write_table_kernel`, for numbers of any size."""
+    import torch
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler.compiler import make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    from id3_kernels.triton.tables import BATCH, write_table_kernel
+
+    backend = make_backend(GPUTarget(*TARGETS["sm_90"]))
+    bind = create_function_from_signature(write_table_kernel.signature, write_table_kernel.params, backend)
+    sizes = [0, 1, 16, -1, 2**31 - 1, 2**31, 2**40 + 16, 2**47 + 3]
+    table = torch.empty(BATCH, dtype=torch.int64)
+    return [bind(table, *[size] * BATCH)[1] for size in sizes]
+
+
 def main(folder):
     """Compiles everything and prints one JSON object: target -> kernel -> what came out."""
-    report = {}
+    report = {"table": table_signatures()}
     for target in TARGETS:
         report[target] = {}
         for name, variant in kernels().items():
-            asm = compile_one(name, *variant, target)
+            asm = compile_one(*variant, target)
             found = {"binary": len(asm.get("cubin") or asm.get("hsaco") or b"")}
             if "cubin" in asm:
                 found |= disassembled(asm["cubin"], folder)
@@ -150,7 +168,7 @@ def loads(instructions, pattern):
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_kernel_compiles(compiled, target):
     sizes = {name: found["binary"] for name, found in compiled[target].items()}
-    assert len(sizes) >= 36
+    assert len(sizes) >= 37
     assert all(size > 0 for size in sizes.values()), sizes
 
 
@@ -175,6 +193,13 @@ def test_streaming_kernel_reads_16_bytes_at_a_time(compiled, name, target):
     assert loads(instructions, r"LDG\.E.*\.128") * 32 * 16 == 2 * 2 * 256 * ITEM_BYTES[dtype]
     bitmap = loads(instructions, r"LDG\.E.*\.[US](8|16)")
     assert bitmap <= 2 if active else bitmap == 0
+
+
+def test_one_compiled_kernel_writes_tables_of_any_numbers(compiled):
+    """Every number comes as an int64, neither narrower because it is small nor a constant because it is 1."""
+    _, *numbers = compiled["table"][0]
+    assert numbers == [["i64", None]] * 32
+    assert all(signature == compiled["table"][0] for signature in compiled["table"])
 
 
 if __name__ == "__main__":

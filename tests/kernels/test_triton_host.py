@@ -1,104 +1,231 @@
-"""What the host does around Triton's kernels asks a GPU for nothing: here on tensors that have no values."""
+"""What the Triton backend does on the host: it asks no GPU, copies nothing to it, and its tables are right.
 
+Tensors on the meta device stand for those on a GPU: they have no content, so whatever would read it raises.
+"""
+
+import itertools
+
+import oracle
 import pytest
 import torch
-from fake_gpu import fake_gpu, item
+from torch.utils._python_dispatch import TorchDispatchMode
 
-pytest.importorskip("triton")
+tables = pytest.importorskip("id3_kernels.triton.tables", reason="triton is not installed")
 
-from id3_kernels.triton import delta, launch, selection, tables, update
+from id3_kernels import reference  # noqa: E402
+from id3_kernels import triton as kernels  # noqa: E402
+from id3_kernels.triton import delta, launch, score, selection, topk, update  # noqa: E402
 
-SIZES = (700, 1, 300, 5000)
+SIZES = ((300, 7), (4097,), (70_000,))
+CPU, CAPACITY, NUMBERS = torch.device("cpu"), 20, (0.9, 0.999, 1e-8, 0.1)
+CACHES = ((tables, "table"), (tables, "layout"), (score, "exponent"), (update, "bias_tables"))
 
 
-@pytest.fixture(autouse=True)
-def on_a_gpu(monkeypatch):
-    """No kernel runs: which one is launched, over how much, with what, is all that the host decides."""
+class NothingFromTheHost(TorchDispatchMode):
+    """Fails where an op reads a tensor of the host, as an upload does; what has no dimension is a number."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        from_host = [a for a in args if isinstance(a, torch.Tensor) and a.device.type == "cpu" and a.dim()]
+        assert not from_host, f"{func} reads the host's memory"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A GPU on which nothing happens, empty caches, and tensors that never stay where they were."""
+    places = itertools.count(0, 256)
+    monkeypatch.setattr(launch, "run", lambda *_: None)
     monkeypatch.setattr(launch, "INTERPRETED", False)
+    monkeypatch.setattr(tables, "address", lambda tensor: next(places))
+    for module, name in CACHES:
+        monkeypatch.setattr(module, name, tables.Kept(getattr(module, name).make, 64))
+    return torch.device("meta")
+
+
+class Step:
+    """The arguments of all ops of a step, of tensors in many dtypes, and of a channels_last one."""
+
+    def __init__(self, device):
+        def new(*shape, dtype=torch.float32):
+            return torch.empty(shape, dtype=dtype, device=device)
+
+        self.params = [new(*shape, dtype=torch.bfloat16) for shape in SIZES]
+        self.params.append(new(2, 3, 5, 7).to(memory_format=torch.channels_last))
+        self.grads = [None, *(torch.empty_like(p) for p in self.params[1:])]
+        self.scores = [None if g is None else new(*g.shape) for g in self.grads]
+        self.offsets = new(len(self.params) + 1, dtype=torch.int64)
+        self.entries = self.offsets, new(100, dtype=torch.int32)
+        self.values, self.state = new(100), [new(100) for _ in range(3)]
+        self.age, self.step = new(100, dtype=torch.int32), new(4, dtype=torch.int64)
+        self.k, self.scalar = new(1, dtype=torch.int64), new()
+        self.best = new(CAPACITY), new(CAPACITY, dtype=torch.int64), new(CAPACITY)
+        self.none = new(0, dtype=torch.int64)
+
+    def adamw(self, lr=1e-3, tensor_lr=None):
+        scalars = (False, self.scalar, self.scalar, None, tensor_lr)
+        return (*self.entries, *self.state, self.age, self.step, lr, *NUMBERS, *scalars)
+
+    def collect(self, j, score=None):
+        place = (self.offsets[j : j + 2], self.entries[1], self.values, True, j)
+        tensors = (self.params[j], self.grads[j], score)
+        return (*tensors, *place, *self.best, self.none, self.k, True, 1.0, 2.0)
+
+    def join(self):
+        joining = self.offsets.clone(), self.entries[1][:CAPACITY], [self.values[:CAPACITY], None]
+        return [self.entries[1], *self.state[:2]], self.offsets, *joining
+
+
+OPS = {
+    "d3_score": lambda s: kernels.d3_score(s.params[1], s.grads[1], 1.0, 2.0),
+    "select_topk, few": lambda s: kernels.select_topk(s.params, s.grads, *s.entries, s.k, CAPACITY, 1.0, 2.0),
+    "select_topk, many": lambda s: kernels.select_topk(s.params, s.grads, *s.entries, s.k, 5000, 1.0, 0.7),
+    "select_topk_by_score": lambda s: kernels.select_topk_by_score(s.scores, *s.entries, s.k, CAPACITY),
+    "collect_": lambda s: kernels.collect_(*s.collect(2)),
+    "collect_ by score": lambda s: kernels.collect_(*s.collect(3, s.scores[3])),
+    "join_": lambda s: kernels.join_(*s.join()),
+    "gather": lambda s: kernels.gather(s.params, *s.entries),
+    "scatter_": lambda s: kernels.scatter_(s.params, *s.entries, s.values),
+    "squared_norm": lambda s: kernels.squared_norm(s.grads, *s.entries),
+    "adamw_": lambda s: kernels.adamw_(s.params, s.grads, *s.adamw()),
+    "adamw_compact_": lambda s: kernels.adamw_compact_(s.params, s.values, *s.adamw(0.0, s.scalar)),
+}
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_no_op_of_a_step_asks_the_device(gpu, name):
+    """Neither a number nor a size; and from the second step on, nothing comes from the host's memory."""
+    step = Step(gpu)
+    OPS[name](step)
+    with NothingFromTheHost():
+        OPS[name](step)
+
+
+def test_every_op_of_a_step_is_tried():
+    tried = {name.split()[0].strip(",") for name in OPS}
+    assert tried == set(kernels.__all__) - {"union", "why_unavailable"}
+
+
+QUESTIONS = {
+    "a number": lambda t: int(t[0]),
+    "numbers": lambda t: t.tolist(),
+    "a truth": lambda t: bool((t > 0).all()),
+    "a size": lambda t: t.nonzero(),
+}
+
+
+@pytest.mark.parametrize("name", QUESTIONS)
+@pytest.mark.parametrize("op", ["select_topk, few", "join_", "adamw_", "squared_norm", "collect_"])
+def test_a_question_would_be_seen(gpu, monkeypatch, op, name):
+    """The same test with a question put into each op."""
+    owners, keys = tables.owners, delta.sort_keys
+
+    def asking(inner):
+        return lambda offsets, *rest: (QUESTIONS[name](offsets[0:2]), inner(offsets, *rest))[1]
+
+    monkeypatch.setattr(tables, "owners", asking(owners))
+    monkeypatch.setattr(delta, "owners", asking(owners))
+    monkeypatch.setattr(delta, "sort_keys", lambda e, n: (QUESTIONS[name](e.offsets), keys(e, n))[1])
+    with pytest.raises(RuntimeError, match="meta"):
+        OPS[op](Step(gpu))
+
+
+@pytest.mark.parametrize("capacity", [2, 500], ids=["few", "many"])
+@pytest.mark.parametrize("k", [-1, 0, 1])
+def test_where_nobody_is_wanted_no_entry_is_read(monkeypatch, capacity, k):
+    """Not by the streaming pass and not by a radix pass: all loads of entries are watched."""
+    loads = []
+
+    def watched(load):
+        return lambda *args: (loads.append(1), load(*args))[1]
+
+    for module, name in ((selection, "load_wide"), (topk, "load_any")):
+        monkeypatch.setattr(module, name, watched(getattr(module, name)))
+    tensors = [torch.arange(1.0, 4001.0)]
+    entries = torch.tensor([0, 1]), torch.tensor([3999], dtype=torch.int32)
+    got = kernels.select_topk(tensors, tensors, *entries, torch.tensor([k]), capacity, 1.0, 0.5)
+    assert bool(loads) == (k > 0)
+    assert [x[-1 if x is got[0] else 0].item() for x in got[:2]] == ([1, 3998] if k > 0 else [0, 0])
+
+
+@pytest.mark.parametrize("programs", [1, 3, 50])
+@pytest.mark.parametrize("k", [1, 700, 4000, 20_000])
+def test_programs_that_go_over_many_blocks_share_the_ties(monkeypatch, programs, k):
+    """As they do where there are more than 2 million entries."""
+    monkeypatch.setattr(topk, "PROGRAMS", programs)
+    generator = torch.Generator().manual_seed(k)
+    scores = [torch.randint(0, 9, (n,), generator=generator) / 8 for n in (3000, 1, 8000)]
+    entries = torch.tensor([0, 1, 1, 2]), torch.tensor([5, 7999], dtype=torch.int32)
+    arguments = (scores, *entries, torch.tensor([k]), k)
+    got, want = (b.select_topk_by_score(*arguments) for b in (kernels, reference))
+    for a, b in zip(got, want, strict=True):
+        oracle.check_bits(a, b)
+
+
+def test_an_upload_would_be_seen(gpu):
+    with NothingFromTheHost(), pytest.raises(AssertionError, match="reads the host's memory"):
+        torch.tensor([1, 2, 3]).to(gpu)
+
+
+def test_a_beta_near_1_asks_nobody(gpu, monkeypatch):
+    """Its table ends where the bias is gone for all that matters."""
+    monkeypatch.setattr(update, "LONGEST_TABLE", 1000)
+    _, roots = update.bias_tables(0.9, 1 - 1e-9, gpu)
+    assert roots.numel() == 1001
+    step = Step(gpu)
+    arguments = list(step.adamw())
+    arguments[9] = 1 - 1e-9
+    kernels.adamw_(step.params, step.grads, *arguments)
+
+
+# --- tables ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [0, 1, 31, 32, 33, 100])
+def test_a_table_holds_its_numbers_whatever_their_size(n):
+    """None from 2^31 to 2^32, which the interpreter itself misreads: compiled, all come as int64."""
+    numbers = tuple(
+        (0, 1, -1, 16, 2**31 - 99, 2**32, 2**40 + 5, 2**47 + 3)[i % 8] + (i // 8) for i in range(n)
+    )
+    assert tables.table.make(numbers, CPU)[:n].tolist() == list(numbers)
+
+
+def kept_numbers(most=2):
+    made = []
+    return made, tables.Kept(lambda number, device: made.append(number) or torch.tensor([0]), most)
+
+
+def test_the_last_results_are_kept():
+    made, number = kept_numbers()
+    for x in (1, 2, 1, 3, 1, 2):
+        number(x, CPU)
+    assert made == [1, 2, 3, 2]
+
+
+def test_a_graph_keeps_what_it_reads_and_gives_away_nothing_it_makes(monkeypatch):
+    made, number = kept_numbers()
+    before = number(1, CPU)
+    monkeypatch.setattr(tables, "capturing", lambda device: True)
+    assert number(1, CPU) is before
+    inside = number(2, CPU)
     monkeypatch.setattr(tables, "capturing", lambda device: False)
-    monkeypatch.setattr(launch, "run", lambda kernel, programs, *rest: None)
-    monkeypatch.setattr(tables, "address", lambda tensor: 0 if tensor is None else 1 << 20)
-    for module, name in ((tables, "table"), (tables, "layout"), (update, "bias_tables")):
-        monkeypatch.setattr(module, name, tables.Kept(getattr(module, name).make, 4))
-    with fake_gpu(monkeypatch):
-        yield
+    assert number(2, CPU) is not inside
+    for x in range(3, 9):
+        number(x, CPU)
+    assert number(1, CPU) is before
+    assert made == [1, 2, 2, *range(3, 9)]
 
 
-def cuda(*shape, dtype=torch.float32):
-    return torch.empty(shape, dtype=dtype, device="cuda:0")
-
-
-def lists(dtype=torch.bfloat16):
-    """(params, grads, offsets, indices): 4 tensors, one without gradient, and room for 50 active entries."""
-    params, grads = ([cuda(n, dtype=dtype) for n in SIZES] for _ in range(2))
-    grads[2] = None
-    return params, grads, cuda(len(SIZES) + 1, dtype=torch.int64), cuda(50, dtype=torch.int32)
-
-
-@pytest.mark.parametrize("capacity", [0, 3, 5000])
-@pytest.mark.parametrize("exp", [0.0, 1.0, 0.7])
-def test_selection(capacity, exp):
-    params, grads, *active = lists()
-    k = cuda(1, dtype=torch.int64)
-    offsets, indices, scores = selection.select_topk(params, grads, *active, k, capacity, 1.0, exp)
-    assert (offsets.shape, indices.shape, scores.shape) == ((5,), (capacity,), (capacity,))
-    given = [None if g is None else g.float() for g in grads]
-    selection.select_topk_by_score(given, *active, k, capacity)
-
-
-@pytest.mark.parametrize("again", [False, True])
-@pytest.mark.parametrize("given", [False, True])
-def test_collect(given, again):
-    params, grads, offsets, indices = lists()
-    best = cuda(20), cuda(20, dtype=torch.int64), cuda(20), cuda(0, dtype=torch.int64)
-    selection.collect_(
-        params[3], grads[3], grads[3].float() if given else None, item(offsets, slice(3, 5)), indices,
-        cuda(50), True, 3, *best, cuda(1, dtype=torch.int64), again, 1.0, 1.0,
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize("tensor_lr", [False, True])
-@pytest.mark.parametrize("beta2", [0.999, 0.9999999])
-def test_update(tensor_lr, beta2):
-    params, grads, *active = lists()
-    state = cuda(50), cuda(50), cuda(50), cuda(50, dtype=torch.int32)
-    numbers = cuda(4, dtype=torch.int64), 1e-3, 0.9, beta2, 1e-8, 0.01, False, cuda(1), cuda(1), cuda(1)
-    lr = cuda() if tensor_lr else None
-    update.adamw_(params, grads, *active, *state, *numbers, lr)
-    update.adamw_compact_(params, cuda(50), *active, *state, *numbers, lr)
-
-
-def test_entries():
-    params, grads, offsets, indices = lists()
-    assert delta.gather(params, offsets, indices).shape == (50,)
-    delta.scatter_(params, offsets, indices, cuda(50, dtype=torch.bfloat16))
-    assert delta.squared_norm(grads, offsets, indices).shape == ()
-    arrays = [indices, cuda(50), cuda(50, dtype=torch.bfloat16)]
-    new = cuda(5, dtype=torch.int64), cuda(7, dtype=torch.int32)
-    delta.join_(arrays, offsets, *new, [None, cuda(7, dtype=torch.bfloat16)])
-
-
-def test_a_read_is_noticed(monkeypatch):
-    """So that the tests above can fail."""
-    params, grads, *active = lists()
-    monkeypatch.setattr(selection, "_best_tiles", lambda maxima, wanted, capacity: maxima[: int(wanted)])
-    with pytest.raises(Exception, match=r"_local_scalar_dense|not linked"):
-        selection.select_topk(params, grads, *active, cuda(1, dtype=torch.int64), 3, 1.0, 1.0)
-
-
-def test_addresses_that_change_need_no_copy_from_the_host(monkeypatch):
-    """Each table is written by kernels that carry the numbers, also in a capture, where it is not kept."""
+def test_what_has_a_gradient_and_where_it_lies_may_change(monkeypatch):
+    """Addresses that move are written anew; the layout stays."""
     written = []
-    monkeypatch.setattr(launch, "run", lambda kernel, programs, *rest: written.append((kernel, rest)))
-    device, addresses = torch.device("cuda:0"), tuple(range(1 << 40, (1 << 40) + 70))
-    for capturing, launches in ((False, 3), (False, 0), (True, 0)):
-        monkeypatch.setattr(tables, "capturing", lambda _, now=capturing: now)
-        written.clear()
-        assert tables.table(addresses, device).shape == (96,)
-        assert len(written) == launches
-    numbers = (*addresses[:-1], 7)
-    for _ in range(2):
-        written.clear()
-        tables.table(numbers, device)
-        assert [kernel for kernel, _ in written] == [tables.write_table_kernel] * 3
-    assert [n for _, (_, _, _, *batch) in written for n in batch][:70] == list(numbers)
+    monkeypatch.setattr(launch, "run", lambda kernel, *_: written.append(kernel))
+
+    tensors = [torch.ones(3), torch.ones(5)]
+    tables.addresses(tensors, CPU)
+    tables.addresses(tensors, CPU)
+    assert written == [tables.write_table_kernel]
+    tables.addresses([tensors[1], tensors[0]], CPU)
+    tables.addresses([tensors[1], None], CPU)
+    assert len(written) == 3
+    spans = tuple(selection._span(None, t) for t in tensors)
+    assert tables.layout(spans, CPU) is tables.layout(spans, CPU)
