@@ -23,6 +23,15 @@ def numbers_of(
     return numbers, tensor_lr
 
 
+def make_moments(state: MutableMapping[Tensor, dict], group: dict[str, Any]) -> None:
+    """The state (torch's: step, exp_avg, exp_avg_sq) of the parameters that have their first gradient now."""
+    for p in group["params"]:
+        if p.grad is not None and not state[p]:
+            step = torch.zeros((), dtype=torch.float32, device=p.device)
+            moments = [torch.zeros_like(p, memory_format=torch.preserve_format) for _ in range(2)]
+            state[p] = {"step": step, "exp_avg": moments[0], "exp_avg_sq": moments[1]}
+
+
 def update_dense(
     state: MutableMapping[Tensor, dict],
     group: dict[str, Any],
@@ -33,17 +42,11 @@ def update_dense(
     """One AdamW step on every entry of the group's parameters that have a gradient.
 
     Gradients are divided by `scale` and multiplied by `clip` (one element each) where given; nothing changes
-    where `found_inf` is given and not 0. Mutates the parameters and their `state` (torch's: step, exp_avg,
-    exp_avg_sq), which is made at the first step.
+    where `found_inf` is given and not 0. Mutates the parameters and their `state` of `make_moments`.
     """
     params = [p for p in group["params"] if p.grad is not None]
     if not params:
         return
-    for p in params:
-        if not state[p]:
-            step = torch.zeros((), dtype=torch.float32, device=p.device)
-            moments = [torch.zeros_like(p, memory_format=torch.preserve_format) for _ in range(2)]
-            state[p] = {"step": step, "exp_avg": moments[0], "exp_avg_sq": moments[1]}
     grads = [_scaled(p.grad, scale, clip).to(p.dtype) for p in params]
     exp_avgs, exp_avg_sqs, steps = (
         [state[p][key] for p in params] for key in ("exp_avg", "exp_avg_sq", "step")
@@ -58,7 +61,7 @@ def update_dense(
         [],
         steps,
         fused=all(p.device.type in ("cpu", "cuda") for p in params),
-        found_inf=None if found_inf is None else found_inf.to(device).reshape(()),
+        found_inf=None if found_inf is None else moved(found_inf, device).reshape(()),
         amsgrad=False,
         beta1=beta1,
         beta2=beta2,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from id3_kernels import checks
 
-from .state import Shard
+from .state import Shard, moved
 
 if TYPE_CHECKING:
     from .optimizer import ID3AdamW
@@ -86,8 +86,8 @@ def clip_coefficient(optimizer: ID3AdamW, grads: Gradients) -> Tensor | None:
     squares += [torch.linalg.vector_norm(g, dtype=torch.float64).square() for g in dense]
     if not squares:
         return None
-    norm = torch.stack([s.to(squares[0].device) for s in squares]).sum().sqrt()
+    norm = torch.stack([moved(s, squares[0].device) for s in squares]).sum().sqrt()
     scale = getattr(optimizer, "grad_scale", None)  # a GradScaler sets it around step()
     if scale is not None:
-        norm = norm / scale.to(norm.device)
+        norm = norm / moved(scale, norm.device)
     return (optimizer.max_grad_norm / (norm + 1e-6)).clamp(max=1.0).float()

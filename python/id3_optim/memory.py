@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 import torch
 
@@ -16,8 +17,8 @@ def memory_report(
     shards: list[Shard], layout: Layout, dense_states: Iterable[dict], release: Release | None
 ) -> dict[str, int]:
     """Bytes by kind, `total` last; see `ID3AdamW.memory_report`."""
-    kinds = _bytes_by_kind(Shard(torch.device("cpu"), torch.float32, layout))
-    report = dict.fromkeys(kinds, 0)
+    anywhere = replace(layout, backend=None)  # a backend for GPUs has no shard on the CPU
+    report = dict.fromkeys(_bytes_by_kind(Shard(torch.device("cpu"), torch.float32, anywhere)), 0)
     for shard in shards:
         for kind, size in _bytes_by_kind(shard).items():
             report[kind] += size

@@ -13,15 +13,15 @@ from id3_kernels import backend as backends
 
 from . import changes, checkpoint, gradients, heuristics, schedules, validation
 from .changes import Touched
-from .dense import numbers_of, update_dense
 from .heuristics import D3, Heuristic
 from .memory import memory_report
 from .progress import Progress, Wanted
 from .release import Release
 from .schedules import Schedule, uniform
 from .selection import Selection, select
-from .shards import Joined, adopt, join, leave, replace, reserve
-from .state import Layout, Shard, moved, trainable_entries
+from .shards import Joined, adopt, join, replace, reserve
+from .state import Layout, Shard, trainable_entries
+from .updating import update
 
 _OWN_STATE = (
     "budget", "budget_given", "heuristic", "strategy", "schedule", "total_steps", "bias_correction",
@@ -57,11 +57,10 @@ class ID3AdamW(torch.optim.Optimizer):
     select_from: which micro-batch's scores choose with released gradients: "last", or "max" over all.
     capturable: `step()` may be captured in a CUDA graph after a step outside of it, and replayed with new
         gradients in the same tensors: everything that changes lies on the device, a one-element tensor as lr
-        too. Read with a wait: `steps_done`, `n_active`. Needs one GPU and goes with neither "repeat" nor
-        `release_gradients`. A state that is loaded makes earlier captures void.
+        too. Read with a wait: `steps_done`, `n_active`. Needs all parameters on one device and goes with
+        neither "repeat" nor `release_gradients`. A state that is loaded makes earlier captures void.
 
-    On a GPU `step()` never waits for the device, but for "repeat", float64 parameters, several shards on the
-    CPU and a GradScaler's verdict (capturable: not even for that).
+    On a GPU `step()` does not wait for the device, with few exceptions (docs/gpu.md).
 
     Raises ValueError or TypeError for anything out of range, before anything changes.
     """
@@ -133,7 +132,8 @@ class ID3AdamW(torch.optim.Optimizer):
         group = self.param_groups[-1]
         try:
             validation.check_group(group, len(self.param_groups) - 1)
-        except (TypeError, ValueError):
+            validation.check_place(self._layout, [*self._shards, *group["params"]], group["dense"])
+        except Exception:
             self.param_groups.pop()
             raise
         if self.n_entries is not None and not group["dense"]:
@@ -146,7 +146,9 @@ class ID3AdamW(torch.optim.Optimizer):
     def set_total_steps(self, total_steps: int) -> None:
         """Sets T, the steps over which the budget is spent. Raises ValueError to change it after step 0."""
         schedules.check_total_steps(total_steps)
-        if self.steps_done > 0 and total_steps != self.total_steps:
+        if total_steps == self.total_steps:  # what a captured graph reads stays where it is
+            return
+        if self.steps_done > 0:
             expected = f"{self.total_steps} as at the first step"
             raise ValueError(f"total_steps: expected {expected} (it can not change), got {total_steps}")
         self.total_steps = int(total_steps)
@@ -163,7 +165,7 @@ class ID3AdamW(torch.optim.Optimizer):
             for i, group in enumerate(self.param_groups):
                 if not group["dense"]:
                     adopt(shards, self.param_groups, i, self._layout)
-            validation.check_one_device(self._layout.capturable, shards)
+            validation.check_place(self._layout, shards)
             reserve(shards, self.budget)
             self._shards = shards
         if not self._progress.targets and self.total_steps is not None and self._shards:
@@ -194,11 +196,7 @@ class ID3AdamW(torch.optim.Optimizer):
         started = time.perf_counter()
         joined = self._select_and_join(grads, fine)
         selected = time.perf_counter()
-        try:
-            self._update(grads, fine)
-        except BaseException:  # out of memory, as a rule; whoever catches it may try the step again
-            leave(joined)
-            raise
+        update(self, grads, fine, joined)
         self.phase_seconds["select"] += selected - started
         self.phase_seconds["update"] += time.perf_counter() - selected
         self._forget_gradients()
@@ -254,20 +252,6 @@ class ID3AdamW(torch.optim.Optimizer):
         if self.strategy == "repeat":
             return Wanted(torch.full((1,), self.budget, device=self._shards[0].device), self.budget)
         return self._progress.wanted(self._shards)
-
-    def _update(self, grads: gradients.Gradients, fine: Tensor | None) -> None:
-        scale, clip = getattr(self, "grad_scale", None), gradients.clip_coefficient(self, grads)
-        scalars = scale, None if fine is None else self.found_inf, clip
-        for shard, g in zip(self._shards, grads, strict=True):
-            here = [None if x is None else moved(x, shard.device) for x in scalars]
-            for part in shard.slices:
-                group = self.param_groups[part.group]
-                numbers, lr = numbers_of(group, shard.device)
-                shard.update(part, g, *numbers, group["maximize"], *here, lr)
-            shard.count_step(g, self._progress.done + 1, fine)
-        for group in self.param_groups:
-            if group["dense"]:
-                update_dense(self.state, group, *scalars)
 
     # --- what others may ask -------------------------------------------------------------------------
 

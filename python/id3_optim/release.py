@@ -215,6 +215,8 @@ class Release:
     ) -> tuple[list[Entries], list[Tensor], Tensor, Tensor]:
         """The best entries of each shard and the gradients they were chosen by; what they scored, in order of
         place, and how many they are. Never asks a GPU for anything."""
+        if len(shards) == 1:
+            return self._chosen_of_one(shards[0], wanted)
         place, score = gathered([(best.place, best.score) for best in self.best], shards[0].device)
         taken = best_of(place, score, wanted.k)
         place, order = torch.where(taken, place, NOBODY).sort()
@@ -228,6 +230,18 @@ class Release:
             picked.append(Entries(new.offsets, new.indices[:n]))
             values.append(best.grad[order][:n])
         return picked, values, score, (place < NOBODY).sum()
+
+    def _chosen_of_one(
+        self, shard: Shard, wanted: Wanted
+    ) -> tuple[list[Entries], list[Tensor], Tensor, Tensor]:
+        """The same for one shard, by a single sort where it holds the best k and nobody else."""
+        best, n = self.best[0], min(wanted.capacity, shard.numel)
+        exact = shard.device.type == "cpu" and best.score.numel() == n
+        taken = best.score > 0 if exact else best_of(best.place, best.score, wanted.k)
+        new, order = entries_at(shard, torch.where(taken, best.place, NOBODY))
+        order = order[:n]
+        score = torch.where(taken, best.score, 0)[order]
+        return [Entries(new.offsets, new.indices[:n])], [best.grad[order]], score, taken.sum()
 
     def scaled_tensors(self, optimizer: ID3AdamW) -> list[Tensor]:
         """All that is proportional to the loss scale, as the tensors (and parts of tensors) that hold it."""

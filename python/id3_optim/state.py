@@ -61,8 +61,7 @@ class Shard:
     optimizer were done after the last of them. With released gradients, `seen[j]` says whether tensor j had
     one since the last step; its part of `arrays["gradient"]` holds it.
 
-    No method asks a GPU for a number but `bounds`, `n_active`, those that cut the state by tensors, and
-    `replace`; `make_room` does where several shards share a budget on the CPU.
+    What asks a GPU for a number: `bounds`, `n_active`, `replace`, `leave`, `touched`, `cut` and `load`.
     """
 
     def __init__(self, device: torch.device, dtype: torch.dtype, layout: Layout):

@@ -14,7 +14,7 @@ from . import schedules
 from .heuristics import Bias, Heuristic, Random
 
 if TYPE_CHECKING:
-    from .state import Shard
+    from .state import Layout, Shard
 
 STRATEGIES = ("increment", "static", "repeat")
 SELECT_FROM = ("last", "max")
@@ -73,10 +73,18 @@ def check_capturable(capturable: bool, strategy: str, release_gradients: bool) -
         raise ValueError("capturable: does not go with release_gradients, whose hooks no graph replays")
 
 
-def check_one_device(capturable: bool, shards: list[Shard]) -> None:
-    devices = sorted({str(shard.device) for shard in shards})
-    if capturable and len(devices) > 1:
+def check_place(layout: Layout, held: list[Shard | torch.Tensor], dense: bool = False) -> None:
+    """Refuses, where the step is to be captured, tensors that no graph can hold. dense: torch trains them."""
+    if not layout.capturable:
+        return
+    devices = sorted({str(x.device) for x in held})
+    if len(devices) > 1:
         raise ValueError(f"capturable: expected all parameters on one device, got {', '.join(devices)}")
+    on_gpu = any(x.device.type != "cpu" for x in held)
+    if on_gpu and layout.backend == "reference":
+        raise ValueError("capturable: expected a backend with GPU kernels, got 'reference'")
+    if on_gpu and not dense and any(x.dtype == torch.float64 for x in held):
+        raise ValueError("capturable: float64 parameters are the reference's, which asks for numbers")
 
 
 def check_capture(capturable: bool, begun: bool) -> None:
@@ -107,6 +115,8 @@ def check_group(group: dict[str, Any], i: int) -> None:
     for name, value in (("lr", group["lr"]), ("eps", group["eps"]), ("weight_decay", group["weight_decay"])):
         if isinstance(value, bool) or not isinstance(value, numbers.Real | torch.Tensor):
             raise TypeError(f"{where}: {name}: expected a number, got {value!r}")
+        if isinstance(value, torch.Tensor) and value.numel() != 1:
+            raise ValueError(f"{where}: {name}: expected one element, got {tuple(value.shape)}")
     for name, value, fine in (
         ("lr", group["lr"], group["lr"] >= 0),
         ("betas[0]", beta1, 0 <= beta1 < 1),

@@ -7,6 +7,7 @@ import contextlib
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def item(t, key):
@@ -36,6 +37,18 @@ def invert(t):
 
 # Python's own want a guard for the device, which a torch for CPUs does not have.
 STAND_INS = {"__getitem__": item, "__setitem__": set_item, "copy_": copy_, "__invert__": invert}
+
+
+class NoWaiting(TorchDispatchMode):
+    """Within the block whoever copies between devices in a way that waits raises too."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        to = kwargs.get("device")
+        if function is torch.ops.aten._to_copy.default and to is not None and to != args[0].device:
+            waits = to.type == "cpu" or not kwargs.get("non_blocking")
+            assert not waits, f"a copy from {args[0].device} to {to} that waits"
+        return function(*args, **kwargs)
 
 
 @contextlib.contextmanager

@@ -173,6 +173,23 @@ def test_a_copy_goes_on_by_itself(model, train):
     assert (optimizer.steps_done, other.steps_done) == (3, 6)
 
 
+def test_the_same_number_of_steps_again_leaves_the_counters_where_a_graph_reads_them(model, train):
+    twin, optimizer = build(model)
+    train(twin, optimizer, 0, 2)
+    done = optimizer._progress.done
+    optimizer.set_total_steps(STEPS)
+    train(twin, optimizer, 2, 3)
+    assert optimizer._progress.done is done and optimizer.steps_done == 3
+
+
+def test_a_group_on_another_device_is_refused(model, train):
+    twin, optimizer = build(model)
+    train(twin, optimizer, 0, 2)
+    with pytest.raises(ValueError, match="one device, got cpu, meta"):
+        optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(3, device="meta"))]})
+    assert len(optimizer.param_groups) == 1
+
+
 @pytest.mark.parametrize("option", [{"strategy": "repeat"}, {"release_gradients": True}])
 def test_what_no_graph_can_hold_is_refused(option):
     with pytest.raises(ValueError, match="capturable"):

@@ -8,7 +8,7 @@ import torch
 from test_shards import same_gradients, spread
 
 from id3_kernels.ops import SCHEMAS
-from id3_optim import ID3AdamW
+from id3_optim import ID3AdamW, updating
 from id3_optim import optimizer as module
 
 
@@ -44,15 +44,13 @@ def check_same(one, other):
     assert one[2:] == other[2:]
 
 
-CASES = [("select_topk", 0), ("select_topk", 1), ("gather", 0), ("gather", 1), ("join_", 0), ("join_", 1)]
-CASES += [("squared_norm", 0), ("squared_norm", 1), ("adamw_", 0)]
+OPS = ("select_topk", "gather", "join_", "squared_norm")
+CASES = [(op, call, shards) for op in OPS for call, shards in ((0, 1), (0, 2), (1, 2))]
+CASES += [("adamw_", 0, 1), ("adamw_", 0, 2)]
 
 
-@pytest.mark.parametrize(("broken", "calls"), CASES)
-@pytest.mark.parametrize("shards", [1, 2])
+@pytest.mark.parametrize(("broken", "calls", "shards"), CASES)
 def test_nothing_has_changed(model, make, monkeypatch, broken, calls, shards):
-    if calls >= shards:
-        pytest.skip("is called once for each shard")
     monkeypatch.setattr(module, "adopt", spread if shards == 2 else module.adopt)
     twin, optimizer = make(model, max_grad_norm=1.0)
     straight = make(model, max_grad_norm=1.0)
@@ -72,6 +70,51 @@ def test_nothing_has_changed(model, make, monkeypatch, broken, calls, shards):
         optimizer.step()
         straight[1].step()
     check_same(snapshot(twin, optimizer), snapshot(*straight))
+
+
+def no_memory(*_):
+    raise torch.OutOfMemoryError("no memory left")
+
+
+def test_what_was_written_stays_in_the_active_set(model, make, monkeypatch):
+    """Beyond the first call nothing can be undone, and nothing is: all that has changed is active."""
+    monkeypatch.setattr(module, "adopt", spread)
+    twin, optimizer = make(model)
+    before = copy.deepcopy(list(twin.parameters()))
+    for step in range(3):
+        same_gradients(step, twin)
+        if step == 2:
+            table = failing(optimizer._shards[0].kernels, "adamw_", 1)
+            for shard in optimizer._shards:
+                shard.kernels = table
+            with pytest.raises(torch.OutOfMemoryError):
+                optimizer.step()
+        else:
+            optimizer.step()
+    n_changed = 0
+    for p, old, touched in zip(twin.parameters(), before, optimizer.touched(), strict=True):
+        changed = (p != old).flatten().nonzero().flatten()
+        assert torch.isin(changed, touched.indices).all()
+        n_changed += changed.numel()
+    assert optimizer.n_active > n_changed > 0 and optimizer.steps_done == 2
+
+
+def test_no_memory_for_the_moments_of_a_dense_head(model, monkeypatch):
+    groups = [
+        {"params": list(model[:2].parameters())},
+        {"params": list(model[2].parameters()), "dense": True},
+    ]
+    optimizer = ID3AdamW(groups, budget=20, total_steps=2)
+    same_gradients(0, model)
+    before = copy.deepcopy(list(model.parameters()))
+    with monkeypatch.context() as patched:
+        patched.setattr(updating, "make_moments", no_memory)
+        with pytest.raises(torch.OutOfMemoryError):
+            optimizer.step()
+    assert optimizer.n_active == 0
+    assert all(map(torch.equal, model.parameters(), before))
+    optimizer.step()
+    assert (optimizer.n_active, optimizer.steps_done) == (10, 1)
 
 
 @pytest.mark.parametrize("broken", ["gather", "join_", "squared_norm", "adamw_compact_"])
@@ -99,7 +142,7 @@ def test_a_step_that_had_no_memory_for_the_state_begins_again(monkeypatch):
     param.grad = torch.ones(50)
     optimizer = ID3AdamW([param], budget=5, total_steps=1)
     with monkeypatch.context() as patched:
-        patched.setattr(module, "reserve", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("none")))
+        patched.setattr(module, "reserve", no_memory)
         with pytest.raises(torch.OutOfMemoryError):
             optimizer.step()
     assert torch.equal(param, torch.ones(50)) and (optimizer.n_active, optimizer.steps_done) == (0, 0)

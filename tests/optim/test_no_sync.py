@@ -6,7 +6,7 @@ tried here as well.
 
 import pytest
 import torch
-from fake_gpu import fake_gpu
+from fake_gpu import NoWaiting, fake_gpu
 
 from id3_kernels import backend, reference
 from id3_optim import D3, Fisher, ID3AdamW, Magnitude, heuristics, progress
@@ -44,8 +44,10 @@ def model(**kind):
 
 def several_steps(params, **options):
     optimizer = ID3AdamW(params, budget=0.1, total_steps=10, **options)
-    for _ in range(3):
-        optimizer.step()
+    optimizer.step()  # which makes the state, and may wait
+    with NoWaiting():
+        for _ in range(3):
+            optimizer.step()
     return optimizer
 
 
@@ -131,6 +133,20 @@ def test_what_the_gpu_reported_bounds_what_is_looked_for(monkeypatch):
     for _ in range(6):
         optimizer.step()
     assert capacities == [6, 12, 12, 6, None, None]  # the targets are 6, 12, 18
+
+
+@pytest.mark.parametrize("copy", [lambda x: x.cpu(), lambda x: x.to("cpu"), lambda x: x.to("cuda:1")])
+def test_a_copy_that_waits_is_noticed(monkeypatch, copy):
+    """Likewise."""
+    wanted = progress.Progress.wanted
+
+    def copying(self, shards):
+        copy(shards[0].offsets)
+        return wanted(self, shards)
+
+    monkeypatch.setattr(progress.Progress, "wanted", copying)
+    with pytest.raises(AssertionError, match="that waits"):
+        several_steps(model())
 
 
 @pytest.mark.parametrize("ask", ["n_active", "steps_done", "bounds"])
