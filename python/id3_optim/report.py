@@ -24,9 +24,8 @@ def summarise(settings, start, optimizer: torch.optim.Optimizer, run) -> dict:
     step_ms = 1e3 * fmean(run.clock.step_seconds or [0.0])
     optimizer_ms = 1e3 * fmean(run.clock.optimizer_seconds or [0.0])
     is_id3 = hasattr(optimizer, "phase_seconds")
-    on_cpu = all(
-        p.device.type == "cpu" for p in start.model.parameters()
-    )  # elsewhere it is the time to issue
+    # Elsewhere what the optimizer measures is the time to issue its work.
+    on_cpu = all(p.device.type == "cpu" for p in start.model.parameters())
     phases = optimizer.phase_seconds if is_id3 and on_cpu else {}
     phases_ms = {name: 1e3 * s / steps for name, s in phases.items()}
     entries = {name: p.numel() for name, p in start.model.named_parameters() if p.requires_grad}
