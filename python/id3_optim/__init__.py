@@ -4,7 +4,7 @@ from .changes import WeightPatch, weight_patches
 from .delta import Delta, DeltaError, load_delta, save_delta
 from .delta_diff import diff
 from .delta_merge import merge
-from .grad_scaler import GradScaler
+from .step.grad_scaler import GradScaler
 from .heuristics import D3, Bias, Fisher, Magnitude, Random, fisher_scores
 from .optimizer import ID3AdamW
 from .series import DeltaSeries

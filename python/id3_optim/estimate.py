@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from . import schedules
-from .state import Layout
+from .state.layout import Layout
 from .wrappers import unwrapped
 
 BEST_BYTES = 16  # of a candidate: score, place, gradient

@@ -12,7 +12,7 @@ from torch import nn
 
 from .delta import save_delta
 from .schedules import resolve_budget
-from .state import trainable_entries
+from .param_groups import trainable_entries
 from .wrappers import check_holds, plain_names, unwrapped
 
 

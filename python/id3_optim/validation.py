@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import math
 import numbers
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 
-from id3_kernels import checks
+from id3_kernels import backend, checks
 
 from . import schedules
 from .heuristics import Bias, Heuristic, Random
-
-if TYPE_CHECKING:
-    from .state import Layout, Shard
+from .ranks import world_size
+from .state.layout import Layout
 
 STRATEGIES = ("increment", "static", "repeat")
 SELECT_FROM = ("last", "max")
@@ -35,7 +35,7 @@ def refuse_not_applicable(not_applicable: dict[str, Any]) -> None:
             raise ValueError(f"{name}: does not apply to ID3AdamW: {_NOT_APPLICABLE[name]}")
 
 
-def check_choices(strategy: str, bias_correction: str, heuristic: Heuristic) -> None:
+def check_method(strategy: str, bias_correction: str, heuristic: Heuristic) -> None:
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy: expected one of {', '.join(STRATEGIES)}, got {strategy!r}")
     if bias_correction not in BIAS_CORRECTIONS:
@@ -45,11 +45,17 @@ def check_choices(strategy: str, bias_correction: str, heuristic: Heuristic) -> 
     if strategy == "repeat" and isinstance(heuristic, Random | Bias):
         kind = type(heuristic).__name__
         raise ValueError(
-            f"strategy: 'repeat' makes no sense with {kind}, which never changes its mind; use 'static'"
+            f"strategy: expected 'static' with {kind}, whose scores are the same at every step, got 'repeat'"
         )
 
 
-def check_release(release_gradients: bool, select_from: str, strategy: str) -> None:
+def check_options(strategy: str, release_gradients: bool, select_from: str, capturable: bool) -> None:
+    """Refuses released gradients and capturable steps where they cannot work."""
+    _check_release(release_gradients, select_from, strategy)
+    _check_capturable(capturable, strategy, release_gradients)
+
+
+def _check_release(release_gradients: bool, select_from: str, strategy: str) -> None:
     if select_from not in SELECT_FROM:
         raise ValueError(f"select_from: expected one of {', '.join(SELECT_FROM)}, got {select_from!r}")
     if not release_gradients:
@@ -64,7 +70,7 @@ def check_release(release_gradients: bool, select_from: str, strategy: str) -> N
     check_one_process()
 
 
-def check_capturable(capturable: bool, strategy: str, release_gradients: bool) -> None:
+def _check_capturable(capturable: bool, strategy: str, release_gradients: bool) -> None:
     if capturable and strategy == "repeat":
         raise ValueError(
             "capturable: does not go with strategy 'repeat', which has to know how many entries stay"
@@ -73,24 +79,26 @@ def check_capturable(capturable: bool, strategy: str, release_gradients: bool) -
         raise ValueError("capturable: does not go with release_gradients, whose hooks no graph replays")
 
 
-def check_place(layout: Layout, held: list[Shard | torch.Tensor], dense: bool = False) -> None:
+def check_devices(layout: Layout, tensors: Iterable[torch.Tensor], dense: bool = False) -> None:
     """Refuses, where the step is to be captured, tensors that no graph can hold. dense: torch trains them."""
     if not layout.capturable:
         return
-    devices = sorted({str(x.device) for x in held})
+    tensors = list(tensors)
+    devices = sorted({str(t.device) for t in tensors})
     if len(devices) > 1:
         raise ValueError(f"capturable: expected all parameters on one device, got {', '.join(devices)}")
-    on_gpu = any(x.device.type != "cpu" for x in held)
+    on_gpu = any(t.device.type != "cpu" for t in tensors)
     if on_gpu and layout.backend == "reference":
         raise ValueError("capturable: expected a backend with GPU kernels, got 'reference'")
-    if on_gpu and not dense and any(x.dtype == torch.float64 for x in held):
-        raise ValueError("capturable: float64 parameters are the reference's, which asks for numbers")
+    if on_gpu and not dense and any(t.dtype == torch.float64 for t in tensors):
+        raise ValueError(
+            "capturable: expected float32, bfloat16 or float16 parameters, got float64, which GPUs leave to the "
+            "reference kernels"
+        )
 
 
 def check_capture(capturable: bool, begun: bool) -> None:
-    """Raises RuntimeError inside a CUDA graph capture that could not be replayed."""
-    if not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
-        return
+    """To be called under a CUDA graph capture: raises RuntimeError for one that could not be replayed."""
     if not capturable:
         raise RuntimeError("step: expected capturable=True under CUDA graph capture, got False")
     if not begun:
@@ -100,12 +108,11 @@ def check_capture(capturable: bool, begun: bool) -> None:
 
 
 def check_one_process() -> None:
-    """Refuses several processes: a hook sees the gradients of its own alone."""
-    distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+    """Refuses several processes: a hook sees the gradients of its own process alone."""
+    if world_size() > 1:
         raise ValueError(
-            f"release_gradients: expected one process, got {distributed.get_world_size()}: a hook sees the "
-            "gradients of its own alone; use release_gradients=False under DistributedDataParallel"
+            f"release_gradients: expected one process, got {world_size()}: a hook sees the gradients of its own "
+            "process alone; use release_gradients=False under DistributedDataParallel"
         )
 
 
@@ -117,15 +124,15 @@ def check_group(group: dict[str, Any], i: int) -> None:
             raise TypeError(f"{where}: {name}: expected a number, got {value!r}")
         if isinstance(value, torch.Tensor) and value.numel() != 1:
             raise ValueError(f"{where}: {name}: expected one element, got {tuple(value.shape)}")
-    for name, value, fine in (
-        ("lr", group["lr"], group["lr"] >= 0),
-        ("betas[0]", beta1, 0 <= beta1 < 1),
-        ("betas[1]", beta2, 0 <= beta2 < 1),
-        ("eps", group["eps"], group["eps"] >= 0 and not math.isinf(group["eps"])),
-        ("weight_decay", group["weight_decay"], group["weight_decay"] >= 0),
+    for name, value, in_range, expected in (
+        ("lr", group["lr"], group["lr"] >= 0, "at least 0"),
+        ("betas[0]", beta1, 0 <= beta1 < 1, "0 to below 1"),
+        ("betas[1]", beta2, 0 <= beta2 < 1, "0 to below 1"),
+        ("eps", group["eps"], 0 <= group["eps"] < math.inf, "a finite number of at least 0"),
+        ("weight_decay", group["weight_decay"], group["weight_decay"] >= 0, "at least 0"),
     ):
-        if not fine:
-            raise ValueError(f"{where}: {name}: out of range: {value}")
+        if not in_range:
+            raise ValueError(f"{where}: {name}: expected {expected}, got {value}")
     for j, p in enumerate(group["params"]):
         name = group["param_names"][j] if "param_names" in group else f"{where}['params'][{j}]"
         if hasattr(p, "ds_id"):
@@ -138,6 +145,17 @@ def check_names(heuristic: Heuristic, group: dict[str, Any]) -> None:
         raise ValueError(
             "params: heuristic Bias needs model.named_parameters(), got parameters without names"
         )
+
+
+def usable_backend(name: str | None) -> str | None:
+    """The backend of that name, or the one requested by `use_backend` or ID3_BACKEND; None for the best.
+
+    Raises ValueError where it cannot run here.
+    """
+    name = name or backend.wish()
+    if name is not None:
+        backend.require(name)
+    return name
 
 
 def plain_budget(budget: int | float) -> int | float:

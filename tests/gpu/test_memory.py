@@ -70,7 +70,7 @@ def test_a_step_without_memory_changes_nothing(place, run, same, op):
     run(untouched, grads)
     optimizer = place.optimizer(place.params(SHAPES))
     run(optimizer, grads[:3])
-    kept, shard = _kept(optimizer), optimizer._shards[0]
+    kept, shard = _kept(optimizer), optimizer._unmasking.active.shards[0]
     whole = shard.kernels
 
     def short_of_memory(*_):

@@ -41,8 +41,8 @@ def check_same(one, other):
         for name, value in state.items():
             same = value == states[i][name] if name == "shape" else torch.equal(value, states[i][name])
             assert same, (i, name)
-    assert [shard.updated_at.tolist() for shard in optimizer._shards] == [
-        shard.updated_at.tolist() for shard in eager._shards
+    assert [shard.updated_at.tolist() for shard in optimizer._unmasking.active.shards] == [
+        shard.updated_at.tolist() for shard in eager._unmasking.active.shards
     ]
 
 
@@ -176,10 +176,10 @@ def test_a_copy_goes_on_by_itself(model, train):
 def test_the_same_number_of_steps_again_leaves_the_counters_where_a_graph_reads_them(model, train):
     twin, optimizer = build(model)
     train(twin, optimizer, 0, 2)
-    done = optimizer._progress.done
+    done = optimizer._unmasking.progress.done
     optimizer.set_total_steps(STEPS)
     train(twin, optimizer, 2, 3)
-    assert optimizer._progress.done is done and optimizer.steps_done == 3
+    assert optimizer._unmasking.progress.done is done and optimizer.steps_done == 3
 
 
 def test_a_group_on_another_device_is_refused(model, train):

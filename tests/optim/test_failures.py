@@ -5,11 +5,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_shards import same_gradients, spread
+from test_shards import same_gradients, shards, spread
 
 from id3_kernels.ops import SCHEMAS
-from id3_optim import ID3AdamW, updating
-from id3_optim import optimizer as module
+from id3_optim import ID3AdamW
+from id3_optim.state.active_set import ActiveSet
+from id3_optim.step import update
 
 
 def failing(kernels, broken, calls):
@@ -49,22 +50,22 @@ CASES = [(op, call, shards) for op in OPS for call, shards in ((0, 1), (0, 2), (
 CASES += [("adamw_", 0, 1), ("adamw_", 0, 2)]
 
 
-@pytest.mark.parametrize(("broken", "calls", "shards"), CASES)
-def test_nothing_has_changed(model, make, monkeypatch, broken, calls, shards):
-    monkeypatch.setattr(module, "adopt", spread if shards == 2 else module.adopt)
+@pytest.mark.parametrize(("broken", "calls", "n_shards"), CASES)
+def test_nothing_has_changed(model, make, monkeypatch, broken, calls, n_shards):
+    monkeypatch.setattr(ActiveSet, "shard_for", spread if n_shards == 2 else ActiveSet.shard_for)
     twin, optimizer = make(model, max_grad_norm=1.0)
     straight = make(model, max_grad_norm=1.0)
     for step in range(6):
         same_gradients(step, twin, straight[0])
         if step == 4:
             before = snapshot(twin, optimizer)
-            kernels = [shard.kernels for shard in optimizer._shards]
+            kernels = [shard.kernels for shard in shards(optimizer)]
             table = failing(kernels[0], broken, calls)
-            for shard in optimizer._shards:
+            for shard in shards(optimizer):
                 shard.kernels = table
             with pytest.raises(torch.OutOfMemoryError):
                 optimizer.step()
-            for shard, own in zip(optimizer._shards, kernels, strict=True):
+            for shard, own in zip(shards(optimizer), kernels, strict=True):
                 shard.kernels = own
             check_same(before, snapshot(twin, optimizer))
         optimizer.step()
@@ -78,14 +79,14 @@ def no_memory(*_):
 
 def test_what_was_written_stays_in_the_active_set(model, make, monkeypatch):
     """Beyond the first call nothing can be undone, and nothing is: all that has changed is active."""
-    monkeypatch.setattr(module, "adopt", spread)
+    monkeypatch.setattr(ActiveSet, "shard_for", spread)
     twin, optimizer = make(model)
     before = copy.deepcopy(list(twin.parameters()))
     for step in range(3):
         same_gradients(step, twin)
         if step == 2:
-            table = failing(optimizer._shards[0].kernels, "adamw_", 1)
-            for shard in optimizer._shards:
+            table = failing(shards(optimizer)[0].kernels, "adamw_", 1)
+            for shard in shards(optimizer):
                 shard.kernels = table
             with pytest.raises(torch.OutOfMemoryError):
                 optimizer.step()
@@ -108,7 +109,7 @@ def test_no_memory_for_the_moments_of_a_dense_head(model, monkeypatch):
     same_gradients(0, model)
     before = copy.deepcopy(list(model.parameters()))
     with monkeypatch.context() as patched:
-        patched.setattr(updating, "make_moments", no_memory)
+        patched.setattr(update, "make_moments", no_memory)
         with pytest.raises(torch.OutOfMemoryError):
             optimizer.step()
     assert optimizer.n_active == 0
@@ -126,7 +127,7 @@ def test_with_released_gradients_too(model, make, broken):
         same_gradients(step, twin, straight[0])
         if step == 4:
             before = snapshot(twin, optimizer)
-            shard = optimizer._shards[0]
+            shard = shards(optimizer)[0]
             kernels, shard.kernels = shard.kernels, failing(shard.kernels, broken, 0)
             with pytest.raises(torch.OutOfMemoryError):
                 optimizer.step()
@@ -142,7 +143,7 @@ def test_a_step_that_had_no_memory_for_the_state_begins_again(monkeypatch):
     param.grad = torch.ones(50)
     optimizer = ID3AdamW([param], budget=5, total_steps=1)
     with monkeypatch.context() as patched:
-        patched.setattr(module, "reserve", no_memory)
+        patched.setattr(ActiveSet, "reserve", no_memory)
         with pytest.raises(torch.OutOfMemoryError):
             optimizer.step()
     assert torch.equal(param, torch.ones(50)) and (optimizer.n_active, optimizer.steps_done) == (0, 0)

@@ -9,7 +9,8 @@ import torch
 from fake_gpu import NoWaiting, fake_gpu
 
 from id3_kernels import backend, reference
-from id3_optim import D3, Fisher, ID3AdamW, Magnitude, heuristics, progress
+from id3_optim import D3, Fisher, ID3AdamW, Magnitude, heuristics
+from id3_optim.state import progress
 
 SHAPES = ((300,), (40, 30), (7, 5, 3), (1,))
 
@@ -122,8 +123,8 @@ def test_what_the_gpu_reported_bounds_what_is_looked_for(monkeypatch):
     reported, capacities = iter([0, 0, 6, 12, 18, 18]), []
     wanted = progress.Progress.wanted
 
-    def spy(self, shards):
-        found = wanted(self, shards)
+    def spy(self, active):
+        found = wanted(self, active)
         capacities.append(found and found.capacity)
         return found
 
@@ -140,9 +141,9 @@ def test_a_copy_that_waits_is_noticed(monkeypatch, copy):
     """Likewise."""
     wanted = progress.Progress.wanted
 
-    def copying(self, shards):
-        copy(shards[0].offsets)
-        return wanted(self, shards)
+    def copying(self, active):
+        copy(active.shards[0].offsets)
+        return wanted(self, active)
 
     monkeypatch.setattr(progress.Progress, "wanted", copying)
     with pytest.raises(AssertionError, match="that waits"):
@@ -153,6 +154,6 @@ def test_a_copy_that_waits_is_noticed(monkeypatch, copy):
 def test_these_do_ask(ask):
     """So that the tests above can fail."""
     optimizer = several_steps(model(), capturable=True)
-    owner = optimizer._shards[0] if ask == "bounds" else optimizer
+    owner = optimizer._unmasking.active.shards[0] if ask == "bounds" else optimizer
     with pytest.raises(Exception, match=r"_local_scalar_dense|not linked|Cannot"):
         getattr(owner, ask)

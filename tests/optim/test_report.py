@@ -4,7 +4,8 @@ import copy
 
 import torch
 
-from id3_optim import ID3AdamW, progress
+from id3_optim import ID3AdamW
+from id3_optim.state import progress
 
 
 class Event:
@@ -38,7 +39,7 @@ def test_nobody_waits_for_it(monkeypatch):
 def test_a_copy_has_its_own():
     optimizer = ID3AdamW([torch.nn.Parameter(torch.ones(4))], budget=1, total_steps=1)
     twin = copy.deepcopy(optimizer)
-    assert twin._progress._report is not optimizer._progress._report
+    assert twin._unmasking.progress._report is not optimizer._unmasking.progress._report
 
 
 def test_memory_report_of_a_backend_for_gpus(monkeypatch):

@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from id3_optim import D3, Magnitude
-from id3_optim import optimizer as module
-from id3_optim.state import Shard
+from id3_optim.state.active_set import ActiveSet
 
 VARIANTS = {
     "plain": {},
@@ -20,14 +19,15 @@ VARIANTS = {
 }
 
 
-def spread(shards, param_groups, i, layout):
-    """As `adopt`, with a shard for every other tensor, as a model split between two GPUs has."""
-    position = sum(len(group["params"]) for group in param_groups[:i])
-    for p in param_groups[i]["params"]:
-        while len(shards) < 2:
-            shards.append(Shard(p.device, p.dtype, layout))
-        shards[position % 2].add(p, position, i)
-        position += 1
+def spread(active, position, p):
+    """As `ActiveSet.shard_for`, a shard for every other tensor, as a model split between two GPUs has."""
+    while len(active.shards) < 2:
+        active.new_shard(p.device, p.dtype)
+    return active.shards[position % 2]
+
+
+def shards(optimizer):
+    return optimizer._unmasking.active.shards
 
 
 def same_gradients(step, *models):
@@ -49,14 +49,14 @@ def test_the_same_bits_as_on_one_device(model, make, monkeypatch, variant):
         same_gradients(step, one[0], two[0])
         monkeypatch.undo()
         one[1].step()
-        monkeypatch.setattr(module, "adopt", spread)
+        monkeypatch.setattr(ActiveSet, "shard_for", spread)
         two[1].step()
         assert one[1].n_active == two[1].n_active
         assert torch.equal(one[1].last_selection.scores, two[1].last_selection.scores)
         for (p, indices, originals), other in zip(one[1].touched(), two[1].touched(), strict=True):
             assert torch.equal(p, other.param) and torch.equal(indices, other.indices)
             assert originals is None or torch.equal(originals, other.originals)
-    assert len(two[1]._shards) == 2 and one[1].n_active == 150
+    assert len(shards(two[1])) == 2 and one[1].n_active == 150
     states, others = (optimizer.state_dict()["state"] for _, optimizer in (one, two))
     for i, state in states.items():
         for name, value in state.items():
@@ -67,10 +67,10 @@ def test_the_same_bits_as_on_one_device(model, make, monkeypatch, variant):
 
 
 def test_shards_on_the_cpu_grow_as_they_fill(model, make, monkeypatch):
-    monkeypatch.setattr(module, "adopt", spread)
+    monkeypatch.setattr(ActiveSet, "shard_for", spread)
     twin, optimizer = make(model, budget=1000, total_steps=20)
     for step in range(20):
         same_gradients(step, twin)
         optimizer.step()
-        held = sum(shard.arrays["indices"].numel() for shard in optimizer._shards)
+        held = sum(shard.arrays["indices"].numel() for shard in shards(optimizer))
         assert optimizer.n_active == 50 * (step + 1) <= held <= 2 * optimizer.n_active + 100

@@ -1,4 +1,4 @@
-"""How far a run is: the steps done, the targets of its schedule, and how many entries it wants next."""
+"""How far a run is: the steps done, the targets of its schedule, and how many entries should join next."""
 
 from __future__ import annotations
 
@@ -8,20 +8,24 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import schedules
-from .schedules import Schedule
-from .state import Shard, moved
+from .. import schedules
+from ..schedules import Schedule
+from .active_set import ActiveSet
 
 
 class Wanted(NamedTuple):
-    """How many entries should join: k int64 [1] on the first shard's device, at most `capacity`."""
+    """How many entries should join: k int64 [1] on the first shard's device, at most `capacity`.
+
+    step: the number of the step that wants them, the first being 0; later steps leave it unchanged.
+    """
 
     k: Tensor
     capacity: int
+    step: int | Tensor
 
 
 class Report:
-    """A number that a GPU sends to the host now and then, for which nobody waits."""
+    """A number that a GPU sends to the host from time to time, without any synchronisation."""
 
     def __init__(self) -> None:
         self._sent: Tensor | None = None  # int64 [1] in pinned memory
@@ -45,14 +49,14 @@ class Report:
 
 
 class Progress:
-    """Counts the steps. Capturable: on the device, since a graph that is replayed runs no Python.
+    """The count of steps, on the device where it is capturable: a graph that is replayed runs no Python.
 
     `targets` is c(t) for every step, tabulated once the budget and the number of steps are known.
     """
 
-    def __init__(self, capturable: bool):
+    def __init__(self, capturable: bool, steps_done: int = 0):
         self.capturable = capturable
-        self.done: int | Tensor = 0  # capturable: int64 [1] from the first step on
+        self.done: int | Tensor = steps_done  # capturable: int64 [1] from the first step on
         self.targets: list[int] = []
         self._table: Tensor | None = None
         self._most_at_once = 0
@@ -66,13 +70,8 @@ class Progress:
 
     @property
     def steps_done(self) -> int:
-        """Waits for the GPU where the optimizer is capturable."""
+        """Synchronises with the GPU where the optimizer is capturable."""
         return int(self.done)
-
-    def begin_at(self, steps_done: int) -> None:
-        """Forgets all but the number of steps."""
-        self.__init__(self.capturable)
-        self.done = steps_done
 
     def forget_targets(self) -> None:
         self.targets, self._table = [], None
@@ -85,25 +84,30 @@ class Progress:
             self._table = torch.tensor(self.targets, device=device)
             self.done = torch.full((1,), self.steps_done, device=device)
 
-    def now(self) -> int | Tensor:
-        """The number of this step, the first being 0, as it stays when the run goes on."""
-        return self.done.clone() if isinstance(self.done, Tensor) else self.done
+    def advance(self, not_overflowed: Tensor | None) -> None:
+        """One step more. not_overflowed: bool [1], False where an overflow has stopped the step."""
+        # A tensor is changed in place: a captured graph holds its address.
+        self.done += 1 if not_overflowed is None else not_overflowed
 
-    def advance(self, fine: Tensor | None) -> None:
-        """One step more. fine: bool [1], False where the step was stopped by an overflow."""
-        self.done += 1 if fine is None else fine  # a tensor in place: a captured graph holds its address
-
-    def wanted(self, shards: list[Shard]) -> Wanted | None:
+    def wanted(self, active: ActiveSet) -> Wanted | None:
         """The schedule's increment, and what earlier steps could not give; None where that is known to be 0.
+        With the strategy "repeat" the whole budget, at every step.
 
-        On the CPU the number is at hand and the capacity exact. A GPU is not asked, but what it reported of
-        earlier steps bounds the number: the active set only grows.
+        On the CPU the number is at hand and the capacity exact. A GPU is not asked for the number of active
+        entries: what it reported of earlier steps is a lower bound, since the active set only grows.
         """
-        home, last = shards[0].device, len(self.targets) - 1
-        n_active = sum(moved(shard.offsets[-1:], home) for shard in shards)
+        if not active.shards:
+            return None
+        home, last = active.shards[0].device, len(self.targets) - 1
+        if active.layout.repeat:
+            return Wanted(torch.full((1,), self.targets[-1], device=home), self.targets[-1], self.done)
+        n_active = sum(shard.offsets[-1:].to(home, non_blocking=True) for shard in active.shards)
+        if not active.ranks.alone:
+            n_active = active.ranks.total(n_active)
         if self.capturable:
             target = self._table.index_select(0, self.done.clamp(max=last))
-            return Wanted((target - n_active).clamp_(0, self._most_at_once), self._most_at_once)
+            k = (target - n_active).clamp_(0, self._most_at_once)
+            return Wanted(k, self._most_at_once, self.done.clone())
         target = self.targets[min(self.done, last)]
         if home.type == "cuda":
             self._n_known = self._report.newest(self._n_known)
@@ -111,4 +115,4 @@ class Progress:
         elif home.type == "cpu":
             self._n_known = int(n_active)
         capacity = min(target - self._n_known, self._most_at_once)
-        return Wanted((target - n_active).clamp_(0, capacity), capacity) if capacity > 0 else None
+        return Wanted((target - n_active).clamp_(0, capacity), capacity, self.done) if capacity > 0 else None

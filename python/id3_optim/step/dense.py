@@ -9,18 +9,8 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from .state import moved
-
-
-def numbers_of(
-    group: dict[str, Any], device: torch.device
-) -> tuple[tuple[float, float, float, float, float], Tensor | None]:
-    """(lr, beta1, beta2, eps, weight_decay) of a param group; a learning rate on a GPU comes as a tensor."""
-    lr, tensor_lr = group["lr"], None
-    if isinstance(lr, Tensor) and lr.device.type != "cpu":
-        lr, tensor_lr = 0.0, moved(lr, device)
-    numbers = float(lr), *map(float, group["betas"]), float(group["eps"]), float(group["weight_decay"])
-    return numbers, tensor_lr
+from ..param_groups import numbers_of
+from .scaling import Scaling
 
 
 def make_moments(state: MutableMapping[Tensor, dict], group: dict[str, Any]) -> None:
@@ -33,26 +23,23 @@ def make_moments(state: MutableMapping[Tensor, dict], group: dict[str, Any]) -> 
 
 
 def update_dense(
-    state: MutableMapping[Tensor, dict],
-    group: dict[str, Any],
-    scale: Tensor | None,
-    found_inf: Tensor | None,
-    clip: Tensor | None,
+    state: MutableMapping[Tensor, dict], group: dict[str, Any], scaling: Scaling
 ) -> None:
     """One AdamW step on every entry of the group's parameters that have a gradient.
 
-    Gradients are divided by `scale` and multiplied by `clip` (one element each) where given; nothing changes
-    where `found_inf` is given and not 0. Mutates the parameters and their `state` of `make_moments`.
+    Nothing changes where the scaling's `found_inf` is given and not 0. Mutates the parameters and their
+    `state` of `make_moments`.
     """
     params = [p for p in group["params"] if p.grad is not None]
     if not params:
         return
-    grads = [_scaled(p.grad, scale, clip).to(p.dtype) for p in params]
+    grads = [_scaled(p.grad, scaling.scale, scaling.clip).to(p.dtype) for p in params]
     exp_avgs, exp_avg_sqs, steps = (
         [state[p][key] for p in params] for key in ("exp_avg", "exp_avg_sq", "step")
     )
     device = params[0].device
     (lr, beta1, beta2, eps, weight_decay), tensor_lr = numbers_of(group, device)
+    found_inf = scaling.on(device)[1]
     adamw(
         params,
         grads,
@@ -61,7 +48,7 @@ def update_dense(
         [],
         steps,
         fused=all(p.device.type in ("cpu", "cuda") for p in params),
-        found_inf=None if found_inf is None else moved(found_inf, device).reshape(()),
+        found_inf=None if found_inf is None else found_inf.reshape(()),
         amsgrad=False,
         beta1=beta1,
         beta2=beta2,

@@ -1,0 +1,55 @@
+"""What the param groups of an optimizer hold: parameters by position, their names, N, and AdamW's numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Member(NamedTuple):
+    """A parameter, its position among all parameters of all groups, and the number of its group."""
+
+    position: int
+    group: int
+    param: Tensor
+
+
+def members(groups: list[dict[str, Any]], dense: bool) -> Iterator[Member]:
+    """The parameters of the dense groups, or of all other groups, in the order of their positions."""
+    position = 0
+    for i, group in enumerate(groups):
+        if group["dense"] == dense:
+            yield from (Member(position + j, i, p) for j, p in enumerate(group["params"]))
+        position += len(group["params"])
+
+
+def selectable(groups: list[dict[str, Any]]) -> Iterator[Tensor]:
+    """The parameters that compete for the budget: those of no dense group."""
+    return (member.param for member in members(groups, dense=False))
+
+
+def parameter_names(groups: list[dict[str, Any]]) -> list[str] | None:
+    """The parameters' names by position, or None for an optimizer of parameters without names."""
+    if "param_names" not in groups[0]:
+        return None
+    return [name for group in groups for name in group["param_names"]]
+
+
+def trainable_entries(groups: list[dict[str, Any]]) -> int:
+    """N: the entries of all parameters that require gradients and are in no dense group."""
+    return sum(p.numel() for p in selectable(groups) if p.requires_grad)
+
+
+def numbers_of(
+    group: dict[str, Any], device: torch.device
+) -> tuple[tuple[float, float, float, float, float], Tensor | None]:
+    """(lr, beta1, beta2, eps, weight_decay) of a param group; and the learning rate as a tensor on
+    `device` where the group has it on a GPU: no host reads it there."""
+    lr, tensor_lr = group["lr"], None
+    if isinstance(lr, Tensor) and lr.device.type != "cpu":
+        lr, tensor_lr = 0.0, lr.to(device, non_blocking=True)
+    numbers = float(lr), *map(float, group["betas"]), float(group["eps"]), float(group["weight_decay"])
+    return numbers, tensor_lr

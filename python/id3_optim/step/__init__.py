@@ -1,0 +1,1 @@
+"""What one step does: scale, take gradients, select, update."""

@@ -1,0 +1,138 @@
+"""The best entries so far, while gradients pass by one tensor at a time (released gradients)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from id3_kernels import Entries
+from id3_kernels.backend import candidate_room
+
+from ..heuristics import D3, Heuristic, scores
+from ..state.active_set import ActiveSet
+from ..state.layout import moved
+from ..state.progress import Wanted
+from ..state.shard import Shard
+from .selection import NO_PLACE, best_of, concatenated, entries_at
+
+
+class Best(NamedTuple):
+    """The candidates of a shard, on its device: the best k so far are among them. Padding: 0, -1, 0."""
+
+    score: Tensor  # [capacity]
+    place: Tensor  # int64 [capacity]: tensor position << 32 | flat index
+    grad: Tensor  # [capacity]
+    state: Tensor  # int64, the backend's own
+
+    @classmethod
+    def empty(cls, k: int, shard: Shard) -> Best:
+        """Room for the best k, none of them found yet."""
+        wide = shard.arrays["gradient"]
+        capacity, length = candidate_room(shard.device, shard.layout.backend, k) if k else (0, 0)
+        place = torch.full((capacity,), -1, dtype=torch.int64, device=shard.device)
+        return cls(wide.new_zeros(capacity), place, wide.new_zeros(capacity), place.new_zeros(length))
+
+    def forget(self) -> None:
+        self.score.zero_()
+        self.place.fill_(-1)
+        self.grad.zero_()
+        self.state.zero_()
+
+
+class Candidates:
+    """The candidates of every shard for one step, in which at most `wanted` entries join."""
+
+    def __init__(self, wanted: Wanted | None):
+        self.wanted = wanted
+        self.best: list[Best] = []
+        self._k: list[Tensor] = []
+
+    def cover(self, shards: list[Shard]) -> None:
+        """Makes room for the shards that have none yet."""
+        for shard in shards[len(self.best) :]:
+            self._k.append(torch.zeros(1, dtype=torch.int64, device=shard.device))
+            if self.wanted is not None:
+                self._k[-1].copy_(moved(self.wanted.k, shard.device))
+            capacity = self.wanted.capacity if self.wanted is not None else 0
+            self.best.append(Best.empty(min(capacity, shard.numel), shard))
+
+    def forget(self) -> None:
+        for best in self.best:
+            best.forget()
+
+    def tensors(self) -> list[Tensor]:
+        """All memory of the candidates."""
+        return [tensor for best in self.best for tensor in best]
+
+    def scaled_tensors(self, heuristic: Heuristic) -> list[Tensor]:
+        """What is proportional to the loss scale."""
+        held = [best.grad for best in self.best]
+        return held + ([best.score for best in self.best] if isinstance(heuristic, D3) else [])
+
+    def collect(
+        self, active: ActiveSet, at: tuple[int, int], heuristic: Heuristic, add: bool, repeated: bool
+    ) -> None:
+        """Takes from the gradient of tensor `at` (shard, tensor) what a step needs of it.
+
+        Mutates the candidates and the shard's `gradient` array: the values at active entries become, or with
+        `add` grow by, the gradient's. repeated: entries of this tensor may be candidates already.
+        """
+        i, j = at
+        shard, best = active.shards[i], self.best[i]
+        param, position = shard.params[j], shard.positions[j]
+        score, d3 = None, (0.0, 0.0)
+        if isinstance(heuristic, D3):
+            d3 = heuristic.eps, heuristic.exp
+        elif best.score.numel():
+            name = active.names[position] if active.names else None
+            score = scores(heuristic, param, param.grad, position, name)
+            best = Best.empty(0, shard) if score is None else best
+        shard.kernels.collect_(
+            param,
+            param.grad,
+            score,
+            shard.offsets[j : j + 2],
+            shard.arrays["indices"],
+            shard.arrays["gradient"],
+            add,
+            position,
+            *best,
+            self._k[i],
+            repeated,
+            *d3,
+        )
+
+    def chosen(
+        self, shards: list[Shard], wanted: Wanted
+    ) -> tuple[list[Entries], list[Tensor], Tensor, Tensor]:
+        """The best entries of each shard and the gradients they were chosen by; their scores, in order of place,
+        and how many they are. Does not synchronise with a GPU."""
+        if len(shards) == 1:
+            return _chosen_of_one(shards[0], self.best[0], wanted)
+        place, score = concatenated([(best.place, best.score) for best in self.best], shards[0].device)
+        taken = best_of(place, score, wanted.k)
+        place, order = torch.where(taken, place, NO_PLACE).sort()
+        score = torch.where(taken, score, 0)[order][: wanted.capacity]
+        parts = taken.split([best.score.numel() for best in self.best])
+        picked, values = [], []
+        for shard, best, part in zip(shards, self.best, parts, strict=True):
+            new, order = entries_at(shard, torch.where(moved(part, shard.device), best.place, NO_PLACE))
+            n = min(wanted.capacity, shard.numel)
+            picked.append(Entries(new.offsets, new.indices[:n]))
+            values.append(best.grad[order][:n])
+        return picked, values, score, (place < NO_PLACE).sum()
+
+
+def _chosen_of_one(
+    shard: Shard, best: Best, wanted: Wanted
+) -> tuple[list[Entries], list[Tensor], Tensor, Tensor]:
+    """The same for one shard, by a single sort where it holds exactly the best k."""
+    n = min(wanted.capacity, shard.numel)
+    exact = shard.device.type == "cpu" and best.score.numel() == n
+    taken = best.score > 0 if exact else best_of(best.place, best.score, wanted.k)
+    new, order = entries_at(shard, torch.where(taken, best.place, NO_PLACE))
+    order = order[:n]
+    score = torch.where(taken, best.score, 0)[order]
+    return [Entries(new.offsets, new.indices[:n])], [best.grad[order]], score, taken.sum()

@@ -1,0 +1,166 @@
+"""The gradients of one step, shard by shard: whole, as autograd left them, or what hooks have kept of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from id3_kernels import checks
+
+from ..param_groups import members
+from ..state.active_set import ActiveSet
+from ..state.shard import Shard, Slice
+
+
+class Whole:
+    """The gradients of a shard's tensors, None where a tensor has none."""
+
+    def __init__(self, tensors: list[Tensor | None]):
+        self.tensors = tensors
+
+    def present(self) -> list[bool]:
+        """Which tensors have a gradient."""
+        return [g is not None for g in self.tensors]
+
+    def squared_norm(self, shard: Shard) -> Tensor:
+        """float64 []: the sum of squares at the active entries."""
+        return shard.kernels.squared_norm(self.tensors, shard.offsets, shard.arrays["indices"])
+
+    def update(self, shard: Shard, part: Slice, arguments: tuple) -> None:
+        """One AdamW step on the active entries of one param group: one call for all its tensors.
+
+        arguments: those of the op that follow `step`.
+        """
+        _, first, last = part
+        _adamw(shard.kernels.adamw_, shard, first, last, self.tensors[first:last], arguments)
+
+
+class Kept:
+    """What hooks have kept since the last step: the values at active entries, in the shard's `gradient` array.
+
+    seen[j]: whether tensor j had a gradient, so that its part of the array holds it.
+    """
+
+    def __init__(self) -> None:
+        self.seen: list[bool] = []
+
+    def cover(self, n_tensors: int) -> None:
+        """Covers n_tensors tensors; those that are new had no gradient yet."""
+        self.seen += [False] * (n_tensors - len(self.seen))
+
+    def present(self) -> list[bool]:
+        return list(self.seen)
+
+    def values(self, shard: Shard) -> Tensor:
+        """[capacity] the gradients of the active entries; 0 for a tensor that had none."""
+        values = shard.arrays["gradient"]
+        if not all(self.seen):
+            at = torch.arange(values.numel(), device=shard.device)
+            owner = torch.searchsorted(shard.offsets[1:], at, right=True).clamp_(max=len(self.seen) - 1)
+            shard.arrays["gradient"] = torch.where(shard.mask(self.seen)[owner], values, 0)
+        return shard.arrays["gradient"]
+
+    def squared_norm(self, shard: Shard) -> Tensor:
+        values = self.values(shard)
+        ends = torch.stack([shard.offsets[0], shard.offsets[-1]])
+        everything = torch.arange(values.numel(), dtype=torch.int32, device=shard.device)
+        return shard.kernels.squared_norm([values], ends, everything)
+
+    def update(self, shard: Shard, part: Slice, arguments: tuple) -> None:
+        """As `Whole.update`, with one call for each stretch of neighbours that have a gradient."""
+        _, first, last = part
+        seen, values = self.seen, shard.arrays["gradient"]
+        edges = [j for j in range(first, last) if seen[j] != (j > first and seen[j - 1])]
+        edges += [last] if last > first and seen[last - 1] else []
+        for i, j in zip(edges[::2], edges[1::2], strict=True):
+            _adamw(shard.kernels.adamw_compact_, shard, i, j, values, arguments)
+
+
+def _adamw(op, shard: Shard, first: int, last: int, gradient, arguments: tuple) -> None:
+    """One call of an AdamW op for the tensors first:last of a shard."""
+    state = [shard.arrays.get(name) for name in ("exp_avg", "exp_avg_sq", "master", "age")]
+    op(
+        shard.params[first:last],
+        gradient,
+        shard.offsets[first : last + 1],
+        shard.arrays["indices"],
+        *state,
+        shard.steps[first:last] + 1,  # counted when all groups are done, so that a step that fails is not
+        *arguments,
+    )
+    torch.autograd.graph.increment_version(shard.params[first:last])
+
+
+def count(
+    gradients: Whole | Kept, shard: Shard, number: int | Tensor, not_overflowed: Tensor | None
+) -> None:
+    """Counts the optimizer's step `number` (the first is 1) for every tensor of the shard with a gradient.
+
+    not_overflowed: bool [1], False where an overflow stops the step; None for no overflow.
+    """
+    present = gradients.present()
+    counted = None if all(present) else shard.mask(present)
+    if not_overflowed is not None:
+        counted = not_overflowed if counted is None else counted & not_overflowed
+    if counted is None:
+        shard.steps += 1
+        shard.updated_at.copy_(number) if isinstance(number, Tensor) else shard.updated_at.fill_(number)
+    else:
+        shard.steps += counted
+        shard.updated_at.copy_(torch.where(counted, number, shard.updated_at))
+
+
+def squared_norms(
+    active: ActiveSet, gradients: list[Whole] | list[Kept], groups: list[dict[str, Any]]
+) -> list[Tensor]:
+    """float64 [] for each shard, of its active entries, and for each gradient of a dense group."""
+    squares = [g.squared_norm(shard) for shard, g in zip(active.shards, gradients, strict=True)]
+    dense = [p.grad for g in groups if g["dense"] for p in g["params"] if p.grad is not None]
+    squares += [torch.linalg.vector_norm(g, dtype=torch.float64).square() for g in dense]
+    return squares if active.ranks.alone else [active.ranks.total(s) for s in squares]
+
+
+def of_step(active: ActiveSet, groups: list[dict[str, Any]]) -> list[Whole]:
+    """The gradients per shard. Raises ValueError where one does not fit its parameter, in a dense group too."""
+    whole = [Whole([p.grad for p in shard.params]) for shard in active.shards]
+    for shard, gradients in zip(active.shards, whole, strict=True):
+        if not _plain(shard, gradients.tensors):
+            for param, position in zip(shard.params, shard.positions, strict=True):
+                check(active, shard, param, position)
+    if any(group["dense"] for group in groups):
+        check_dense(active, groups)
+    return whole
+
+
+def check_dense(active: ActiveSet, groups: list[dict[str, Any]]) -> None:
+    """Raises ValueError where the gradient of a parameter in a dense group does not fit it."""
+    for position, _, param in members(groups, dense=True):
+        _check_gradient(active, param, position)
+
+
+def check(active: ActiveSet, shard: Shard, param: Tensor, position: int) -> None:
+    """Raises ValueError for a gradient that the kernels cannot take, and for a parameter that was moved to
+    another device or dtype after the first step."""
+    if param.dtype != shard.dtype or param.device != shard.device:
+        expected, got = f"{shard.dtype} on {shard.device}", f"{param.dtype} on {param.device}"
+        raise ValueError(f"{active.name(position)}: expected {expected} as at the first step, got {got}")
+    _check_gradient(active, param, position)
+
+
+def _check_gradient(active: ActiveSet, param: Tensor, position: int) -> None:
+    g = param.grad
+    if g is not None and (g.dtype != param.dtype or g.layout != torch.strided):
+        checks.gradient(f"gradient of {active.name(position)}", g, param)
+
+
+def _plain(shard: Shard, grads: list[Tensor | None]) -> bool:
+    """Whether no tensor needs a check of its own. Sets take a fifth of the time of single checks."""
+    given = [g for g in grads if g is not None]
+    return (
+        {p.dtype for p in shard.params} == {shard.dtype}
+        and {p.device for p in shard.params} == {shard.device}
+        and {g.dtype for g in given} <= {shard.dtype}
+        and {g.layout for g in given} <= {torch.strided}
+    )

@@ -1,0 +1,94 @@
+"""Which backward pass a hook is called in: hooks of one pass belong together, and autograd does not say so.
+
+A pass is known by autograd's graph task, a number that grows. Reentrant checkpoints run backward passes of
+their own inside a pass, with tasks of their own; a look at the Python stack tells these apart.
+
+| the hook's task                          | the parameter's gradient          | meaning                         |
+| the root of the running pass             | first in this pass                | the pass goes on                |
+| another one, not inside another backward | no pass yet, or the root was seen | a new pass                      |
+| likewise                                 | newer than all tasks so far       | a new pass                      |
+| likewise                                 | older: tasks inside it came first | this task is the pass's root    |
+| another one, inside another backward     | first in this pass                | the pass goes on, or a new one  |
+| likewise                                 | a second time, root not yet seen  | a new pass                      |
+| any                                      | a second time otherwise           | two gradients in one pass: fail |
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch.autograd.function import BackwardCFunction
+
+
+class Passes:
+    """The backward pass that is running, as far as the hooks' calls tell."""
+
+    def __init__(self) -> None:
+        self.end()
+
+    def __getstate__(self) -> dict:
+        return {}  # a copy is in no pass
+
+    def __setstate__(self, state: dict) -> None:
+        self.end()
+
+    def end(self) -> None:
+        """Forgets the pass that runs."""
+        self._root: int | None = None  # the graph task of the running pass, once a hook was called in it
+        self._first: int | None = None  # the task in which the pass's first hook was called
+        self._in_pass: set[int] = set()  # the keys that were entered
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether a pass runs that has not reached its end; outside of a backward pass: one that failed."""
+        return self._root is not None
+
+    def enter(self, key: int, begin: Callable[[bool], None]) -> bool:
+        """To be called in a hook, with a number for its parameter. Returns whether it came in this pass before.
+
+        begin(unfinished) is called first where a new pass begins; unfinished: the last one never ended, so a
+        part of its gradients is missing.
+        """
+        task = torch._C._current_graph_task_id()
+        repeated = key in self._in_pass
+        if task != self._root:
+            if _within_a_backward():
+                begins, root = not self._in_pass or (repeated and self._root is None), None
+            else:
+                begins, root = not self._in_pass or self._root is not None or task > self._first, task
+            if begins:
+                unfinished = self.unfinished
+                self.end()
+                begin(unfinished)
+                repeated, self._first = False, task
+            if root is not None:
+                self._root = root
+                ended = partial(_ended, weakref.ref(self), root)
+                torch.autograd.Variable._execution_engine.queue_callback(ended)
+        self._in_pass.add(key)
+        return repeated
+
+    def end_of(self, root: int) -> None:
+        """What autograd calls when the pass of this task is done."""
+        if self._root == root:
+            self.end()
+
+
+def _ended(passes: weakref.ref[Passes], root: int) -> None:
+    alive = passes()
+    if alive is not None:
+        alive.end_of(root)
+
+
+def _within_a_backward() -> bool:
+    """Whether this pass was started by a Function's own backward, as reentrant checkpoints do."""
+    frame = sys._getframe()
+    while frame is not None:
+        if frame.f_code is BackwardCFunction.apply.__code__:
+            return True
+        frame = frame.f_back
+    return False

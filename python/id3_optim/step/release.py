@@ -1,0 +1,179 @@
+"""Released gradients: hooks keep what a step needs of each tensor's gradient, and let the gradient go.
+
+A step needs the values at active entries and the few entries that may join. Both are taken the moment that
+autograd has finished a tensor; what is kept adds up over micro-batches, and `step()` works on it alone.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..heuristics import Heuristic
+from ..param_groups import selectable
+from ..state.active_set import ActiveSet
+from ..state.progress import Wanted
+from ..validation import check_one_process
+from . import gradients
+from .candidates import Candidates
+from .gradients import Kept
+from .passes import Passes
+
+Begin = Callable[[], tuple[ActiveSet, Wanted | None]]
+
+
+class Release:
+    """The hooks of an optimizer, and what they have taken since its last step.
+
+    begin: a bound method that gives the active set and how many entries the coming step wants. It is held
+    weakly, and called where a backward pass begins.
+    """
+
+    def __init__(self, begin: Begin, heuristic: Heuristic, select_from: str):
+        self.heuristic, self.select_from = heuristic, select_from
+        self.hooked = True  # False: `remove_hooks` was called
+        self._passes = Passes()
+        self._make_own(begin)
+        self.clear()
+
+    def __getstate__(self) -> dict:
+        own = ("_handles", "_lock", "_begin", "_active")
+        return {name: x for name, x in self.__dict__.items() if name not in own}
+
+    def _make_own(self, begin: Begin) -> None:
+        self._begin: weakref.WeakMethod[Begin] = weakref.WeakMethod(begin)
+        self._active: ActiveSet | None = None
+        self._handles: dict[int, torch.utils.hooks.RemovableHandle] = {}
+        self._lock = threading.Lock()  # autograd has a thread for each device
+        weakref.finalize(self, _remove, self._handles).atexit = False
+
+    def rebind(self, begin: Begin, params: Iterable[Tensor]) -> None:
+        """Makes a copy, or what was unpickled, another optimizer's own, with hooks on its parameters."""
+        self._make_own(begin)
+        self.attach(params)
+
+    def clear(self) -> None:
+        """Forgets everything since the last step."""
+        self.candidates: Candidates | None = None
+        self.kept: list[Kept] = []
+        self.seen_by_scaler = False
+        self._passes.end()
+
+    # --- hooks ---------------------------------------------------------------------------------------
+
+    def attach(self, params: Iterable[Tensor]) -> None:
+        """Hooks every parameter that requires a gradient and has no hook of this optimizer yet."""
+        if not self.hooked:
+            return
+        take = partial(_take, weakref.ref(self))
+        for p in params:
+            if p.requires_grad and id(p) not in self._handles:
+                self._handles[id(p)] = p.register_post_accumulate_grad_hook(take)
+
+    def remove_hooks(self) -> None:
+        self.hooked = False
+        _remove(self._handles)
+
+    def take(self, param: Tensor) -> None:
+        """What a hook does. Does not synchronise with a GPU."""
+        with self._lock:
+            repeated = self._passes.enter(id(param), self._begin_pass)
+        if repeated:
+            i, j = self._active.locate(param)
+            name = self._active.name(self._active.shards[i].positions[j])
+            raise RuntimeError(
+                f"release_gradients: {name} received its gradient in two parts in one "
+                "backward pass (a tied weight under reentrant checkpoints): use use_reentrant=False"
+            )
+        self._collect(param)
+
+    def gradients(
+        self, groups: list[dict[str, Any]], active: ActiveSet, wanted: Wanted | None
+    ) -> list[Kept]:
+        """At a step: what was kept, with the gradients that no hook has taken (assigned by hand, unfrozen
+        since)."""
+        if self._passes.unfinished:
+            raise RuntimeError(
+                "release_gradients: expected passes that ended, got one that failed: call zero_grad()"
+            )
+        self._prepare(active, wanted)
+        gradients.check_dense(self._active, groups)
+        for p in selectable(groups):
+            if p.grad is not None:
+                self._collect(p)
+        return self.kept
+
+    def tensors(self) -> list[Tensor]:
+        """The memory of the candidates."""
+        return [] if self.candidates is None else self.candidates.tensors()
+
+    def scaled_tensors(self) -> list[Tensor]:
+        """All that is proportional to the loss scale; the caller, a GradScaler, looks at it and unscales it."""
+        self.seen_by_scaler = True
+        if self.candidates is None:
+            return []
+        values = [kept.values(shard) for kept, shard in zip(self.kept, self._active.shards, strict=True)]
+        return [t for t in self.candidates.scaled_tensors(self.heuristic) + values if t.numel()]
+
+    def check_scaler(self) -> None:
+        """Raises RuntimeError where the GradScaler at work has not looked at what was kept."""
+        if not self.seen_by_scaler:
+            raise RuntimeError(
+                "release_gradients: torch's GradScaler does not see released gradients (fp16 in the "
+                "transformers Trainer and Accelerate uses it): use id3_optim.GradScaler, or bf16"
+            )
+
+    def _begin_pass(self, unfinished: bool) -> None:
+        if unfinished:
+            self.clear()
+        check_one_process()
+        self._prepare(*self._begin()())
+        if self.select_from == "last":
+            self.candidates.forget()
+
+    def _prepare(self, active: ActiveSet, wanted: Wanted | None) -> None:
+        """Makes room for all shards; the first call after a step says how many entries the next one wants."""
+        self._active = active
+        shards = self._active.shards
+        self.attach(p for shard in shards for p in shard.params)
+        if self.candidates is None:
+            self.candidates = Candidates(wanted)
+        self.candidates.cover(shards)
+        for i, shard in enumerate(shards):
+            if i == len(self.kept):
+                self.kept.append(Kept())
+            self.kept[i].cover(len(shard.params))
+
+    def _collect(self, param: Tensor) -> None:
+        i, j = self._active.locate(param)
+        shard, kept = self._active.shards[i], self.kept[i]
+        gradients.check(self._active, shard, param, shard.positions[j])
+        seen = kept.seen[j]
+        # Candidates of earlier passes are forgotten before each pass unless the best of all is chosen.
+        repeated = seen and self.select_from == "max"
+        self.candidates.collect(self._active, (i, j), self.heuristic, seen, repeated)
+        kept.seen[j] = True
+        param.grad = None
+
+
+def _take(release: weakref.ref[Release], param: Tensor) -> None:
+    alive = release()
+    if alive is None:
+        return
+    if torch.is_grad_enabled():  # create_graph=True
+        with torch.no_grad():
+            alive.take(param)
+    else:
+        alive.take(param)
+
+
+def _remove(handles: dict) -> None:
+    for handle in handles.values():
+        handle.remove()
+    handles.clear()

@@ -1,0 +1,160 @@
+"""Which entries join: the exact best k over all shards, by any heuristic. Nothing here synchronises with a GPU.
+
+Lists have the length of their capacity and end in padding, since the number of entries is known on the device
+alone. Where several shards or tensors are compared, an entry is a `place`: tensor position << 32 | flat index.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from id3_kernels import Entries
+
+from ..heuristics import D3, Heuristic, scores
+from ..state.active_set import ActiveSet
+from ..state.layout import moved
+from ..state.progress import Wanted
+from ..state.shard import Shard
+from .gradients import Whole
+
+NO_PLACE = 1 << 62  # the place of padding: behind every other
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What the newest selection did. Every property synchronises with a GPU, so no step reads one.
+
+    padded: [capacity] scores in entry order, of which the first `number` (int64, one element) joined.
+    """
+
+    at: int | Tensor
+    padded: Tensor
+    number: Tensor
+
+    @property
+    def step(self) -> int:
+        return int(self.at)
+
+    @property
+    def count(self) -> int:
+        return int(self.number)
+
+    @property
+    def scores(self) -> Tensor:
+        return self.padded[: self.count]
+
+    @property
+    def threshold(self) -> float | None:
+        """The smallest score, None if nothing joined."""
+        return self.scores.min().item() if self.count else None
+
+
+def select(
+    active: ActiveSet, gradients: list[Whole], heuristic: Heuristic, wanted: Wanted
+) -> tuple[list[Entries], list[None], Tensor, Tensor]:
+    """The best entries outside the active set, with the strategy "repeat" of all entries.
+
+    Returns them as one Entries per shard, no gradients beside them (the shards' gradients are whole), their
+    scores in entry order, and how many they are. Ties go to the lowest place.
+    """
+    shards, fresh = active.shards, active.layout.repeat
+    no_values = [None for _ in shards]
+    if isinstance(heuristic, D3) and len(shards) == 1 and active.ranks.alone:
+        offsets, indices, score = _by_d3(shards[0], gradients[0], heuristic, wanted, fresh)
+        return [Entries(offsets, indices)], no_values, score, offsets[-1]
+    found = []
+    for shard, whole in zip(shards, gradients, strict=True):
+        local = wanted._replace(k=moved(wanted.k, shard.device))
+        if isinstance(heuristic, D3):
+            found.append(_placed(shard, *_by_d3(shard, whole, heuristic, local, fresh)))
+        else:
+            found.append(_by_scores(shard, whole, heuristic, local, active.names, fresh))
+    place, score = _best(active.ranks.gather(*concatenated(found, shards[0].device)), wanted)
+    picked = [entries_at(shard, place)[0] for shard in shards]
+    return picked, no_values, score, (place < NO_PLACE).sum()
+
+
+def best_of(place: Tensor, score: Tensor, k: Tensor) -> Tensor:
+    """bool [n]: whether an entry is among the k of largest score above 0; ties go to the lowest place."""
+    by_place = place.argsort()
+    order = by_place[score[by_place].argsort(descending=True, stable=True)]
+    rank = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
+    return (rank < k) & (score > 0)
+
+
+def concatenated(found: Sequence[tuple[Tensor, Tensor]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """All places and scores (float64 where dtypes differ) in one list each, on `device`."""
+    place, score = ([moved(x, device) for x in column] for column in zip(*found, strict=True))
+    if len({s.dtype for s in score}) > 1:
+        score = [s.double() for s in score]
+    return torch.cat(place), torch.cat(score)
+
+
+def entries_at(shard: Shard, place: Tensor) -> tuple[Entries, Tensor]:
+    """Those places that lie in the shard, as its entries, and the position of each of them in `place`."""
+    place = moved(place, shard.device)
+    positions = shard.position_table
+    owner = torch.searchsorted(positions, place >> 32).clamp_(max=positions.numel() - 1)
+    inside = positions[owner] == place >> 32
+    ordered, order = torch.where(inside, (owner << 32) | (place & 0xFFFFFFFF), NO_PLACE).sort()
+    edges = torch.arange(positions.numel() + 1, device=shard.device) << 32
+    return Entries(torch.searchsorted(ordered, edges), (ordered & 0xFFFFFFFF).to(torch.int32)), order
+
+
+def _active(shard: Shard, fresh: bool) -> Entries:
+    if fresh:
+        return Entries.empty(len(shard.params), shard.device)
+    return Entries(shard.offsets, shard.arrays["indices"])
+
+
+def _by_d3(shard: Shard, gradients: Whole, heuristic: D3, wanted: Wanted, fresh: bool):
+    capacity = min(wanted.capacity, shard.numel)
+    return shard.kernels.select_topk(
+        shard.params,
+        gradients.tensors,
+        *_active(shard, fresh),
+        wanted.k,
+        capacity,
+        heuristic.eps,
+        heuristic.exp,
+    )
+
+
+def _placed(shard: Shard, offsets: Tensor, indices: Tensor, score: Tensor) -> tuple[Tensor, Tensor]:
+    """The places and scores of a result of the kernels; NO_PLACE and 0 as padding."""
+    at = torch.arange(indices.numel(), device=shard.device)
+    owner = torch.searchsorted(offsets[1:], at, right=True).clamp_(max=len(shard.params) - 1)
+    held = at < offsets[-1]
+    place = torch.where(held, (shard.position_table[owner] << 32) | indices, NO_PLACE)
+    return place, torch.where(held, score, 0)
+
+
+def _by_scores(
+    shard: Shard, gradients: Whole, heuristic: Heuristic, wanted: Wanted, names: list[str] | None, fresh: bool
+) -> tuple[Tensor, Tensor]:
+    """Tensor by tensor, so that no more than one tensor's scores and O(k) candidates are alive."""
+    offsets, indices = _active(shard, fresh)
+    best = torch.zeros(0, dtype=torch.int64, device=shard.device), torch.zeros(0, device=shard.device)
+    for j, (param, position) in enumerate(zip(shard.params, shard.positions, strict=True)):
+        score = scores(heuristic, param, gradients.tensors[j], position, names[position] if names else None)
+        if score is None:
+            continue
+        ends, index, value = shard.kernels.select_topk_by_score(
+            [score], offsets[j : j + 2], indices, wanted.k, min(wanted.capacity, param.numel())
+        )
+        held = torch.arange(index.numel(), device=shard.device) < ends[-1]
+        found = torch.where(held, (position << 32) | index.long(), NO_PLACE), torch.where(held, value, 0)
+        best = _best(concatenated([best, found], shard.device), wanted) if best[0].numel() else found
+    return best
+
+
+def _best(found: tuple[Tensor, Tensor], wanted: Wanted) -> tuple[Tensor, Tensor]:
+    """The best k by score, in order of place; NO_PLACE and 0 as padding."""
+    place, score = found
+    taken = best_of(place, score, wanted.k)
+    place, order = torch.where(taken, place, NO_PLACE).sort()
+    return place[: wanted.capacity], torch.where(taken, score, 0)[order][: wanted.capacity]

@@ -1,0 +1,172 @@
+"""A run of step-by-step unmasking: `step` is the paper's algorithm 1: target, select, join, update."""
+
+from __future__ import annotations
+
+import numbers
+import time
+from collections.abc import Iterator, MutableMapping
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import schedules, validation
+from .method import Method
+from .param_groups import members, parameter_names, selectable, trainable_entries
+from .state import checkpoint
+from .state.active_set import ActiveSet, Touched
+from .state.checkpoint import Restored
+from .state.layout import Layout
+from .state.progress import Progress, Wanted
+from .step import gradients
+from .step.release import Begin, Release
+from .step.scaling import Scaling
+from .step.selection import Selection, select
+from .step.update import update
+
+Groups = list[dict[str, Any]]  # an optimizer's param groups
+
+
+class Unmasking:
+    """The active set of a run and how far the run is, apart from torch's Optimizer and its param groups.
+
+    `budget` is as it was given until the first step, which makes a share of N a number of entries.
+    """
+
+    def __init__(self, method: Method, layout: Layout):
+        self.method = method
+        self.budget = method.budget_given
+        self.total_steps: int | None = None
+        self.n_entries: int | None = None
+        self.last_selection: Selection | None = None
+        self.phase_seconds = {"select": 0.0, "update": 0.0}
+        self.active, self.progress = ActiveSet(layout), Progress(layout.capturable)
+        self.release: Release | None = None
+
+    # --- before the first step -------------------------------------------------------------------------
+
+    def release_gradients(self, begin: Begin, select_from: str, groups: Groups) -> None:
+        """Hooks the parameters, so that their gradients are taken as soon as backward has made them."""
+        self.release = Release(begin, self.method.heuristic, select_from)
+        self.release.attach(selectable(groups))
+
+    def add_group(self, groups: Groups) -> None:
+        """Takes the last param group. Raises, before anything changes, for one that does not fit."""
+        i, active = len(groups) - 1, self.active
+        group = groups[i]
+        validation.check_group(group, i)
+        held = [p for shard in active.shards for p in shard.params]
+        validation.check_devices(active.layout, held + group["params"], group["dense"])
+        active.names = parameter_names(groups)
+        if self.n_entries is not None and not group["dense"]:
+            self.n_entries += trainable_entries([group])
+            active.adopt(member for member in members(groups, dense=False) if member.group == i)
+            active.reserve(self.budget)
+        if self.release is not None:
+            self.release.attach(selectable(groups))
+
+    def set_total_steps(self, total_steps: int) -> None:
+        """See `ID3AdamW.set_total_steps`."""
+        schedules.check_total_steps(total_steps)
+        if total_steps == self.total_steps:  # what a captured graph reads stays in its place
+            return
+        if self.progress.steps_done > 0:
+            expected = f"{self.total_steps} as at the first step"
+            raise ValueError(f"total_steps: expected {expected} (it cannot change), got {total_steps}")
+        self.total_steps = int(total_steps)
+        self.progress.forget_targets()
+
+    def begin(self, groups: Groups) -> None:
+        """Fixes N, the budget and the shards, at the first gradient or step or when a state is loaded."""
+        if self.n_entries is None:
+            n_entries = trainable_entries(groups)
+            self.budget = schedules.resolve_budget(self.method.budget_given, n_entries)
+            self.n_entries = n_entries
+        if not self.active.shards:
+            active = ActiveSet(self.active.layout, self.active.names)
+            active.adopt(members(groups, dense=False))
+            validation.check_devices(active.layout, selectable(groups))
+            active.reserve(self.budget)
+            self.active = active
+        if not self.progress.targets and self.total_steps is not None and self.active.shards:
+            schedule, device = self.method.effective_schedule(), self.active.shards[0].device
+            self.progress.tabulate(schedule, self.total_steps, self.budget, device)
+
+    def begin_pass(self, groups: Groups) -> tuple[ActiveSet, Wanted | None]:
+        """What a step or a backward pass with hooks needs before it starts: `begin`, and the next increment."""
+        if self.total_steps is None:
+            raise ValueError(
+                "total_steps: expected the number of steps of the run (set_total_steps), got None"
+            )
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            validation.check_capture(self.active.layout.capturable, bool(self.active.shards))
+        self.begin(groups)
+        return self.active, self.progress.wanted(self.active)
+
+    # --- algorithm 1 -----------------------------------------------------------------------------------
+
+    def step(self, groups: Groups, dense_state: MutableMapping[Tensor, dict], scaling: Scaling) -> None:
+        """One step. Mutates active entries of the parameters, dense groups, all state, and the active set."""
+        active, wanted = self.begin_pass(groups)
+        if self.release is None:
+            grads = gradients.of_step(active, groups)
+        else:
+            grads = self.release.gradients(groups, active, wanted)
+        started, joined = time.perf_counter(), []
+        if wanted is not None:
+            if scaling.not_overflowed is not None:
+                wanted = wanted._replace(k=wanted.k * scaling.not_overflowed)
+            if self.release is None:
+                picked, values, score, number = select(active, grads, self.method.heuristic, wanted)
+            else:
+                picked, values, score, number = self.release.candidates.chosen(active.shards, wanted)
+            joined = active.replace(picked) if active.layout.repeat else active.join(picked, values)
+            self.last_selection = Selection(wanted.step, score, number)
+        selected = time.perf_counter()
+        update(active, grads, groups, dense_state, scaling, self.progress.done + 1, joined)
+        self.phase_seconds["select"] += selected - started
+        self.phase_seconds["update"] += time.perf_counter() - selected
+        self.progress.advance(scaling.not_overflowed)
+
+    # --- what has changed, and what is saved -------------------------------------------------------------
+
+    def touched(self, groups: Groups) -> Iterator[Touched]:
+        """See `ID3AdamW.touched`."""
+        return (self.active.touched(p) for p in selectable(groups))
+
+    def changed_since(
+        self, step: int, groups: Groups, dense_state: MutableMapping[Tensor, dict]
+    ) -> Iterator[Touched]:
+        """See `ID3AdamW.changed_since`."""
+        done = self.progress.steps_done
+        if not isinstance(step, numbers.Integral) or not 0 <= step <= done:
+            raise ValueError(f"step: expected 0 to {done} (steps_done), got {step}")
+        dense = (p for _, _, p in members(groups, dense=True) if done > step)
+        whole = (Touched(p, None, None) for p in dense if p in dense_state)  # those that have had a gradient
+        return chain(self.active.changed_since(selectable(groups), step), whole)
+
+    def settings(self) -> dict[str, Any]:
+        """See `ID3AdamW.settings`."""
+        return {
+            "method": "id3",
+            "step": self.progress.steps_done,
+            "total_steps": self.total_steps,
+            "budget": self.budget,
+            "budget_given": self.method.budget_given,  # here, so that saved files keep their order and bytes
+            "n_entries": self.n_entries,
+            **self.method.describe(),
+        }
+
+    def restore(self, saved: Restored, groups: Groups) -> None:
+        """Takes over a checked state; the param groups are those that torch has loaded."""
+        self.progress = Progress(self.active.layout.capturable, saved.steps_done)
+        if self.total_steps is None:
+            self.total_steps = saved.total_steps
+        self.active = ActiveSet(self.active.layout, self.active.names)
+        self.n_entries, self.budget = saved.n_entries, saved.budget
+        if self.n_entries is not None:
+            self.begin(groups)
+            checkpoint.fill(self.active, saved.sparse, saved.steps_done)
+        if self.release is not None:
+            self.release.clear()
