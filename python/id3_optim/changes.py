@@ -1,4 +1,4 @@
-"""Which entries training may have changed, and the stream of their values for an inference server."""
+"""Which entries training may have changed."""
 
 from __future__ import annotations
 
@@ -7,12 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch import Tensor, nn
-
-import id3_kernels
-from id3_kernels import Entries
-
-from .wrappers import check_holds, plain_names, unwrapped
+from torch import Tensor
 
 if TYPE_CHECKING:
     from .optimizer import ID3AdamW
@@ -28,18 +23,6 @@ class Touched(NamedTuple):
     param: Tensor
     indices: Tensor | None
     originals: Tensor | None  # [n] of the parameter's dtype, the values before they joined
-
-
-class WeightPatch(NamedTuple):
-    """New values of one parameter: the fields of vLLM's `SparseWeightPatch` (vllm-project/vllm#40096).
-
-    indices: int32 [n], flat row-major, ascending. values: [n] of the parameter's dtype, absolute. Both are
-    contiguous copies on the parameter's device.
-    """
-
-    name: str
-    indices: Tensor
-    values: Tensor
 
 
 def touched(optimizer: ID3AdamW) -> Iterator[Touched]:
@@ -71,26 +54,3 @@ def _changed_since(optimizer: ID3AdamW, step: int) -> Iterator[Touched]:
         for p in group["params"] if group["dense"] and optimizer.steps_done > step else []:
             if p in optimizer.state:  # has had a gradient
                 yield Touched(p, None, None)
-
-
-@torch.no_grad()
-def weight_patches(model: nn.Module, optimizer: ID3AdamW, since: int = 0) -> Iterator[WeightPatch]:
-    """What to send so that a copy of the model as it was after `since` steps becomes the present one.
-
-    One patch per parameter that `optimizer.changed_since(since)` names, under its name in the plain model;
-    parameters of dense groups come whole, as all their indices. One parameter's copy is alive at a time.
-    Raises ValueError for a parameter that is not in the model or a step that is not done yet.
-    """
-    names = plain_names(model)
-    return (_patch(names, entry) for entry in unwrapped(optimizer).changed_since(since))
-
-
-def _patch(names: dict[int, str], entry: Touched) -> WeightPatch:
-    param, indices, _ = entry
-    check_holds(names, [param])
-    if indices is None:
-        indices = torch.arange(param.numel(), dtype=torch.int32, device=param.device)
-        return WeightPatch(names[id(param)], indices, param.detach().reshape(-1).clone())
-    offsets = torch.tensor([0, indices.numel()], device=param.device)
-    values = id3_kernels.gather([param.detach()], Entries(offsets, indices))
-    return WeightPatch(names[id(param)], indices.clone(), values)

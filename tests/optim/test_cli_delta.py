@@ -9,7 +9,8 @@ import torch
 from delta_files import bits_of, classifier, run, same, save_files, train
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from id3_optim import cli_delta, load_delta
+from id3_optim import load_delta
+from id3_optim.cli import delta as cli_delta
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +122,7 @@ def test_diff_finds_what_was_trained(files, tmp_path, capsys):
 
 
 def test_merge_reports_conflicts(files, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(cli_delta, "_SHOWN", 3)
+    monkeypatch.setattr(cli_delta, "SHOWN", 3)
     output = tmp_path / "both.safetensors"
     for folder in ("one", "two"):  # their heads are whole and differ
         delta = load_delta(files / folder / "delta.safetensors")

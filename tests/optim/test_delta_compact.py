@@ -9,9 +9,9 @@ from hand_trained import Net, bits, same, train_by_hand
 from safetensors import safe_open
 
 from benchmarks.shapes import deberta
-from id3_optim import delta_gaps
 from id3_optim.delta import Change, Delta, DeltaError, load_delta, save_delta
-from id3_optim.delta_file import KEY
+from id3_optim.delta import gaps as delta_gaps
+from id3_optim.delta.file import KEY
 
 
 @pytest.fixture

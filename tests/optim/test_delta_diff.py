@@ -7,8 +7,9 @@ import torch
 from hand_trained import BITS, Net, bits, same, train_by_hand
 from torch import nn
 
-from id3_optim import delta_diff, diff, load_delta, save_delta
+from id3_optim import diff, load_delta, save_delta
 from id3_optim.delta import DeltaError
+from id3_optim.delta import diff as diff_module
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
@@ -22,7 +23,7 @@ def tuned_from(base, seed=1):
 @pytest.mark.parametrize("chunk", [7, 1 << 22])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_base_and_diff_make_the_tuned_model(tmp_path, monkeypatch, dtype, chunk):
-    monkeypatch.setattr(delta_diff, "_CHUNK", chunk)
+    monkeypatch.setattr(diff_module, "_CHUNK", chunk)
     base = Net(dtype)
     tuned, _ = tuned_from(base)
     kept = bits(base), bits(tuned)
@@ -170,7 +171,7 @@ def test_models_that_do_not_fit(base, tuned, message):
 
 def test_no_wide_temporary_beyond_a_chunk(monkeypatch):
     """All entries of a tensor differ: no int64 tensor ever has more entries than a chunk."""
-    monkeypatch.setattr(delta_diff, "_CHUNK", 1 << 10)
+    monkeypatch.setattr(diff_module, "_CHUNK", 1 << 10)
     largest = 0
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
@@ -183,5 +184,5 @@ def test_no_wide_temporary_beyond_a_chunk(monkeypatch):
 
     ours, theirs = torch.zeros(100, 1000), torch.ones(100, 1000)
     with Watch():
-        change = delta_diff._change("w", ours, theirs)
+        change = diff_module._change("w", ours, theirs)
     assert change.indices.numel() == 100_000 and 0 < largest <= 1 << 10

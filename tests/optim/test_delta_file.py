@@ -13,7 +13,7 @@ from safetensors import safe_open
 from torch import nn
 
 from id3_optim.delta import DeltaError, load_delta, save_delta
-from id3_optim.delta_file import KEY
+from id3_optim.delta.file import KEY
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ from hand_trained import BITS, Net, bits, same, train_by_hand
 
 from id3_optim import diff, load_delta, merge, save_delta
 from id3_optim.delta import Change, Delta, DeltaError
-from id3_optim.delta_fingerprint import fingerprint
-from id3_optim.delta_merge import _rounded
+from id3_optim.delta.fingerprint import fingerprint
+from id3_optim.delta.merge import _rounded
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 

@@ -11,13 +11,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from . import delta_file
-from .delta_entries import Patch, check_param, find, first_changed, read, write
-from .delta_file import Change, Contents, DeltaError
-from .delta_fingerprint import fingerprint
-from .wrappers import check_holds, plain_names, unwrapped
-
-__all__ = ["Change", "Delta", "DeltaError", "Undo", "load_delta", "save_delta"]
+from ..wrappers import check_holds, plain_names, unwrapped
+from . import file
+from .file import Change, Contents, DeltaError
+from .fingerprint import fingerprint
+from .patches import Patch, check_param, find, first_changed, read, write
 
 
 class Undo:
@@ -75,7 +73,7 @@ class Delta:
             t for c in self.changes.values() for t in (c.indices, c.values, c.originals) if t is not None
         ]
         return {
-            "format_version": delta_file.VERSION,
+            "format_version": file.VERSION,
             "entries": count["sparse"],
             "dense_entries": count["dense"],
             "tensor_bytes": sum(t.nbytes for t in parts),
@@ -88,9 +86,9 @@ class Delta:
     def save(self, path: str | os.PathLike, compact: bool = False) -> None:
         """Writes the delta file, atomically. compact: indices as gaps, about 2 B smaller for each entry.
 
-        Raises OSError if writing fails (`delta_file.write`).
+        Raises OSError if writing fails (`file.write`).
         """
-        delta_file.write(path, Contents(self.changes, self.fingerprint, self.settings), compact)
+        file.write(path, Contents(self.changes, self.fingerprint, self.settings), compact)
 
     def apply(self, model: nn.Module, strict: bool = True) -> Undo:
         """Writes the delta's values into the model's parameters, in place; returns what takes them off again.
@@ -156,8 +154,8 @@ class Delta:
 
 
 def load_delta(path: str | os.PathLike) -> Delta:
-    """Reads a delta file of either form, checked whole (`delta_file.read`). Raises DeltaError or OSError."""
-    delta = Delta(*delta_file.read(path))
+    """Reads a delta file of either form, checked whole (`file.read`). Raises DeltaError or OSError."""
+    delta = Delta(*file.read(path))
     rows = {n: (c.indices, c.originals) for n, c in delta.changes.items() if c.indices is not None}
     if delta.fingerprint is not None and all(kept is not None for _, kept in rows.values()):
         got = fingerprint(rows)
@@ -176,7 +174,7 @@ def save_delta(
     keep_originals=False the originals are unknown: no fingerprint is stored. compact: as in `Delta.save`. The
     write is atomic.
     Raises ValueError if the originals are asked for and unknown, or a parameter is not in the model or not a
-    plain dense tensor; TypeError for another optimizer; OSError if writing fails (`delta_file.write`).
+    plain dense tensor; TypeError for another optimizer; OSError if writing fails (`file.write`).
     """
     optimizer, names = unwrapped(optimizer), plain_names(model)
     touched = [t for t in optimizer.touched() if t.indices.numel()]

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from .delta import Change, Delta, DeltaError
-from .delta_entries import check_param
-from .delta_file import VALUE_DTYPES
-from .delta_fingerprint import bits, fingerprint, same_bits
-from .wrappers import plain_name, plain_parameters
+from ..wrappers import plain_name, plain_parameters
+from .delta import Delta
+from .file import VALUE_DTYPES, Change, DeltaError
+from .fingerprint import bits, fingerprint, same_bits
+from .patches import check_param
 
 _CHUNK = 1 << 22  # entries compared at once: at most 32 MiB of positions
 

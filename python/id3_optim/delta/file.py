@@ -1,7 +1,7 @@
 """The bytes of a sparse delta: a safetensors file, written atomically, and checked whole before it is used.
 
 docs/delta-format.md is the format's own page. Tensors `<name>.indices` (int32, flat, ascending, unique) or,
-in the compact form, `<name>.gaps` (uint8, `delta_gaps`); `<name>.values`, optionally `<name>.originals`; or
+in the compact form, `<name>.gaps` (uint8, `gaps`); `<name>.values`, optionally `<name>.originals`; or
 `<name>.dense` for a parameter stored whole. One metadata entry, `id3_delta`, holds the rest as JSON:
 `{"version": 1, "shapes": [[…], …], "fingerprint": …, "settings": {…}}`, the shapes being those of the
 parameters in ascending order of their names, the fingerprint 16 hex digits or null.
@@ -24,7 +24,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from . import delta_gaps
+from . import gaps
 
 VERSION = 1
 KEY = "id3_delta"
@@ -130,7 +130,7 @@ def _to_bytes(contents: Contents, compact: bool) -> bytes:
         if change.indices is None:
             parts = {"dense": change.values}
         else:
-            coded = {"gaps": delta_gaps.encode(change.indices)} if compact else {"indices": change.indices}
+            coded = {"gaps": gaps.encode(change.indices)} if compact else {"indices": change.indices}
             parts = coded | {"values": change.values, "originals": change.originals}
         tensors |= {f"{name}.{part}": t.contiguous() for part, t in parts.items() if t is not None}
     head = {
@@ -274,7 +274,7 @@ def _check_parts(name: str, parts: Parts, shape: tuple[int, ...]) -> None:
     expected["indices"] = (torch.int32, expected["values"][1])
     for part, (found, size) in parts.items():
         if part == "gaps":
-            least, most = math.prod(kept), delta_gaps.LONGEST_BYTES * math.prod(kept)
+            least, most = math.prod(kept), gaps.LONGEST_BYTES * math.prod(kept)
             fits = found == torch.uint8 and len(size) == 1 and least <= size[0] <= most
             _require(fits, f"{name}.gaps", f"torch.uint8 of {least} to {most} bytes", (found, size))
         else:
@@ -288,7 +288,7 @@ def _change(name: str, parts: Parts, shape: tuple[int, ...], tensors: dict[str, 
     values, originals = tensors[f"{name}.values"], tensors.get(f"{name}.originals")
     if "gaps" in parts:
         try:
-            indices = delta_gaps.decode(tensors[f"{name}.gaps"], values.numel())
+            indices = gaps.decode(tensors[f"{name}.gaps"], values.numel())
         except ValueError as error:
             raise DeltaError(f"{name}.gaps: {error}") from error
     else:

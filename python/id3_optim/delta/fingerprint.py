@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .hashing import INCREMENT, mix64
+from ..hashing import INCREMENT, mix64
 
 _SLICE = 1 << 14  # entries hashed at once: the temporaries stay in a core's cache
 

@@ -9,8 +9,9 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from .delta import Change, Delta, DeltaError
-from .delta_fingerprint import bits, fingerprint, same_bits
+from .delta import Delta
+from .file import Change, DeltaError
+from .fingerprint import bits, fingerprint, same_bits
 
 Whole = Literal["agree", "first", "drop"]
 

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 import id3_kernels
 from id3_kernels import Entries
 
-from .delta_file import VALUE_DTYPES, Change, DeltaError
-from .delta_fingerprint import by_kind, same_bits
-from .wrappers import plain_parameters
+from ..wrappers import plain_parameters
+from .file import VALUE_DTYPES, Change, DeltaError
+from .fingerprint import by_kind, same_bits
 
 
 class Patch(NamedTuple):

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..schedules import resolve_budget
+from ..state import trainable_entries
+from ..wrappers import check_holds, plain_names, unwrapped
 from .delta import save_delta
-from .schedules import resolve_budget
-from .state import trainable_entries
-from .wrappers import check_holds, plain_names, unwrapped
 
 
 class DeltaSeries:

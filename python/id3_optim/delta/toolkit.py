@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .delta import Change, Delta, DeltaError, fingerprint
-from .wrappers import plain_parameters
+from ..wrappers import plain_parameters
+from .delta import Delta
+from .file import Change, DeltaError
+from .fingerprint import fingerprint
 
 
 class _Summary:
