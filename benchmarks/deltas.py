@@ -10,7 +10,7 @@ from benchmarks.measure import Timed
 from benchmarks.shapes import MODELS, Inputs
 from id3_optim import Delta, load_delta
 from id3_optim.delta import Change
-from id3_optim.delta_fingerprint import fingerprint, same_bits
+from id3_optim.delta.fingerprint import fingerprint, same_bits
 
 ENTRIES = 320_000
 

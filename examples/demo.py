@@ -23,11 +23,12 @@ import transformers
 from dense_masking import DenseMaskedAdamW
 from huggingface_hub import snapshot_download, try_to_load_from_cache
 
-from id3_optim import tasks
-from id3_optim.analysis import allocation, loss_curve, plot_allocation, plot_losses
+from id3_optim.analysis import allocation
+from id3_optim.cli import tasks
+from id3_optim.cli.report import state_bytes
+from id3_optim.cli.train import Run, Settings, Start, build_optimizer, fit, load_start
 from id3_optim.integrations.huggingface import ID3Callback, parameter_groups
-from id3_optim.report import state_bytes
-from id3_optim.train import Run, Settings, Start, build_optimizer, fit, load_start
+from id3_optim.plots import loss_curve, plot_allocation, plot_losses
 
 HERE = Path(__file__).parent
 HUB_NAME = "sentence-transformers/all-MiniLM-L6-v2"

@@ -13,7 +13,7 @@ PACKAGES = {"id3_kernels": ROOT / "id3_kernels", "id3_optim": ROOT / "python" / 
 # the check of a loss scaler; fake tensors; how autograd's own functions and modules keep their parts.
 FOREIGN = {
     "_C", "_current_graph_task_id", "_execution_engine", "_amp_foreach_non_finite_check_and_unscale_",
-    "_subclasses", "_modules", "_getframe", "_replace", "_fields", "_asdict",
+    "_subclasses", "_nnz", "_modules", "_getframe", "_replace", "_fields", "_asdict",
 }  # fmt: skip
 
 

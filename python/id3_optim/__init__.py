@@ -1,14 +1,14 @@
 """Selective fine-tuning by step-by-step unmasking (ID3), at the cost of one read of weights and gradients."""
 
-from .changes import WeightPatch, weight_patches
 from .delta import Delta, DeltaError, load_delta, save_delta
-from .delta_diff import diff
-from .delta_merge import merge
+from .delta.diff import diff
+from .delta.merge import merge
+from .delta.series import DeltaSeries
+from .delta.stream import WeightPatch, weight_patches
+from .delta.toolkit import load_toolkit_summary
 from .step.grad_scaler import GradScaler
 from .heuristics import D3, Bias, Fisher, Magnitude, Random, fisher_scores
 from .optimizer import ID3AdamW
-from .series import DeltaSeries
-from .toolkit import load_toolkit_summary
 
 __all__ = [
     "D3",

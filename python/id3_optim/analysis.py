@@ -1,21 +1,19 @@
-"""Where the budget went: allocation by layer and role, tensor sparsity, sparsity entropy (paper, section 6),
-and plots.
+"""Where the budget went: allocation by layer and role, tensor sparsity, sparsity entropy (paper, section 6).
 
-All of it reads `optimizer.touched()`, the entries that training may have changed, in O(|Λ| + M), or those
-of a delta. What is trained or stored whole does not count. matplotlib is imported by the plots alone.
+Each function reads `optimizer.touched()`, the entries that training may have changed, in O(|Λ| + M), or the
+entries of a delta. Parameters that are trained or stored whole do not count.
 """
 
 import math
 import re
 from collections.abc import Iterable
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-# The first pattern found in a parameter's name tells its role; the namings are those of BERT, RoBERTa,
-# DeBERTa, DistilBERT, ModernBERT, Llama and its kin, GPT-2. Rows of figure 7 first, in the paper's order.
+# The first pattern that a parameter's name matches gives its role. Covered are the names of BERT, RoBERTa,
+# DeBERTa, DistilBERT, ModernBERT, GPT-2, Llama and models derived from it.
 _ROLE_PATTERNS = (
     ("LayerNorm", r"layer_?norm|\bln_|norm\b"),
     ("pooler", r"\bpooler\b"),
@@ -46,6 +44,8 @@ _LAYER = re.compile(r"\b(?:layers?|h|blocks?)\.(\d+)\.")
 
 
 class Place(NamedTuple):
+    """Where a parameter stands in a transformer."""
+
     layer: int | None  # None: in no layer (embeddings, pooler, head)
     role: str  # one of ROLES
 
@@ -73,7 +73,7 @@ class Allocation(NamedTuple):
 
 
 def allocation(model: torch.nn.Module, optimizer) -> Allocation:
-    """Active entries by role and layer (paper, figure 7). What `model` does not hold counts as "other"."""
+    """Active entries by role and layer (paper, figure 7); parameters that `model` lacks count as "other"."""
     names = {id(p): name for name, p in model.named_parameters()}
     touched = optimizer.touched()
     return allocate((names.get(id(param), ""), len(rows), param.numel()) for param, rows, _ in touched)
@@ -102,7 +102,7 @@ def allocate(counts: Iterable[tuple[str, int, int]]) -> Allocation:
 
 
 def allocation_table(allocated: Allocation) -> list[str]:
-    """Lines of text: layers as rows, roles as columns, with totals; nothing where no parameter is."""
+    """Lines of text: layers as rows, roles as columns, with totals; a cell without parameters is empty."""
     by_layer = zip(allocated.active.T.tolist(), allocated.entries.T.tolist(), strict=True)
     cells = [[f"{n:,}" if size else "" for n, size in zip(*row, strict=True)] for row in by_layer]
     names = ["–" if layer is None else str(layer) for layer in allocated.layers]
@@ -149,100 +149,3 @@ def entries_of(param: Tensor, indices: Tensor) -> Tensor:
     if param.is_contiguous():
         return param.view(-1)[indices]
     return param[torch.unravel_index(indices, param.shape)]
-
-
-def loss_curve(history: list[dict]) -> tuple[list[int], list[float]]:
-    """Steps and training losses out of a Trainer's `state.log_history`."""
-    logged = [entry for entry in history if "loss" in entry]
-    return [entry["step"] for entry in logged], [entry["loss"] for entry in logged]
-
-
-def plot_losses(axes, curves: dict[str, tuple[list[int], list[float]]], title: str = "training loss") -> None:
-    """Draws (steps, losses) by label; later curves are dashed, so that curves that coincide stay visible."""
-    for i, (label, (steps, losses)) in enumerate(curves.items()):
-        style = {"linewidth": 2.6, "alpha": 0.75} if i == 0 else {"linewidth": 1.4, "linestyle": (0, (4, 2))}
-        axes.plot(steps, losses, label=label, **style)
-    axes.set(xlabel="step", ylabel="loss", title=title)
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.set_ylim(bottom=0)
-    axes.grid(alpha=0.3)
-    if len(curves) > 1:
-        axes.legend(frameon=False)
-
-
-def plot_allocation(axes, allocated: Allocation, title: str = "where the budget went") -> None:
-    """Heat map as figure 7: layers as columns, roles as rows, in each cell its part of Λ in per cent."""
-    share = 100.0 * allocated.share()
-    present = allocated.entries > 0
-    # One role can take most of the budget: the colours follow the root, so that the rest stays readable.
-    colour = (share / share.max().clamp(min=1e-9)).sqrt()
-    axes.imshow(colour.where(present, torch.nan).numpy(), cmap="Blues", aspect="auto", vmin=0, vmax=1.1)
-    axes.set_xticks(range(len(allocated.layers)), ["–" if n is None else str(n) for n in allocated.layers])
-    axes.set_yticks(range(len(allocated.roles)), allocated.roles)
-    for row, column in present.nonzero().tolist():
-        value, dark = float(share[row, column]), bool(colour[row, column] > 0.6)
-        text = "0" if value == 0 else "<0.1" if value < 0.05 else f"{value:.1f}"
-        axes.text(column, row, text, ha="center", va="center", fontsize=8, color="white" if dark else "black")
-    outside = " (–: in no layer)" if None in allocated.layers else ""
-    axes.set(xlabel=f"layer{outside}", title=f"{title}: % of {int(allocated.active.sum()):,} entries")
-    axes.tick_params(length=0)
-    axes.spines[:].set_visible(False)
-
-
-def plot_spread(axes, history: list[dict]) -> None:
-    """Tensor sparsity (left scale) and sparsity entropy (right scale) over the run, as figures 8 and 9."""
-    logged = [entry for entry in history if "tensor_sparsity" in entry]
-    steps = [entry["step"] for entry in logged]
-    right = axes.twinx()
-    axes.plot(steps, [entry["tensor_sparsity"] for entry in logged], color="tab:blue")
-    right.plot(steps, [entry["sparsity_entropy"] for entry in logged], color="tab:orange")
-    axes.set(xlabel="step", title="how the choice spread over the tensors", ylim=(0, 1))
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.set_ylabel("tensor sparsity", color="tab:blue")
-    right.set_ylabel("sparsity entropy, nats", color="tab:orange")
-    axes.grid(alpha=0.3)
-
-
-def save_plots(path: str | Path, curves: dict[str, list[dict]], model: torch.nn.Module, optimizer) -> None:
-    """Writes one PNG: the loss curves, the allocation of `optimizer`, and the spread over the run.
-
-    curves: a Trainer's log history by label; the first one is the run of `optimizer`. With an optimizer that
-    selects nothing (torch's own) the losses stand alone.
-    """
-    from matplotlib.figure import Figure
-
-    selective = hasattr(optimizer, "touched")
-    figure = Figure(figsize=(16 if selective else 6, 4.8), layout="constrained", dpi=110)
-    panels = figure.subplots(1, 3 if selective else 1, squeeze=False)[0]
-    plot_losses(panels[0], {label: loss_curve(history) for label, history in curves.items()})
-    if selective:
-        plot_allocation(panels[1], allocation(model, optimizer))
-        plot_spread(panels[2], next(iter(curves.values())))
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
-
-
-def save_allocation(path: str | Path, allocated: Allocation, title: str) -> None:
-    """Writes one PNG: the heat map by role and layer, totals of layers above it and of roles beside it."""
-    from matplotlib.figure import Figure
-
-    columns, rows = max(len(allocated.layers), 1), max(len(allocated.roles), 1)
-    figure = Figure(figsize=(4.5 + 0.5 * columns, 2.5 + 0.4 * rows), layout="constrained", dpi=130)
-    ratios = {"width_ratios": [columns, 3.5], "height_ratios": [2.5, rows]}
-    (above, corner), (middle, beside) = figure.subplots(2, 2, sharex="col", sharey="row", gridspec_kw=ratios)
-    corner.remove()
-    plot_allocation(middle, allocated, "")
-    middle.set_title("")
-    share = 100.0 * allocated.share()
-    layers = above.bar(range(len(allocated.layers)), share.sum(0).numpy(), color="tab:blue", width=0.7)
-    roles = beside.barh(range(len(allocated.roles)), share.sum(1).numpy(), color="tab:blue", height=0.7)
-    for axes, bars, side in ((above, layers, "bottom"), (beside, roles, "left")):
-        axes.bar_label(bars, fmt="%.1f", padding=2, fontsize=8)
-        axes.spines[:].set_visible(False)
-        axes.spines[side].set_visible(True)
-        axes.tick_params(length=0, labelleft=False, labelbottom=False)
-    above.margins(y=0.2)
-    beside.margins(x=0.25)
-    figure.suptitle(f"{title}: % of {int(allocated.active.sum()):,} changed entries", fontsize=11)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)

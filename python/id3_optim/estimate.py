@@ -1,7 +1,7 @@
-"""Peak memory of a training step, predicted from a model's configuration: nothing is computed or loaded.
+"""Peak memory of a training step, predicted from a model's configuration without weights or arithmetic.
 
 A forward and backward pass runs on tensors without memory, and the bytes that would be alive are counted.
-What is not counted: workspace inside a kernel, and what an allocator keeps beside.
+Not counted: workspace inside a kernel, and memory that an allocator holds in reserve.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 import transformers
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -27,13 +28,13 @@ BEST_BYTES = 16  # of a candidate: score, place, gradient
 class LiveBytes(TorchDispatchMode):
     """Within the block: `peak`, the most bytes alive at once in tensors that torch's operations made.
 
-    before: tensors that are not to be counted, whatever views of them are made.
+    before: tensors that are not counted, and neither are views of them.
     """
 
     def __init__(self, before: Iterable[torch.Tensor]) -> None:
         super().__init__()
         self.now = self.peak = 0
-        self._known = {t.untyped_storage()._cdata for t in before}
+        self._known = {StorageWeakRef(t.untyped_storage()) for t in before}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
@@ -43,7 +44,7 @@ class LiveBytes(TorchDispatchMode):
         return out
 
     def _count(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
+        key, size = StorageWeakRef(storage), storage.nbytes()
         if key in self._known:
             return
         self._known.add(key)
@@ -51,7 +52,7 @@ class LiveBytes(TorchDispatchMode):
         self.now += size
         self.peak = max(self.peak, self.now)
 
-    def _gone(self, key: int, size: int) -> None:
+    def _gone(self, key: StorageWeakRef, size: int) -> None:
         self._known.discard(key)
         self.now -= size
 
@@ -59,7 +60,7 @@ class LiveBytes(TorchDispatchMode):
 def pass_bytes(model: torch.nn.Module, loss_of, release: bool) -> tuple[int, int]:
     """The most bytes alive beside the model in a forward pass, and in a forward and backward pass.
 
-    release: gradients go as they come. Leaves every `.grad` None.
+    release: each gradient is freed as the backward pass makes it. Sets every `.grad` to None.
     """
     handles = []
     for p in model.parameters():
@@ -77,7 +78,10 @@ def pass_bytes(model: torch.nn.Module, loss_of, release: bool) -> tuple[int, int
 
 
 def entry_bytes(dtype: torch.dtype, release: bool, entry_ages: bool = False) -> int:
-    """Bytes of optimizer state per active entry, the accumulated gradient included."""
+    """Bytes of optimizer state per active entry, the accumulated gradient included.
+
+    entry_ages: the step at which each entry joined is kept, as for bias_correction="entry".
+    """
     layout = Layout(True, entry_ages, False, None, release)
     return sum(column.itemsize for column in layout.arrays(dtype).values())
 
@@ -87,10 +91,10 @@ def estimate(
 ) -> dict[str, dict[str, int]]:
     """Predicted bytes by kind, `peak` last, for `released` gradients, `dense` ones and torch's `adamw`.
 
-    model: as `model_from` makes it; with a real one the passes run for real. loss_of(model) gives the loss.
-    budget, steps, static: as ID3AdamW's, with the uniform schedule. `gradients` are the largest tensor's, or
-    all; `forward` is the most that is alive in a forward pass, `pass` in a whole one, gradients included.
-    The peak is weights, pass, optimizer state and candidates together.
+    model: as `model_from` makes it; a model with memory computes the passes. loss_of(model) gives the loss.
+    budget, steps, static: as ID3AdamW's, with the uniform schedule. `gradients`: of the largest tensor where
+    they are released, else of all. `forward`: the most bytes alive in a forward pass. `pass`: in a forward
+    and backward pass, gradients included. The peak is weights, pass, optimizer state and candidates together.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     n_entries, all_gradients = sum(p.numel() for p in trained), sum(p.nbytes for p in trained)
@@ -155,8 +159,10 @@ def estimate_from_config(
 
 
 class MemoryWatch(transformers.TrainerCallback):
-    """The most that a run held: weights, the optimizer's report by kind, and the growth of the process
-    (on a GPU: what torch allocated)."""
+    """Measures the most bytes that a run holds: weights, optimizer state, candidates, and the peak.
+
+    The peak is the growth of the process, on a GPU the bytes that torch allocated there.
+    """
 
     def __init__(self) -> None:
         self._start = _process_peak()
@@ -184,7 +190,7 @@ def _process_peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def table(report: dict[str, dict[str, int]]) -> str:
+def memory_table(report: dict[str, dict[str, int]]) -> str:
     """The report as text, a column for each of its dicts, in MiB."""
     kinds = list(next(iter(report.values())))
     lines = ["".join([f"{'MiB':<18}", *(f"{name:>12}" for name in report)])]

@@ -28,12 +28,16 @@ class OneProcess:
         columns beside them."""
         return entries
 
-    def writes(self) -> bool:
-        """Whether this rank writes the files of the run: of several processes the first does."""
-        return world_size() == 1 or torch.distributed.get_rank() == 0
+
+def writes_files() -> bool:
+    """Whether this rank writes the files of the run: of several processes the first does."""
+    return not _distributed() or torch.distributed.get_rank() == 0
 
 
 def world_size() -> int:
     """The number of processes of the default group, 1 where there is none."""
-    distributed = torch.distributed
-    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+    return torch.distributed.get_world_size() if _distributed() else 1
+
+
+def _distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()

@@ -1,4 +1,4 @@
-"""Models and optimizers as the user knows them, below what trainers wrap around them."""
+"""The plain model and the ID3AdamW inside the wrappers of trainers."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -7,9 +7,9 @@ from torch import Tensor, nn
 
 
 def plain_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters by their names in the plain model (no `module.`, `_orig_mod.`), a tied one under each of its
-    names.
+    """Parameters by their names in the plain model (without `module.` and `_orig_mod.`).
 
+    A tied parameter is there under each of its names.
     Raises ValueError if two parameters have one plain name.
     """
     while (inner := _wrapped(model)) is not None:
@@ -23,7 +23,7 @@ def plain_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def plain_name(name: str) -> str:
-    """The name without what torch.compile puts before the parts that it compiled."""
+    """The name without the parts `_orig_mod`, which torch.compile adds."""
     return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
@@ -38,16 +38,17 @@ def check_holds(names: dict[int, str], params: Iterable[Tensor]) -> None:
 def _wrapped(model: nn.Module) -> nn.Module | None:
     """The module inside a wrapper, None where there is no wrapper.
 
-    Asked of the module's own children: a PeftModel passes unknown attributes on to what it holds.
+    Looks at the module's children and not at its attributes: a PeftModel forwards unknown attributes.
     """
     if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
         return model.module
     inside = ("_orig_mod", "_forward_module")  # torch.compile's, Lightning Fabric's
-    return next((model._modules[name] for name in inside if name in model._modules), None)
+    children = dict(model.named_children())
+    return next((children[name] for name in inside if name in children), None)
 
 
 def plain_names(model: nn.Module) -> dict[int, str]:
-    """id of a parameter → its name in the plain model, the first one where it is tied."""
+    """id of a parameter → its name in the plain model, the first name where it is tied."""
     names: dict[int, str] = {}
     for name, param in plain_parameters(model).items():
         names.setdefault(id(param), name)
@@ -55,9 +56,9 @@ def plain_names(model: nn.Module) -> dict[int, str]:
 
 
 def unwrapped(optimizer: Any) -> Any:
-    """The ID3AdamW inside Accelerate's or another wrapper that keeps it as `optimizer`.
+    """The ID3AdamW itself, or inside wrappers such as Accelerate's that hold it as `optimizer`.
 
-    Raises TypeError for any other optimizer.
+    Raises TypeError for another optimizer.
     """
     inner = optimizer
     while not hasattr(inner, "touched"):

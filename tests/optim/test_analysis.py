@@ -7,7 +7,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from id3_optim import analysis
+from id3_optim import analysis, plots
 from id3_optim.analysis import Place, locate
 
 
@@ -140,12 +140,12 @@ def test_picture(model, tmp_path):
     ]
     optimizer = selective(*((p, entries(2), None) for p in model.parameters()))
     curves = {"one": history, "another": [*history, {"step": 5, "eval_loss": 2.0}]}
-    analysis.save_plots(tmp_path / "new" / "plots.png", curves, model, optimizer)
+    plots.save_plots(tmp_path / "new" / "plots.png", curves, model, optimizer)
     assert (tmp_path / "new" / "plots.png").read_bytes().startswith(b"\x89PNG")
-    analysis.save_plots(tmp_path / "losses.png", curves, model, torch.optim.SGD(model.parameters(), lr=0.1))
+    plots.save_plots(tmp_path / "losses.png", curves, model, torch.optim.SGD(model.parameters(), lr=0.1))
     assert (tmp_path / "losses.png").stat().st_size > 1000
 
 
 def test_loss_curve_leaves_evaluations_out():
     history = [{"step": 1, "loss": 2.0}, {"step": 2, "eval_loss": 9.0}, {"step": 2, "loss": 1.0}]
-    assert analysis.loss_curve(history) == ([1, 2], [2.0, 1.0])
+    assert plots.loss_curve(history) == ([1, 2], [2.0, 1.0])

@@ -8,8 +8,7 @@ import torch
 from parameters import one_parameter
 from torch import nn
 
-from id3_optim import ID3AdamW
-from id3_optim.changes import weight_patches
+from id3_optim import ID3AdamW, weight_patches
 
 
 def parameters_after(model, patches):

@@ -63,18 +63,18 @@ def test_causal_lm(files, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--text-column", "sentence"], "no column 'sentence'; the columns are 'text', 'label'"),
-        (["--label-column", "class"], "no column 'class'; the columns are 'text', 'label'"),
+        (["--text-column", "sentence"], "reviews.tsv: expected a column 'sentence', got 'text', 'label'"),
+        (["--label-column", "class"], "reviews.tsv: expected a column 'class', got 'text', 'label'"),
         (["--text-column", "a", "b", "c"], "--text-column: expected one or two columns, got 3"),
-        (["--eval", "missing.tsv"], "no such file: missing.tsv"),
+        (["--eval", "missing.tsv"], "--eval: expected a file, got missing.tsv"),
         (["--budget", "999999999"], "budget: expected 0 to"),
         (["--budget", "0.0"], "budget: expected"),
         (["--schedule", "linear"], "schedule: expected one of"),
         (["--backend", "metal"], "backend"),
         (["--steps", "0"], "--steps: expected at least 1, got 0"),
         (["--lr", "nan"], "--lr: expected more than 0, got nan"),
-        (["--optimizer", "adamw", "--delta-only"], "--delta-only: needs --optimizer id3"),
-        (["--task", "causal-lm"], "reviews.tsv:1: not JSON"),
+        (["--optimizer", "adamw", "--delta-only"], "--optimizer: expected id3 with --delta-only, got adamw"),
+        (["--task", "causal-lm"], r"reviews.tsv:1: expected JSON, got 'text\tlabel' (Expecting"),
     ],
 )
 def test_a_mistake_is_one_line_and_code_2(files, tmp_path, capsys, more, message):
@@ -92,7 +92,7 @@ def test_an_unknown_model_is_one_line(files, tmp_path, capsys, monkeypatch):
 
 
 def test_debug_shows_the_traceback(files, tmp_path):
-    with pytest.raises(ValueError, match="no column"):
+    with pytest.raises(ValueError, match="expected a column 'class'"):
         main(["--debug", *command(files, tmp_path / "out", "--label-column", "class")])
 
 
@@ -122,7 +122,7 @@ def test_budget_in_words_is_refused(capsys):
 
 def test_importing_the_package_stays_light():
     """transformers takes seconds to import, and neither it nor matplotlib is a hard dependency."""
-    code = "import sys, id3_optim, id3_optim.cli, id3_optim.analysis; print(*sys.modules)"
+    code = "import sys, id3_optim, id3_optim.cli, id3_optim.analysis, id3_optim.plots; print(*sys.modules)"
     modules = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     ).stdout.split()

@@ -8,8 +8,9 @@ import torch
 from hand_trained import BITS, Net, bits, same, train_by_hand
 from torch import nn
 
-from id3_optim import ID3AdamW, delta_fingerprint
+from id3_optim import ID3AdamW
 from id3_optim.delta import DeltaError, load_delta, save_delta
+from id3_optim.delta import fingerprint as delta_fingerprint
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 

@@ -9,9 +9,9 @@ from hand_trained import Net, bits, same, train_by_hand
 from safetensors import safe_open
 
 from benchmarks.shapes import deberta
-from id3_optim import delta_gaps
 from id3_optim.delta import Change, Delta, DeltaError, load_delta, save_delta
-from id3_optim.delta_file import KEY
+from id3_optim.delta import gaps as delta_gaps
+from id3_optim.delta.file import KEY
 
 
 @pytest.fixture
@@ -109,18 +109,21 @@ def bytes_of(*values):
 
 FIVE = [0xFF, 0xFF, 0xFF, 0xFF]
 BAD_GAPS = {  # for a parameter of 135 entries, 4 of them changed
-    "unterminated": (bytes_of(1, 1, 1, 129), "expected gaps that end, got one without a last byte"),
-    "nothing but continued": (bytes_of(*[0x80] * 20), "expected gaps that end, got one without a last byte"),
+    "unterminated": (bytes_of(1, 1, 1, 129), "expected gaps that end, got a gap without a last byte"),
+    "nothing but continued": (
+        bytes_of(*[0x80] * 20),
+        "expected gaps that end, got a gap without a last byte",
+    ),
     "over-long": (bytes_of(1, 1, 1, *FIVE, 0x80, 0), "expected gaps of at most 5 bytes, got 6"),
     "zero in two bytes": (
         bytes_of(1, 1, 1, 0x80, 0),
-        "expected gaps in as few bytes as they need, got a longer form",
+        "expected gaps in as few bytes as they need, got a zero as last byte",
     ),
     "five in two bytes": (
         bytes_of(0x85, 0, 1, 1, 1),
-        "expected gaps in as few bytes as they need, got a longer form",
+        "expected gaps in as few bytes as they need, got a zero as last byte",
     ),
-    "too many": (bytes_of(1, 1, 1, 1, 1), "expected 4 gaps, got more"),
+    "too many": (bytes_of(1, 1, 1, 1, 1), "expected 4 gaps, got at least 5"),
     "too few": (bytes_of(1, 1, 0x81, 1), "expected 4 gaps, got 3"),
     "beyond 32 bits": (bytes_of(*FIVE, 0x7F, 1, 1, 1), r"expected indices below 2\^31, got 34359738"),
     "beyond by the sum": (bytes_of(*[*FIVE, 0x07] * 4), r"expected indices below 2\^31, got 858993"),

@@ -8,9 +8,8 @@ import pytest
 import torch
 from hand_trained import BITS, Net, train_by_hand
 
-from id3_optim import delta_gaps
-from id3_optim.delta import Change, Delta, load_delta, save_delta
-from id3_optim.delta_fingerprint import fingerprint
+from id3_optim.delta import Change, Delta, gaps, load_delta, save_delta
+from id3_optim.delta.fingerprint import fingerprint
 
 PAGE = Path(__file__).parents[2] / "docs" / "delta-format.md"
 
@@ -108,5 +107,5 @@ def test_the_file_on_the_page(page, tmp_path, read_delta):
 
 
 def test_the_gaps_on_the_page():
-    coded = delta_gaps.encode(torch.tensor([200, 201, 400], dtype=torch.int32))
+    coded = gaps.encode(torch.tensor([200, 201, 400], dtype=torch.int32))
     assert bytes(coded.tolist()) == bytes.fromhex("c8 01 00 c6 01")

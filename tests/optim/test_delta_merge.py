@@ -11,8 +11,8 @@ from hand_trained import BITS, Net, bits, same, train_by_hand
 
 from id3_optim import diff, load_delta, merge, save_delta
 from id3_optim.delta import Change, Delta, DeltaError
-from id3_optim.delta_fingerprint import fingerprint
-from id3_optim.delta_merge import _rounded
+from id3_optim.delta.fingerprint import fingerprint
+from id3_optim.delta.merge import _rounded
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
@@ -173,7 +173,9 @@ def test_whole_parameters_that_differ():
     merged, conflicts = merge(deltas, whole="drop")
     assert merged.changes.keys() == conflicts.keys() == {"w"} and merged.settings["whole"] == "drop"
     for option in ("first", "drop"):
-        with pytest.raises(DeltaError, match="as entries in"):
+        with pytest.raises(
+            DeltaError, match=r"deltas\[1\]: head: expected it stored whole as in deltas\[0\], got entries"
+        ):
             merge([whole(1.0), HEAD_ENTRIES], whole=option)
 
 
@@ -197,25 +199,34 @@ HEAD_ENTRIES = delta_of("head", shape=(3,), indices=[1], values=[1.0], originals
         ([], "deltas: expected at least one, got none"),
         (
             [delta_of(**A), NO_ORIGINALS],
-            r"w: expected originals in deltas\[1\] \(save_delta\(originals=True\)\)",
+            r"deltas\[1\]: w: expected originals, got none; save the delta with originals=True",
         ),
-        ([NO_ORIGINALS], r"w: expected originals in deltas\[0\]"),
+        ([NO_ORIGINALS], r"deltas\[0\]: w: expected originals, got none"),
         (
             [delta_of(**A), delta_of(**A), OTHER_BASE],
-            r"w: the originals of deltas\[1\] and deltas\[2\] differ",
+            r"deltas\[2\]: w: expected the original \S+ at index \d as in deltas\[1\], got 2.5",
         ),
-        ([delta_of(**A), SHORT], r"w: shape: deltas\[0\] has \(8,\), deltas\[1\] has \(6,\)"),
-        ([delta_of(**A), HALF], r"w: dtype: deltas\[0\] has torch.float32, deltas\[1\] has torch.float16"),
+        ([delta_of(**A), SHORT], r"deltas\[1\]: w: expected shape \(8,\) as in deltas\[0\], got \(6,\)"),
+        (
+            [delta_of(**A), HALF],
+            r"deltas\[1\]: w: expected dtype torch.float32 as in deltas\[0\], got torch.float16",
+        ),
         (
             [whole(1.0), delta_of(**A), whole(2.0)],
-            r"head: stored whole in deltas\[0\] and deltas\[2\] with other",
+            r"deltas\[2\]: head, stored whole: expected 1.0 at index 0 as in deltas\[0\], got 2.0",
         ),
         (
             [whole(0.0), whole(-0.0)],
-            r"head: stored whole in deltas\[0\] and deltas\[1\] with other values: .*whole='first'",
+            r"deltas\[1\]: head, stored whole: expected 0.0 .* got -0.0; pass whole='first'",
         ),
-        ([whole(1.0), HEAD_ENTRIES], r"head: stored whole in deltas\[0\], as entries in deltas\[1\]"),
-        ([HEAD_ENTRIES, whole(1.0)], r"head: stored whole in deltas\[1\], as entries in deltas\[0\]"),
+        (
+            [whole(1.0), HEAD_ENTRIES],
+            r"deltas\[1\]: head: expected it stored whole as in deltas\[0\], got entries",
+        ),
+        (
+            [HEAD_ENTRIES, whole(1.0)],
+            r"deltas\[0\]: head: expected it stored whole as in deltas\[1\], got entries",
+        ),
     ],
 )
 def test_what_can_not_be_merged(deltas, message):

@@ -12,8 +12,8 @@ import torch
 from hand_trained import HandTrained
 from torch import nn
 
-from id3_optim import delta_file
 from id3_optim.delta import DeltaError, load_delta, save_delta
+from id3_optim.delta import file as delta_file
 from id3_optim.optimizer import Touched
 
 
@@ -26,7 +26,7 @@ KILLED_FIFTY_TIMES = """
 import os, random, signal, sys, time
 import torch
 from hand_trained import HandTrained
-from id3_optim import delta_file
+from id3_optim.delta import file as delta_file
 from id3_optim.delta import DeltaError, load_delta, save_delta
 from id3_optim.optimizer import Touched
 
@@ -60,7 +60,7 @@ for _ in range(50):
 KILLED_BETWEEN_CALLS = """
 import os, signal, sys
 import torch
-from id3_optim import delta_file
+from id3_optim.delta import file as delta_file
 from id3_optim.delta import Change, Delta, load_delta
 
 torch.set_num_threads(1)  # threads do not survive a fork

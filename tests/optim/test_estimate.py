@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from id3_optim import ID3AdamW
 from id3_optim.cli import main
+from id3_optim.cli.train import Settings, train
 from id3_optim.estimate import LiveBytes, entry_bytes, estimate, estimate_from_config
-from id3_optim.train import Settings, train
 
 
 def loss_of(model, rows=2, length=24):

@@ -1,4 +1,4 @@
-"""`id3_optim.train` and the data it reads: from files to a tuned model, with models made on the spot."""
+"""`id3_optim.cli.train`: from files to a tuned model, with models made on the spot."""
 
 import json
 import shutil
@@ -14,12 +14,12 @@ from transformers import (
     BertForSequenceClassification,
 )
 
-from id3_optim import tasks
-from id3_optim.cli_delta import load_model
+from id3_optim.cli import tasks
+from id3_optim.cli.models import load_model
+from id3_optim.cli.report import table, write_report
+from id3_optim.cli.train import Settings, build_optimizer, fit, load_start, train
 from id3_optim.delta import load_delta
 from id3_optim.integrations.huggingface import ID3Callback
-from id3_optim.report import table, write_report
-from id3_optim.train import Settings, build_optimizer, fit, load_start, train
 
 
 @pytest.fixture(scope="module")
@@ -167,27 +167,6 @@ def test_token_loss_is_the_mean_over_the_tokens_of_all_batches(causal):
     assert report["metrics"]["eval_token_loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
 
 
-def test_the_loss_sees_the_completion_alone():
-    tokenizer = word_tokenizer(eos_token="</s>")
-    row = tasks.encode_completion(tasks.Completion("the film is", "one two"), tokenizer, 32)
-    words = tokenizer.convert_ids_to_tokens(row["input_ids"])
-    assert words == ["the", "film", "is", "one", "two", "</s>"]
-    assert row["labels"] == [tasks.IGNORED] * 3 + row["input_ids"][3:]
-    cut = tasks.encode_completion(tasks.Completion("the film is", "one two"), tokenizer, 4)
-    assert tokenizer.convert_ids_to_tokens(cut["input_ids"]) == ["is", "one", "two", "</s>"]
-    assert cut["labels"][0] == tasks.IGNORED and tasks.IGNORED not in cut["labels"][1:]
-
-
-def test_padding_without_a_padding_token():
-    tokenizer = word_tokenizer(eos_token="</s>")
-    rows = [{"input_ids": [5, 6, 7], "attention_mask": [1, 1, 1], "labels": [-100, 6, 7]}]
-    rows.append({"input_ids": [8], "attention_mask": [1], "labels": [8]})
-    batch = tasks.collate(rows, tasks.padding_token(tokenizer))
-    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 4, 4]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
-    assert batch["labels"].tolist() == [[-100, 6, 7], [8, -100, -100]]
-
-
 @pytest.mark.parametrize("bf16", [False, True])
 def test_a_delta_on_its_base_is_the_tuned_model(settings, bf16):
     tuned = replace(settings, delta_only=True, bf16=bf16, steps=8)
@@ -209,7 +188,7 @@ def test_adamw_trains_everything(settings):
     assert report["metrics"]["eval_accuracy"] == 1.0
     assert report["entries"]["active"] + report["entries"]["dense"] == total
     assert report["optimizer_bytes"] >= 8 * total
-    with pytest.raises(ValueError, match="--delta-only: needs --optimizer id3"):
+    with pytest.raises(ValueError, match="--optimizer: expected id3 with --delta-only, got adamw"):
         train(replace(settings, optimizer="adamw", delta_only=True))
 
 
@@ -250,53 +229,6 @@ def test_report_is_json_and_a_table(settings, tmp_path):
         assert word in text
 
 
-def test_tsv_has_no_quoting(tmp_path):
-    path = tmp_path / "pairs.tsv"
-    path.write_text('one\ttwo\tlabel\n"The film\twas "good"\t10\n', encoding="utf-8-sig")
-    assert tasks.read_labelled(path, ["one", "two"], "label") == [(('"The film', 'was "good"'), "10")]
-
-
-def test_csv_is_quoted(tmp_path):
-    path = tmp_path / "reviews.csv"
-    path.write_text('text,label\n"good, and ""fine""\nfilm",praise\n')
-    assert tasks.read_labelled(path, ["text"], "label") == [(('good, and "fine"\nfilm',), "praise")]
-
-
-def test_labels_are_ordered_by_number_where_they_are_numbers():
-    assert tasks.sorted_labels({"10", "9", "-1"}) == ["-1", "9", "10"]
-    assert tasks.sorted_labels({"10", "9", "b"}) == ["10", "9", "b"]
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("a.csv", "text,label\n", "a.csv: no rows"),
-        ("a.csv", "", "a.csv: no rows"),
-        ("a.csv", "words,label\nx,1\n", r"a.csv: no column 'text'; the columns are 'words', 'label'"),
-        ("a.csv", "text,label\nx\n", r"a.csv:2: expected 2 fields"),
-        ("a.csv", "text,label\nx,1,2\n", r"a.csv:2: expected 2 fields"),
-        ("a.csv", "text,label\nx,1\ny,1\n", r"a.csv: column 'label' has one label only \('1'\)"),
-        ("a.jsonl", "\n", "a.jsonl: no rows"),
-        ("a.jsonl", '{"prompt": "x", "completion": "y"}\n{', r"a.jsonl:2: not JSON"),
-        ("a.jsonl", '{"prompt": "x"}\n', r"a.jsonl:1: expected an object with the string 'completion'"),
-        ("a.jsonl", '["x"]\n', r"a.jsonl:1: expected an object with the string 'prompt'"),
-        ("a.jsonl", '{"prompt": "x", "completion": ""}\n', r"a.jsonl:1: the completion is empty"),
-        ("a.txt", "x", r"--task: can not be told from .*a.txt"),
-    ],
-)
-def test_mistakes_in_a_file(tmp_path, name, content, message):
-    (tmp_path / name).write_text(content)
-    with pytest.raises(ValueError, match=message):
-        tasks.read_task(str(tmp_path / name), str(tmp_path / name))
-
-
-def test_a_label_that_training_never_saw(tmp_path):
-    (tmp_path / "train.csv").write_text("text,label\nx,1\ny,2\n")
-    (tmp_path / "eval.csv").write_text("text,label\nx,1\ny,3\n")
-    with pytest.raises(ValueError, match=r"eval.csv: label '3' does not occur in .*train.csv"):
-        tasks.read_task(str(tmp_path / "train.csv"), str(tmp_path / "eval.csv"))
-
-
 def test_a_resumed_run_ends_where_the_straight_one_does(settings, tmp_path):
     straight = replace(settings, output=str(tmp_path / "straight"), steps=12, save_every=5, bf16=True)
     _, whole, optimizer = train(straight)
@@ -319,5 +251,5 @@ def test_deltas_along_the_budget(settings, tmp_path):
     names = sorted(path.name for path in tmp_path.glob("delta-*"))
     assert names == ["delta-20.safetensors", "delta-50.safetensors"]
     assert load_delta(tmp_path / names[1]).inspect()["originals"]
-    with pytest.raises(ValueError, match="--save-at: needs --optimizer id3"):
+    with pytest.raises(ValueError, match="--optimizer: expected id3 with --save-at, got adamw"):
         train(replace(settings, optimizer="adamw", save_at=(20,)))

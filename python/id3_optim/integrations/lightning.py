@@ -21,8 +21,8 @@ except ModuleNotFoundError:
     from pytorch_lightning.plugins.io import CheckpointIO
 
 from ..delta import save_delta
+from ..delta.series import check_model
 from ..optimizer import ID3AdamW
-from ..series import check_model
 from .run import numbers_to_log, take_total_steps
 
 

@@ -1,13 +1,13 @@
-"""The command `id3-optim estimate`: the peak memory of a step, without running one."""
+"""The command `id3-optim estimate`: predicts the peak memory of a training step."""
 
 import argparse
 import json
 
-from .extras import require
+from .models import quiet_transformers
 
 
 def add_estimate(commands, budget) -> None:
-    """Adds the command; budget reads `320000` or `0.5%`."""
+    """Adds the command to the subparsers of `id3-optim`. budget: parses `320000` or `0.5%`."""
     command = commands.add_parser("estimate", help="predict the peak memory of a training step")
     add = command.add_argument
     add("--model", required=True, help="configuration: local directory, config.json or hub name")
@@ -23,16 +23,14 @@ def add_estimate(commands, budget) -> None:
 
 
 def run_estimate(arguments: argparse.Namespace) -> None:
+    """Prints the prediction as a table or as JSON."""
     for name in ("batch", "length", "steps"):
         if getattr(arguments, name) < 1:
             raise ValueError(f"--{name}: expected at least 1, got {getattr(arguments, name)}")
-    require("transformers", extra="hf")
-    import transformers
+    quiet_transformers()
+    from ..estimate import estimate_from_config, memory_table  # needs transformers
 
-    from . import estimate
-
-    transformers.logging.set_verbosity_error()
     names = ("budget", "batch", "length", "steps", "static", "bf16", "checkpointing")
     options = {name: getattr(arguments, name) for name in names}
-    report = estimate.estimate_from_config(arguments.model, **options)
-    print(json.dumps(report, indent=2) if arguments.json else estimate.table(report))
+    report = estimate_from_config(arguments.model, **options)
+    print(json.dumps(report, indent=2) if arguments.json else memory_table(report))

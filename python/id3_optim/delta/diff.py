@@ -1,4 +1,4 @@
-"""The delta between two full models: which entries differ, bit for bit."""
+"""The delta between two full models: the entries whose bits differ."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from .delta import Change, Delta, DeltaError
-from .delta_entries import check_param
-from .delta_file import VALUE_DTYPES
-from .delta_fingerprint import bits, fingerprint, same_bits
-from .wrappers import plain_name, plain_parameters
+from ..wrappers import plain_name, plain_parameters
+from .delta import Delta
+from .file import VALUE_DTYPES, Change, DeltaError
+from .fingerprint import bits, fingerprint, same_bits
+from .patches import check_param
 
 _CHUNK = 1 << 22  # entries compared at once: at most 32 MiB of positions
 
@@ -19,21 +19,21 @@ Model = nn.Module | Mapping[str, Tensor]
 
 
 def diff(base: Model, tuned: Model, originals: bool = True) -> Delta:
-    """The delta that makes `tuned` out of `base`: entries whose bits differ, NaN payloads and signs included.
+    """The delta that turns `base` into `tuned`: entries whose bits differ, NaN payloads and signs included.
 
-    base, tuned: modules, of which the parameters are compared and not the buffers, or mappings name → tensor,
-    such as state dicts or the tensors of a checkpoint. Names are those of the plain model (a mapping's common
-    prefix `module.` and parts `_orig_mod` are dropped), tied weights count once, unchanged tensors are left
-    out. A tensor that `tuned` alone has is stored whole. originals: keep the base's values, which `revert`
-    and `merge` need; the fingerprint is there either way.
-    Works tensor by tensor and needs no more memory than the result and one tensor. Mutates nothing.
-    Raises DeltaError by name: a tensor missing in `tuned`, another shape or dtype, a tensor that a delta can
-    not hold, weights tied in `base` that differ in `tuned`.
+    base, tuned: modules, whose parameters are compared and whose buffers are not, or mappings name → tensor,
+    such as state dicts or the tensors of a checkpoint. Names are those of the plain model: a mapping's common
+    prefix `module.` and parts `_orig_mod` are dropped. Tied weights count once, unchanged tensors are
+    omitted, and a tensor of `tuned` alone is stored whole. originals: keep the base's values, which `revert`
+    and `merge` need; the delta has a fingerprint without them too.
+    Works tensor by tensor, in the memory of the result and one tensor. Mutates nothing.
+    Raises DeltaError by name: for a tensor that `tuned` lacks, another shape or dtype, a tensor that a delta
+    cannot hold, and weights tied in `base` that differ in `tuned`.
     """
     ours, theirs = _tensors(base), _tensors(tuned)
     for name in ours:
         if name not in theirs:
-            raise DeltaError(f"{name}: expected it in both models, got it in the base alone")
+            raise DeltaError(f"{name}: expected a tensor of this name in tuned as in the base, got none")
     changes: dict[str, Change] = {}
     rows: dict[str, tuple[Tensor, Tensor]] = {}
     seen: dict[tuple, str] = {}
@@ -84,14 +84,16 @@ def _check_tied(first: str, name: str, one: Change | None, other: Change | None)
         agree = same_bits(one.values, other.values)
         agree &= one.indices is None or torch.equal(one.indices, other.indices)
     if not agree:
-        raise DeltaError(f"{name}: expected the same change as in {first}, which is tied to it in the base")
+        raise DeltaError(f"{name}: expected the same change as in {first}, which is tied to it in the base, "
+                         "got another one; clone one of the two in base")  # fmt: skip
 
 
 def _change(name: str, base: Tensor | None, tuned: Tensor) -> Change | None:
-    """What differs, with originals; None if nothing does."""
+    """The entries that differ, with originals; None if all agree."""
     shape, dtype = tuple(tuned.shape), tuned.dtype
     if base is not None and (tuple(base.shape), base.dtype) != (shape, dtype):
-        raise DeltaError(f"{name}: the base has {base.dtype} {tuple(base.shape)}, the tuned {dtype} {shape}")
+        expected = f"{base.dtype} {tuple(base.shape)}"
+        raise DeltaError(f"{name}: expected {expected} in tuned as in the base, got {dtype} {shape}")
     if base is not None and dtype not in VALUE_DTYPES and torch.equal(base, tuned.to(base.device)):
         return None
     for tensor in (tuned, base):

@@ -1,7 +1,6 @@
-"""The command `id3-optim`: train, estimate, inspect, apply, revert, merge, diff, convert, env.
+"""The parser of `id3-optim`, and the commands train and env.
 
-What a user got wrong (a file, a column, a number) ends in one line on stderr and exit code 2; `--debug` shows
-where.
+A mistake in an argument or a file ends in one line on stderr and exit code 2; `--debug` shows the traceback.
 """
 
 import argparse
@@ -11,15 +10,23 @@ import math
 import os
 import platform
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
-from . import cli_delta
-from .cli_estimate import add_estimate
-from .extras import require
+import torch
+
+import id3_kernels
+
+from ..extras import require
+from ..plots import save_plots
+from .delta import add_delta_commands
+from .estimate import add_estimate
+from .models import quiet_transformers
+from .report import table, write_report
 
 
 def budget(text: str) -> int | float:
-    """`320000` counts entries; `0.5%` and `0.005` are shares."""
+    """Reads a budget: `320000` counts entries; `0.5%` and `0.005` are shares."""
     try:
         if text.endswith("%"):
             return float(text[:-1]) / 100.0
@@ -31,43 +38,47 @@ def budget(text: str) -> int | float:
 
 
 def parser() -> argparse.ArgumentParser:
-    main = argparse.ArgumentParser(
+    """The parser of the command line; each command sets `run`, a function of the parsed arguments."""
+    whole = argparse.ArgumentParser(
         prog="id3-optim", description="Selective fine-tuning by step-by-step unmasking."
     )
-    main.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    commands = main.add_subparsers(dest="command", required=True, metavar="command")
-    add_train(commands.add_parser("train", help="fine-tune a model", formatter_class=Defaults))
-    cli_delta.add_commands(commands)
+    whole.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    commands = whole.add_subparsers(dest="command", required=True, metavar="command")
+    add_train(commands.add_parser("train", help="fine-tune a model"))
+    add_delta_commands(commands)
     add_estimate(commands, budget)
     env = commands.add_parser("env", help="versions, and which backends can run here")
     env.set_defaults(run=run_env)
-    return main
+    return whole
 
 
-class Defaults(argparse.ArgumentDefaultsHelpFormatter):
-    """Adds the default to every option's help but where there is none to tell."""
+def adder(group) -> Callable[..., None]:
+    """`group.add_argument` that ends an option's help with its default, where the option has one."""
 
-    def _get_help_string(self, action):
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+    def add(name: str, help: str, **options) -> None:
+        shown = options.get("default") not in (None, [])
+        group.add_argument(name, help=f"{help} (default: %(default)s)" if shown else help, **options)
+
+    return add
 
 
 def add_train(train: argparse.ArgumentParser) -> None:
     train.set_defaults(run=run_train)
-    data = train.add_argument_group("data")
-    add = data.add_argument
+    add = adder(train.add_argument_group("data"))
     add("--train", required=True, metavar="FILE", help="CSV or TSV (classification), JSONL (causal-lm)")
     add("--eval", required=True, metavar="FILE", help="the same, to measure on")
     add("--task", choices=("classification", "causal-lm"), help="default: by the file's ending")
     add("--text-column", nargs="+", default=["text"], metavar="NAME", help="one column, or two for pairs")
     add("--label-column", default="label", metavar="NAME", help="column of the class")
-    add("--max-length", type=int, default=256, metavar="TOKENS", help="longer texts are cut")
-    model = train.add_argument_group("model and output")
-    add = model.add_argument
+    add("--max-length", type=int, default=256, metavar="TOKENS", help="longer texts are truncated")
+    add = adder(train.add_argument_group("model and output"))
     add("--model", required=True, help="local directory or hub name")
     add("--output", required=True, metavar="DIR", help="where the tuned model or its delta goes")
     add("--delta-only", action="store_true", help="write the changed entries instead of the model")
     add(
-        "--originals", action="store_true", help="in deltas: also what was there before, for revert and merge"
+        "--originals",
+        action="store_true",
+        help="in deltas: also the values before training, for revert and merge",
     )
     add(
         "--save-every",
@@ -76,7 +87,7 @@ def add_train(train: argparse.ArgumentParser) -> None:
         help="write checkpoints, each with its delta, to resume from",
     )
     add("--keep", type=int, metavar="N", help="with --save-every: only the newest N checkpoints")
-    add("--resume", action="store_true", help="go on from the newest checkpoint in the output directory")
+    add("--resume", action="store_true", help="continue from the newest checkpoint in the output directory")
     add(
         "--save-at",
         nargs="+",
@@ -91,8 +102,8 @@ def add_train(train: argparse.ArgumentParser) -> None:
     add_schedule(train.add_argument_group("how"))
 
 
-def add_selection(group: argparse._ArgumentGroup) -> None:
-    add = group.add_argument
+def add_selection(group) -> None:
+    add = adder(group)
     add(
         "--optimizer",
         choices=("id3", "adamw"),
@@ -104,20 +115,28 @@ def add_selection(group: argparse._ArgumentGroup) -> None:
         "--heuristic",
         choices=("d3", "magnitude", "random", "bias"),
         default="d3",
-        help="what is picked first",
+        help="which entries are selected first",
     )
     add("--eps", type=float, default=1.0, help="D3's ε")
     add("--exp", type=float, default=2.0, help="D3's exponent: 0 is the gradient alone")
     add(
-        "--strategy", choices=("increment", "static", "repeat"), default="increment", help="when it is picked"
+        "--strategy",
+        choices=("increment", "static", "repeat"),
+        default="increment",
+        help="when entries are selected",
     )
     add("--schedule", default="uniform", help="uniform, cosine, exponential:<a>, one-shot")
-    add("--bias-correction", choices=("tensor", "entry"), default="tensor", help="whose steps Adam counts")
+    add(
+        "--bias-correction",
+        choices=("tensor", "entry"),
+        default="tensor",
+        help="whether Adam counts the steps of a tensor or of each entry",
+    )
     add("--backend", help="kernels to use: reference, cpu, triton, cuda (default: the best for the device)")
 
 
-def add_schedule(group: argparse._ArgumentGroup) -> None:
-    add = group.add_argument
+def add_schedule(group) -> None:
+    add = adder(group)
     add("--epochs", type=float, default=3.0, help="passes over the training file")
     add("--steps", type=int, help="optimizer steps, instead of --epochs")
     add("--batch-size", type=int, default=16, help="rows of one forward pass")
@@ -125,19 +144,24 @@ def add_schedule(group: argparse._ArgumentGroup) -> None:
     add("--lr", type=float, default=1e-3, help="learning rate, decaying linearly to 0")
     add("--head-lr", type=float, help="learning rate of a new head (default: --lr)")
     add("--warmup", type=float, default=0.05, help="steps, or a share of them, before the full learning rate")
-    add("--weight-decay", type=float, default=0.0, help="on active entries alone")
-    add("--max-grad-norm", type=float, default=1.0, help="clip the active entries' gradients; 0: do not")
+    add("--weight-decay", type=float, default=0.0, help="on active entries alone, decoupled")
+    add(
+        "--max-grad-norm",
+        type=float,
+        default=1.0,
+        help="clips the gradients of active entries; 0: no clipping",
+    )
     add("--seed", type=int, default=42, help="the same seed gives the same run")
     add("--bf16", action="store_true", help="bfloat16 weights, with float32 masters for active entries alone")
-    add("--release-gradients", action="store_true", help="drop each gradient as the backward pass makes it")
+    add("--release-gradients", action="store_true", help="free each gradient during the backward pass")
     add("--memory-report", action="store_true", help="also print predicted and measured memory")
-    add("--cpu", action="store_true", help="stay on the CPU where there is a GPU")
+    add("--cpu", action="store_true", help="use the CPU, even if there is a GPU")
     add(
         "--log-every",
         type=int,
         default=10,
         metavar="STEPS",
-        help="steps between two numbers of the loss curve",
+        help="steps between two values of the loss curve",
     )
 
 
@@ -146,34 +170,31 @@ def run_train(arguments: argparse.Namespace) -> None:
     if arguments.save_plots:
         require("matplotlib", extra="plot")
     check_ranges(arguments)
-    import transformers
+    # transformers is optional and takes seconds to import: only the commands that need it do.
+    from ..estimate import memory_table
+    from .train import Settings, train
 
-    from . import report, train
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    names = train.Settings.__dataclass_fields__
+    quiet_transformers()
+    names = Settings.__dataclass_fields__
     options = {name: value for name, value in vars(arguments).items() if name in names}
     options |= {"text_column": tuple(arguments.text_column), "save_at": tuple(arguments.save_at)}
-    numbers, start, optimizer = train.train(train.Settings(**options))
+    report, start, optimizer = train(Settings(**options))
     if arguments.save_plots:
-        from . import analysis
-
-        analysis.save_plots(
-            Path(arguments.output) / "plots.png", {"loss": numbers["history"]}, start.model, optimizer
-        )
+        path = Path(arguments.output) / "plots.png"
+        save_plots(path, {"loss": report["history"]}, start.model, optimizer)
     if arguments.report:
-        report.write_report(arguments.report, numbers)
-    print(report.table(numbers))
+        write_report(arguments.report, report)
+    print(table(report))
     if arguments.memory_report:
-        from .estimate import table
-
-        print(table(numbers["memory"]))
+        print(memory_table(report["memory"]))
     print(f"written to {arguments.output}")
 
 
 def check_ranges(arguments: argparse.Namespace) -> None:
-    """What the Trainer would answer with a traceback, or take without a word."""
+    """Raises ValueError or FileNotFoundError for arguments that would fail late, or not at all, in training.
+
+    Makes the directory of `--report`: training must not end with a report that cannot be written.
+    """
     least = {"steps": 1, "batch_size": 1, "accumulate": 1, "log_every": 1, "max_length": 2, "warmup": 0}
     least |= {"save_every": 1, "keep": 1}
     least |= {"weight_decay": 0, "max_grad_norm": 0}
@@ -189,23 +210,21 @@ def check_ranges(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--text-column: expected one or two columns, got {len(arguments.text_column)}")
     for name in ("release_gradients", "memory_report"):
         if getattr(arguments, name) and arguments.optimizer != "id3":
-            raise ValueError(f"--{name.replace('_', '-')}: needs --optimizer id3")
+            option = f"--{name.replace('_', '-')}"
+            raise ValueError(f"--optimizer: expected id3 with {option}, got {arguments.optimizer}")
     if arguments.originals and not (arguments.delta_only or arguments.save_at or arguments.save_every):
-        raise ValueError("--originals: needs --delta-only, --save-at or --save-every")
+        raise ValueError("--originals: expected --delta-only, --save-at or --save-every with it, got none")
     if arguments.keep and not arguments.save_every:
-        raise ValueError("--keep: needs --save-every")
-    if arguments.report:  # after hours of training would be late to learn that it can not be written
+        raise ValueError("--keep: expected --save-every with it, got none")
+    if arguments.report:
         Path(arguments.report).parent.mkdir(parents=True, exist_ok=True)
-    for path in (arguments.train, arguments.eval):
+    for option, path in (("--train", arguments.train), ("--eval", arguments.eval)):
         if not Path(path).is_file():
-            raise FileNotFoundError(f"no such file: {path}")
+            raise FileNotFoundError(f"{option}: expected a file, got {path}, which is none")
 
 
 def run_env(arguments: argparse.Namespace) -> None:
-    import torch
-
-    import id3_kernels
-
+    """Prints versions, devices and backends. arguments: none are read."""
     print(f"python {platform.python_version()}, {platform.system()} {platform.machine()}")
     for package in (
         "id3-optim",
@@ -231,7 +250,10 @@ def run_env(arguments: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command; returns the exit code: 0, or 2 for a mistake in what was asked."""
+    """Runs a command; returns the exit code: 0, or 2 for a mistake in the arguments or a file.
+
+    argv: the words after the program's name; None: those of the process.
+    """
     arguments = parser().parse_args(argv)
     try:
         arguments.run(arguments)
@@ -242,7 +264,3 @@ def main(argv: list[str] | None = None) -> int:
         print(f"id3-optim: error: {line}", file=sys.stderr)
         return 2
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,4 +1,4 @@
-"""Reading what the method's own toolkit (PyPI: selective-optimizers) saves, without running code from it."""
+"""Reads summaries of the method's own toolkit (PyPI: selective-optimizers) without running code from them."""
 
 from __future__ import annotations
 
@@ -11,16 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .delta import Change, Delta, DeltaError, fingerprint
-from .wrappers import plain_parameters
+from ..wrappers import plain_parameters
+from .delta import Delta
+from .file import Change, DeltaError
+from .fingerprint import fingerprint
 
 
 class _Summary:
-    """Stands in for the toolkit's dataclass: values, pointers, shapes, bn_metadata, budget_used."""
+    """Replaces the toolkit's dataclass: values, pointers, shapes, bn_metadata, budget_used."""
 
 
 _NAME = "selective_optimizers.load_store.SelectivePeftSummary"
-# What torch's restricted unpickler raises for a class that is not allowed, and on a damaged stream.
+# Raised by torch's restricted unpickler for a class that is not allowed and for a damaged stream.
 _BROKEN = (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError)
 _FIELDS = ("values", "pointers", "shapes", "bn_metadata", "budget_used")
 
@@ -28,12 +30,12 @@ _FIELDS = ("values", "pointers", "shapes", "bn_metadata", "budget_used")
 def load_toolkit_summary(path: str | os.PathLike, base: nn.Module, strict: bool = True) -> Delta:
     """The delta in a file of the toolkit's `write_summary_to_disk`, for the base model it was trained from.
 
-    The toolkit stores no names: values are matched to `base.parameters()` in order, and every shape and dtype
-    must agree. A tensor chosen whole is stored whole. The originals and the fingerprint are taken from
-    `base`, which is read and left alone. Reading is torch's weights-only loading with the toolkit's one class
-    allowed, as a bare container.
-    strict=False drops batch-norm statistics, which are buffers and have no place in a delta.
-    Raises DeltaError for anything else in the file or a model that does not fit, OSError if it can not be
+    The toolkit stores no names: values belong to `base.parameters()` in order, and every shape and dtype must
+    agree. A tensor selected whole is stored whole. Originals and fingerprint come from `base`, which is not
+    mutated. The file is read by torch's weights-only loading, with the toolkit's one class allowed as a
+    container.
+    strict=False drops batch-norm statistics, which are buffers: a delta holds parameters alone.
+    Raises DeltaError for a file of other content or a model that does not fit, OSError if the file cannot be
     opened.
     """
     summary = _read(path)
@@ -44,7 +46,7 @@ def load_toolkit_summary(path: str | os.PathLike, base: nn.Module, strict: bool 
     if summary.bn_metadata and strict:
         raise DeltaError(
             f"bn_metadata: expected none, got statistics of {len(summary.bn_metadata)} layers, which a delta "
-            "can not hold; strict=False drops them"
+            "cannot hold; strict=False drops them"
         )
     changes = {}
     rows = zip(params, summary.values, summary.pointers, summary.shapes, strict=True)
@@ -59,10 +61,10 @@ def load_toolkit_summary(path: str | os.PathLike, base: nn.Module, strict: bool 
 
 
 def _read(path: str | os.PathLike) -> _Summary:
-    with open(path, "rb") as file:  # torch.save writes a zip archive; torch.load would take bare pickles too
+    with open(path, "rb") as file:  # torch.save writes a zip archive; torch.load also reads bare pickles
         if not zipfile.is_zipfile(file):
             raise DeltaError(
-                "summary: expected a file of the toolkit, got something else than a torch archive"
+                f"summary: expected a file of the toolkit, got {os.fspath(path)}, which is no torch archive"
             )
     with torch.serialization.safe_globals([(_Summary, _NAME)]):
         try:
@@ -76,17 +78,20 @@ def _read(path: str | os.PathLike) -> _Summary:
         raise DeltaError(f"summary: expected {', '.join(_FIELDS)}, got no {', '.join(missing)}")
     columns = [summary.values, summary.pointers, summary.shapes]
     if not all(isinstance(column, list) for column in columns) or len(set(map(len, columns))) != 1:
-        raise DeltaError("summary: expected values, pointers and shapes as lists of one length, got others")
+        sizes = [len(column) if isinstance(column, list) else type(column).__name__ for column in columns]
+        raise DeltaError(f"summary: expected values, pointers and shapes as lists of one length, got {sizes}")
     kinds = (Tensor, Tensor, torch.Size)
     for column, kind in zip(columns, kinds, strict=True):
         for item in column:
             if not (item is None or (isinstance(item, kind) and _is_dense(item))):
-                raise DeltaError(f"summary: expected {kind.__name__} or None, got {type(item).__name__}")
+                got = item.layout if isinstance(item, Tensor) else type(item).__name__
+                raise DeltaError(f"summary: expected {kind.__name__} or None, got {got}")
     used = summary.budget_used
     if isinstance(used, Tensor) and used.numel() == 1:
         used = used.item()
     if not isinstance(used, int) or not isinstance(summary.bn_metadata, list):
-        raise DeltaError("summary: expected a count as budget_used and a list as bn_metadata, got others")
+        got = f"{type(used).__name__} and {type(summary.bn_metadata).__name__}"
+        raise DeltaError(f"summary: expected a count as budget_used and a list as bn_metadata, got {got}")
     summary.budget_used = used
     return summary
 
@@ -96,7 +101,7 @@ def _is_dense(item: Any) -> bool:
 
 
 def _in_order(base: nn.Module) -> list[tuple[str, Tensor]]:
-    """(plain name, parameter) as `base.parameters()` gives them: a tied one once."""
+    """(plain name, parameter) in the order of `base.parameters()`: a tied parameter once."""
     seen: dict[int, tuple[str, Tensor]] = {}
     for name, param in plain_parameters(base).items():
         seen.setdefault(id(param), (name, param))
@@ -111,9 +116,10 @@ def _change(name: str, param: Tensor, values: Any, pointers: Any, shape: Any) ->
     flat = _flat(name, param.shape, pointers, values.numel())
     order = flat.argsort()
     flat = flat[order]
-    if bool((flat.diff() <= 0).any()):
-        raise DeltaError(f"{name}: expected every entry once, got a repeated one")
-    if flat.numel() == param.numel():  # what the toolkit calls choose_all: a fresh head, say
+    if bool((flat.diff() == 0).any()):
+        repeated = int(flat[1:][flat.diff() == 0][0])
+        raise DeltaError(f"{name}: expected every entry once, got index {repeated} more than once")
+    if flat.numel() == param.numel():  # the toolkit's choose_all, such as a fresh head
         return Change(tuple(param.shape), param.dtype, None, values.reshape(-1)[order].reshape(param.shape))
     originals = param.detach().reshape(-1)[flat.to(param.device)].cpu()
     return Change(tuple(param.shape), param.dtype, flat.to(torch.int32), values.reshape(-1)[order], originals)
@@ -125,7 +131,9 @@ def _flat(name: str, shape: torch.Size, pointers: Any, n: int) -> Tensor:
     if not fits or tuple(pointers.shape) != (n, len(shape)):
         got = f"{pointers.dtype} {tuple(pointers.shape)}" if isinstance(pointers, Tensor) else type(pointers)
         raise DeltaError(f"{name}: expected int64 pointers of shape ({n}, {len(shape)}), got {got}")
-    if bool(((pointers < 0) | (pointers >= torch.tensor(shape))).any()):
-        raise DeltaError(f"{name}: expected pointers inside {tuple(shape)}, got one outside")
+    outside = ((pointers < 0) | (pointers >= torch.tensor(shape))).any(1)
+    if bool(outside.any()):
+        got = pointers[outside][0].tolist()
+        raise DeltaError(f"{name}: expected pointers inside {tuple(shape)}, got {got}")
     strides = [math.prod(shape[d + 1 :]) for d in range(len(shape))]
     return (pointers * torch.tensor(strides, dtype=torch.int64)).sum(1)

@@ -1,8 +1,8 @@
 """Ascending indices as gaps in LEB128: one to five bytes for an entry, two at densities around 0.1 %.
 
-The gap of the first index is the index itself, that of every other one its distance from the one before, less
-one, so that every sequence of gaps decodes to ascending, unique indices. A gap is written in groups of seven
-bits, the lowest first, in as few bytes as it needs; all bytes of a gap but its last have the top bit set.
+The first gap is the first index. Every further gap is the distance from the previous index, less one, so that
+every sequence of gaps decodes to ascending, unique indices. A gap is written in groups of seven bits, the
+lowest first, in as few bytes as possible; all bytes of a gap except its last have the top bit set.
 """
 
 import numpy as np
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 LONGEST_BYTES = 5
-_BLOCK_BYTES = 1 << 20  # decoded at once: what is widened to 64 bits stays small beside the file
+_BLOCK_BYTES = 1 << 20  # decoded at once: bounds the arrays that are widened to 64 bits
 
 
 def encode(indices: Tensor) -> Tensor:
@@ -29,7 +29,7 @@ def encode(indices: Tensor) -> Tensor:
 def decode(coded: Tensor, count: int) -> Tensor:
     """int32 [count], ascending and unique, from uint8 [bytes] on the CPU.
 
-    Raises ValueError for anything that `encode` would not have written for `count` indices.
+    Raises ValueError for bytes that `encode` does not write for `count` indices.
     """
     stored, indices = coded.numpy(), np.empty(count, dtype=np.int32)
     at, done, last = 0, 0, -1
@@ -37,9 +37,9 @@ def decode(coded: Tensor, count: int) -> Tensor:
         block = stored[at : at + _BLOCK_BYTES]
         ends = np.flatnonzero(block < 0x80)
         if not len(ends):
-            raise ValueError("expected gaps that end, got one without a last byte")
+            raise ValueError("expected gaps that end, got a gap without a last byte")
         if done + len(ends) > count:
-            raise ValueError(f"expected {count} gaps, got more")
+            raise ValueError(f"expected {count} gaps, got at least {done + len(ends)}")
         found = last + np.cumsum(_gaps(block, ends) + 1)
         if found[-1] >= 1 << 31:
             raise ValueError(f"expected indices below 2^31, got {found[-1]}")
@@ -51,12 +51,12 @@ def decode(coded: Tensor, count: int) -> Tensor:
 
 
 def _gaps(block: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    """int64 [n]: the gaps whose last bytes stand at `ends`; at most 2^35 each."""
+    """int64 [n]: the gaps whose last bytes are at `ends`; at most 2^35 each."""
     lengths = np.diff(ends, prepend=-1)
     if lengths.max() > LONGEST_BYTES:
         raise ValueError(f"expected gaps of at most {LONGEST_BYTES} bytes, got {lengths.max()}")
     if ((lengths > 1) & (block[ends] == 0)).any():
-        raise ValueError("expected gaps in as few bytes as they need, got a longer form")
+        raise ValueError("expected gaps in as few bytes as they need, got a zero as last byte")
     gaps = np.zeros(len(ends), dtype=np.int64)
     for k in range(int(lengths.max())):
         longer = lengths > k

@@ -1,7 +1,6 @@
 """The data of `id3-optim train`: labelled text (CSV, TSV), and prompts with completions (JSONL).
 
-Reading, tokenising, padding and metrics; every mistake in a file is a ValueError that names the file and the
-line.
+Reading, tokenising, padding and metrics. A mistake in a file raises ValueError with the file and the line.
 """
 
 import csv
@@ -14,15 +13,19 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-IGNORED = -100  # torch.nn.CrossEntropyLoss leaves targets of this value out
+IGNORED = -100  # torch.nn.CrossEntropyLoss excludes targets of this value
 
 
 class LabelledText(NamedTuple):
+    """A row of a classification task."""
+
     texts: tuple[str, ...]  # one sentence, or the two of a pair
     label: str
 
 
 class Completion(NamedTuple):
+    """A row of a causal language model's task."""
+
     prompt: str
     completion: str
 
@@ -38,11 +41,13 @@ class Task:
 
 
 def infer_kind(path: str) -> str:
-    """The task that a file's ending stands for."""
+    """The task for the ending of a file's name. Raises ValueError for an unknown ending."""
     suffix = Path(path).suffix.lower()
     kinds = {".csv": "classification", ".tsv": "classification", ".jsonl": "causal-lm"}
     if suffix not in kinds:
-        raise ValueError(f"--task: can not be told from {path}: expected .csv, .tsv or .jsonl, or --task")
+        raise ValueError(
+            f"--train: expected a name in .csv, .tsv or .jsonl, got {path}; name it so or give --task"
+        )
     return kinds[suffix]
 
 
@@ -64,12 +69,13 @@ def read_task(
     labels = sorted_labels({row.label for row in rows})
     if len(labels) < 2:
         raise ValueError(
-            f"{train}: column {label_column!r} has one label only ({labels[0]!r}): nothing to learn"
+            f"{train}: expected two labels or more in column {label_column!r}, got {labels[0]!r} alone"
         )
     unknown = sorted({row.label for row in eval_rows} - set(labels))
     if unknown:
         raise ValueError(
-            f"{eval}: label {unknown[0]!r} does not occur in {train} ({len(unknown)} such labels)"
+            f"{eval}: expected labels that occur in {train}, got {', '.join(map(repr, unknown[:5]))} "
+            f"({len(unknown)} such labels)"
         )
     return Task(kind, rows, eval_rows, labels)
 
@@ -81,7 +87,7 @@ def sorted_labels(labels: set[str]) -> list[str]:
 
 
 def read_labelled(path: str, text_columns: list[str], label_column: str) -> list[LabelledText]:
-    """CSV with the usual quoting, TSV (by the file's ending) without any; the first row names the columns."""
+    """Reads CSV with quoting, or TSV (by the file's ending) without; the first row names the columns."""
     tab = Path(path).suffix.lower() == ".tsv"
     dialect: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tab else {}
     with open(path, encoding="utf-8-sig", newline="") as file:
@@ -90,21 +96,25 @@ def read_labelled(path: str, text_columns: list[str], label_column: str) -> list
         for column in (*text_columns, label_column):
             if columns and column not in columns:
                 raise ValueError(
-                    f"{path}: no column {column!r}; the columns are {', '.join(map(repr, columns))}"
+                    f"{path}: expected a column {column!r}, got {', '.join(map(repr, columns))}; "
+                    "choose with --text-column and --label-column"
                 )
         rows = []
         for row in reader:
             fields = [row[column] for column in (*text_columns, label_column)]
             if None in row or None in fields:
-                raise ValueError(f"{path}:{reader.line_num}: expected {len(columns)} fields")
+                n = sum(value is not None for name, value in row.items() if name is not None) + len(
+                    row.get(None, [])
+                )
+                raise ValueError(f"{path}:{reader.line_num}: expected {len(columns)} fields, got {n}")
             rows.append(LabelledText(tuple(fields[:-1]), fields[-1].strip()))
     if not rows:
-        raise ValueError(f"{path}: no rows")
+        raise ValueError(f"{path}: expected rows, got none")
     return rows
 
 
 def read_completions(path: str) -> list[Completion]:
-    """JSONL: one object a line, with the strings `prompt` and `completion`; other keys are left alone."""
+    """Reads JSONL: an object per line, with the strings `prompt` and `completion`; ignores other keys."""
     rows = []
     with open(path, encoding="utf-8-sig") as file:
         for number, line in enumerate(file, 1):
@@ -113,20 +123,29 @@ def read_completions(path: str) -> list[Completion]:
             try:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
-                raise ValueError(f"{path}:{number}: not JSON ({error.msg})") from None
-            for key in Completion._fields:
+                got = _shortened(line.strip())
+                raise ValueError(f"{path}:{number}: expected JSON, got {got} ({error.msg})") from None
+            for key in ("prompt", "completion"):
                 if not isinstance(row, dict) or not isinstance(row.get(key), str):
-                    raise ValueError(f"{path}:{number}: expected an object with the string {key!r}")
+                    got = _shortened(row)
+                    raise ValueError(
+                        f"{path}:{number}: expected an object with the string {key!r}, got {got}"
+                    )
             if not row["completion"]:
-                raise ValueError(f"{path}:{number}: the completion is empty: nothing to learn")
+                raise ValueError(f"{path}:{number}: completion: expected a text to learn, got ''")
             rows.append(Completion(row["prompt"], row["completion"]))
     if not rows:
-        raise ValueError(f"{path}: no rows")
+        raise ValueError(f"{path}: expected rows, got none")
     return rows
 
 
+def _shortened(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}…"
+
+
 def encode(rows: list, task: Task, tokenizer, max_length: int) -> list[dict]:
-    """Rows as the model's inputs (lists of ints, not padded), with `labels`."""
+    """The model's inputs for each row (lists of ints, not padded), with `labels`."""
     if task.kind == "causal-lm":
         return [encode_completion(row, tokenizer, max_length) for row in rows]
     number = {label: i for i, label in enumerate(task.labels)}
@@ -139,12 +158,12 @@ def encode(rows: list, task: Task, tokenizer, max_length: int) -> list[dict]:
 
 
 def encode_completion(row: Completion, tokenizer, max_length: int) -> dict:
-    """Prompt, completion, end of text; the loss sees the last two. The prompt's beginning is cut first."""
+    """Prompt, completion, end of text; the loss covers the last two. The prompt's beginning is cut first."""
     prompt = tokenizer(row.prompt)["input_ids"]
     completion = tokenizer(row.completion, add_special_tokens=False)["input_ids"]
     if tokenizer.eos_token_id is not None:
         completion = [*completion, tokenizer.eos_token_id]
-    # One place is kept for the prompt: the first token of a sequence is never predicted.
+    # One token is reserved for the prompt: the first token of a sequence is never predicted.
     completion = completion[: max_length - 1]
     prompt = prompt[-(max_length - len(completion)) :]
     tokens = prompt + completion
@@ -156,7 +175,7 @@ def encode_completion(row: Completion, tokenizer, max_length: int) -> dict:
 
 
 def padding_token(tokenizer) -> int:
-    """The tokenizer's own, else the end of text, else 0: padding is masked out of attention and loss."""
+    """The padding token, else the end of text, else 0; attention and loss mask padding out."""
     for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if token is not None:
             return token
@@ -177,7 +196,7 @@ def collate(rows: list[dict], pad_token_id: int) -> dict[str, torch.Tensor]:
 
 
 def reduce_logits(kind: str):
-    """For the Trainer's `preprocess_logits_for_metrics`: keeps [rows] or [rows, 2] numbers of the logits."""
+    """The Trainer's `preprocess_logits_for_metrics`: reduces logits to [rows] or [rows, 2] numbers."""
 
     def predicted_class(logits, labels):
         return logits.argmax(-1)
@@ -196,7 +215,7 @@ def reduce_logits(kind: str):
 
 
 def metrics(kind: str):
-    """For the Trainer's `compute_metrics`: accuracy, or the mean loss of a token and its perplexity."""
+    """The Trainer's `compute_metrics`: accuracy, or the mean loss of a token and its perplexity."""
 
     def accuracy(prediction):
         return {"accuracy": float(np.mean(prediction.predictions == prediction.label_ids))}

@@ -1,7 +1,7 @@
-"""The bytes of a sparse delta: a safetensors file, written atomically, and checked whole before it is used.
+"""The bytes of a sparse delta: a safetensors file, written atomically and checked whole before its use.
 
-docs/delta-format.md is the format's own page. Tensors `<name>.indices` (int32, flat, ascending, unique) or,
-in the compact form, `<name>.gaps` (uint8, `delta_gaps`); `<name>.values`, optionally `<name>.originals`; or
+docs/delta-format.md describes the format. Tensors `<name>.indices` (int32, flat, ascending, unique) or,
+in the compact form, `<name>.gaps` (uint8, `gaps`); `<name>.values`, optionally `<name>.originals`; or
 `<name>.dense` for a parameter stored whole. One metadata entry, `id3_delta`, holds the rest as JSON:
 `{"version": 1, "shapes": [[…], …], "fingerprint": …, "settings": {…}}`, the shapes being those of the
 parameters in ascending order of their names, the fingerprint 16 hex digits or null.
@@ -16,6 +16,7 @@ import os
 import re
 import secrets
 import struct
+from collections import Counter
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -24,13 +25,13 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from . import delta_gaps
+from . import gaps
 
 VERSION = 1
 KEY = "id3_delta"
-# As the safetensors library; some 250 000 parameters. Bounds what a crafted file can make us parse.
+# The limit of the safetensors library, some 250 000 parameters. It bounds the JSON of a crafted file.
 _HEADER_LIMIT_BYTES = 100_000_000
-_STALE_SECONDS = 3600.0  # nobody writes one delta for longer
+_STALE_SECONDS = 3600.0  # longer than any write of one delta takes
 _STORED = {
     "F32": torch.float32,
     "BF16": torch.bfloat16,
@@ -40,18 +41,17 @@ _STORED = {
     "U8": torch.uint8,
 }
 VALUE_DTYPES = [dtype for dtype in _STORED.values() if dtype.is_floating_point]
-_FORMS = [{"dense"}, {"indices", "values"}, {"gaps", "values"}]  # originals may stand beside values
-
+_FORMS = [{"dense"}, {"indices", "values"}, {"gaps", "values"}]  # originals may accompany values
 
 Parts = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # part of a parameter → its dtype and shape
 
 
 class DeltaError(ValueError):
-    """A delta that can not be read, or does not fit the model; nothing has been changed."""
+    """A delta cannot be read or does not fit the model. The model is unchanged."""
 
 
 class Change(NamedTuple):
-    """What a delta holds for one parameter, on the CPU.
+    """A delta's values of one parameter, on the CPU.
 
     shape, dtype: the parameter's. indices: int32 [n], flat row-major, ascending and unique, or None when the
     parameter is stored whole. values: [n] in dtype, or of `shape` when whole. originals: as values, or None.
@@ -72,15 +72,12 @@ class Contents(NamedTuple):
     settings: dict[str, Any]
 
 
-# --- writing ---------------------------------------------------------------------------------------
-
-
 def write(path: str | os.PathLike, contents: Contents, compact: bool = False) -> None:
-    """Writes a delta file at path: afterwards it is the old file or the new one, never a part.
+    """Writes a delta file at path, which holds the old file or the new one afterwards, never a part.
 
-    A symbolic link is followed. Raises OSError (a full disk included, with the path and the bytes needed) and
-    removes what it had begun; only a killed process can leave a `.<name>.<hex>.partial` beside the file,
-    which a later write to the same name removes once it is an hour old.
+    A symbolic link is followed. Raises OSError (for a full disk with the path and the bytes needed) and
+    removes the unfinished file. A killed process can leave a `.<name>.<hex>.partial` beside the file, which a
+    later write to the same name removes once it is an hour old.
     """
     target = Path(os.path.realpath(path))
     if target.exists() and not target.is_file():
@@ -104,7 +101,7 @@ def write(path: str | os.PathLike, contents: Contents, compact: bool = False) ->
 
 
 def _sync_directory(directory: Path) -> None:
-    """Makes the rename itself durable, where the system can: some network file systems refuse."""
+    """Makes the rename durable where the file system supports it; some network file systems do not."""
     if os.name == "posix":
         with contextlib.suppress(OSError):
             handle = os.open(directory, os.O_RDONLY)
@@ -115,7 +112,7 @@ def _sync_directory(directory: Path) -> None:
 
 
 def _remove_stale(target: Path) -> None:
-    """Removes what killed writers of this file left. Ages are differences of the file system's own clock."""
+    """Removes the partial files of killed writers. Ages are differences of the file system's own clock."""
     pattern = re.compile(re.escape(f".{target.name}.") + "[0-9a-f]{16}" + re.escape(".partial"))
     with contextlib.suppress(OSError), os.scandir(target.parent) as listing:
         newest = target.stat().st_mtime
@@ -130,7 +127,7 @@ def _to_bytes(contents: Contents, compact: bool) -> bytes:
         if change.indices is None:
             parts = {"dense": change.values}
         else:
-            coded = {"gaps": delta_gaps.encode(change.indices)} if compact else {"indices": change.indices}
+            coded = {"gaps": gaps.encode(change.indices)} if compact else {"indices": change.indices}
             parts = coded | {"values": change.values, "originals": change.originals}
         tensors |= {f"{name}.{part}": t.contiguous() for part, t in parts.items() if t is not None}
     head = {
@@ -145,15 +142,12 @@ def _to_bytes(contents: Contents, compact: bool) -> bytes:
     return content
 
 
-# --- reading ---------------------------------------------------------------------------------------
-
-
 def read(path: str | os.PathLike) -> Contents:
     """Reads and checks a whole delta file: structure, names, dtypes, shapes, index range, order, uniqueness.
 
-    Both forms. Allocates a small multiple of the file's own size, runs no code from it, and maps no memory,
-    so a file that another process cuts short meanwhile is an error, not a crash. Raises DeltaError, or
-    OSError if the file can not be opened.
+    Reads both forms. Allocates a small multiple of the file's size, runs no code from it, and maps no memory:
+    a file that another process truncates meanwhile raises an error instead of a crash. Raises DeltaError, or
+    OSError if the file cannot be opened.
     """
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
@@ -195,7 +189,9 @@ def _header_bytes(file: BinaryIO, size: int) -> bytes:
 def _json(text: str, what: str) -> Any:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         made = dict(pairs)
-        _require(len(made) == len(pairs), what, "every name once", "a repeated name")
+        if len(made) != len(pairs):
+            (name, count), *_ = Counter(name for name, _ in pairs).most_common(1)
+            _require(False, what, "every name once", f"{name!r} {count} times")
         return made
 
     def refuse(constant: str) -> None:
@@ -210,7 +206,7 @@ def _json(text: str, what: str) -> Any:
 
 
 def _head(stored: Any) -> dict[str, Any]:
-    """The delta's own metadata, each field of the right kind."""
+    """The delta's metadata, its fields checked for their kinds."""
     metadata = stored.get("__metadata__") if isinstance(stored, dict) else None
     text = metadata.get(KEY) if isinstance(metadata, dict) else None
     _require(isinstance(text, str), "delta file", f"the metadata entry {KEY!r}", "none")
@@ -258,14 +254,14 @@ def _layout(stored: dict[str, Any], body_bytes: int) -> dict[str, Parts]:
 
 
 def _check_form(name: str, parts: Parts) -> None:
-    """A parameter has the parts of one form and no others."""
+    """Raises DeltaError unless the parameter has exactly the parts of one form."""
     fits = set(parts) in _FORMS or set(parts) - {"originals"} in _FORMS[1:]
     expected = "indices or gaps, values and perhaps originals, or dense"
     _require(fits, name or "delta file", expected, " and ".join(parts))
 
 
 def _check_parts(name: str, parts: Parts, shape: tuple[int, ...]) -> None:
-    """Each part of a parameter is of the right dtype and shape."""
+    """Raises DeltaError for a part of a parameter with another dtype or shape than its form has."""
     dtype, kept = parts.get("values", parts.get("dense"))
     key = f"{name}.{'dense' if 'dense' in parts else 'values'}"
     _require(dtype in VALUE_DTYPES, key, "floating-point numbers", dtype)
@@ -274,7 +270,7 @@ def _check_parts(name: str, parts: Parts, shape: tuple[int, ...]) -> None:
     expected["indices"] = (torch.int32, expected["values"][1])
     for part, (found, size) in parts.items():
         if part == "gaps":
-            least, most = math.prod(kept), delta_gaps.LONGEST_BYTES * math.prod(kept)
+            least, most = math.prod(kept), gaps.LONGEST_BYTES * math.prod(kept)
             fits = found == torch.uint8 and len(size) == 1 and least <= size[0] <= most
             _require(fits, f"{name}.gaps", f"torch.uint8 of {least} to {most} bytes", (found, size))
         else:
@@ -288,13 +284,14 @@ def _change(name: str, parts: Parts, shape: tuple[int, ...], tensors: dict[str, 
     values, originals = tensors[f"{name}.values"], tensors.get(f"{name}.originals")
     if "gaps" in parts:
         try:
-            indices = delta_gaps.decode(tensors[f"{name}.gaps"], values.numel())
+            indices = gaps.decode(tensors[f"{name}.gaps"], values.numel())
         except ValueError as error:
             raise DeltaError(f"{name}.gaps: {error}") from error
     else:
         indices = tensors[f"{name}.indices"]
-        ascending = bool((indices[1:] > indices[:-1]).all())
-        _require(ascending, f"{name}.indices", "ascending, unique indices", "others")
+        falls = (indices[1:] <= indices[:-1]).nonzero()[:1].flatten().tolist()
+        got = [indices[at : at + 2].tolist() for at in falls]
+        _require(not falls, f"{name}.indices", "ascending, unique indices", got)
     if indices.numel():
         low, high, entries = indices[0].item(), indices[-1].item(), math.prod(shape)
         part = "gaps" if "gaps" in parts else "indices"

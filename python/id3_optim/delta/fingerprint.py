@@ -1,4 +1,4 @@
-"""Bit patterns: the fingerprint that tells a delta's base, and equality that sees signed zeros and NaNs."""
+"""Bit patterns: the fingerprint of a delta's base, and equality that distinguishes signed zeros and NaNs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .hashing import INCREMENT, mix64
+from ..hashing import INCREMENT, mix64
 
 _SLICE = 1 << 14  # entries hashed at once: the temporaries stay in a core's cache
 
@@ -27,8 +27,15 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     return torch.equal(bits(a), bits(b))
 
 
+def first_difference(a: Tensor, b: Tensor) -> int | None:
+    """The flat position of the first entry whose bits differ, None if all agree; as for `same_bits`."""
+    if same_bits(a, b):
+        return None
+    return int((bits(a.reshape(-1)) != bits(b.reshape(-1))).nonzero()[0])
+
+
 def by_kind(tensors: Sequence[Tensor]) -> list[list[int]]:
-    """Positions of the tensors that one call can take together: same device and dtype."""
+    """Positions of the tensors that one kernel call can process together: same device and dtype."""
     groups: dict[Any, list[int]] = defaultdict(list)
     for i, tensor in enumerate(tensors):
         groups[tensor.device, tensor.dtype].append(i)

@@ -11,26 +11,23 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.trainer_utils import get_last_checkpoint
 
-from . import schedules, tasks
-from .delta import save_delta
-from .estimate import MemoryWatch, estimate_from_config
-from .heuristics import D3, Bias, Magnitude, Random
-from .integrations.huggingface import (
-    DELTA_NAME,
-    ID3Callback,
-    StepClock,
-    fresh_parameters,
-    parameter_groups,
-)
-from .optimizer import ID3AdamW
+from .. import schedules
+from ..delta import save_delta
+from ..delta.series import DeltaSeries
+from ..estimate import MemoryWatch, estimate_from_config
+from ..heuristics import D3, Bias, Magnitude, Random
+from ..integrations.groups import parameter_groups
+from ..integrations.huggingface import DELTA_NAME, ID3Callback, StepClock
+from ..optimizer import ID3AdamW
+from . import tasks
+from .models import load_pretrained
 from .report import summarise
-from .series import DeltaSeries
 from .tasks import Task
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What `id3-optim train` can be told; the command's help explains each."""
+    """The options of `id3-optim train`; the command's help explains each."""
 
     model: str
     train: str
@@ -83,7 +80,7 @@ class Start:
 
 @dataclass
 class Run:
-    """What a finished training run leaves. history: the Trainer's log; clock: seconds of every step."""
+    """The results of a training run. history: the Trainer's log; clock: seconds of every step."""
 
     metrics: dict[str, float]
     history: list[dict]
@@ -110,9 +107,9 @@ class ProgressBar(transformers.TrainerCallback):
 
 
 def trainer_arguments(settings: Settings) -> transformers.TrainingArguments:
-    """The Trainer's arguments: linear decay after a short warm-up, no clipping.
+    """The Trainer's arguments: linear decay after a short warm-up, no clipping under ID3AdamW.
 
-    The Trainer clips by the norm of all N gradients; ID3AdamW by that of the active entries
+    The Trainer would clip by the norm of all N gradients; ID3AdamW clips by the norm of the active entries'
     (`max_grad_norm`). Even at 0 the Trainer measures the norm of all gradients for its log; the report
     counts that time as forward and backward.
     """
@@ -144,8 +141,8 @@ def trainer_arguments(settings: Settings) -> transformers.TrainingArguments:
 def load_start(settings: Settings, task: Task, device: torch.device | str = "cpu") -> Start:
     """Loads model and tokenizer; the seed fixes the numbers of a new head.
 
-    With `bf16` and ID3 the weights are bfloat16 (each active entry owns a float32 master) but for fresh
-    parameters, which stay float32; without ID3 they are float32 and only the arithmetic is bfloat16.
+    With `bf16` and ID3 the weights are bfloat16 (each active entry owns a float32 master), except for fresh
+    parameters, which are float32. Without ID3 the weights are float32 and the arithmetic alone is bfloat16.
     """
     transformers.set_seed(settings.seed)
     tokenizer = AutoTokenizer.from_pretrained(settings.model)
@@ -160,22 +157,12 @@ def load_start(settings: Settings, task: Task, device: torch.device | str = "cpu
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tasks.padding_token(tokenizer)
     model.config.architectures = [type(model).__name__]
-    # An optimizer picks its backend by where the parameters are.
+    # The optimizer chooses its backend by the parameters' device.
     return Start(model.to(device), tokenizer, fresh)
 
 
-def load_pretrained(model_class: type, source: str, **options) -> tuple[torch.nn.Module, set[str]]:
-    """The model, and the names of its parameters that the checkpoint lacks; these are made float32."""
-    model, loading_info = model_class.from_pretrained(source, output_loading_info=True, **options)
-    fresh = fresh_parameters(model, loading_info)
-    for name, parameter in model.named_parameters():
-        if name in fresh:
-            parameter.data = parameter.data.float()
-    return model, fresh
-
-
 def build_optimizer(settings: Settings, start: Start) -> torch.optim.Optimizer:
-    """ID3AdamW with the fresh parameters as a dense group, or torch's AdamW on everything."""
+    """ID3AdamW with the fresh parameters as a dense group, or torch's AdamW on all parameters."""
     if settings.optimizer == "adamw":
         return torch.optim.AdamW(
             [p for p in start.model.parameters() if p.requires_grad],
@@ -195,7 +182,7 @@ def build_optimizer(settings: Settings, start: Start) -> torch.optim.Optimizer:
         groups,
         lr=settings.lr,
         weight_decay=settings.weight_decay,
-        # Resolved here, so that a budget that does not fit is refused before the first step.
+        # Resolved before the first step, so that a budget out of range is refused before the training.
         budget=schedules.resolve_budget(settings.budget, entries),
         heuristic=heuristics[settings.heuristic],
         strategy=settings.strategy,
@@ -216,11 +203,11 @@ def fit(
 ) -> Run:
     """Trains `start.model` in place and evaluates it. The same settings give the same batches and dropout.
 
-    callbacks: the Trainer's, beside a progress bar and a clock; ID3AdamW needs `ID3Callback` there or its
-    `total_steps`.
+    callbacks: added to a progress bar and a clock. ID3AdamW needs `ID3Callback` among them, or its
+    `total_steps` set.
     """
     length = min(settings.max_length, start.tokenizer.model_max_length)
-    # Rows of like length share a batch, which halves the padding; no metric depends on their order.
+    # Rows of similar length share a batch, which halves the padding; no metric depends on their order.
     to_measure = sorted(
         tasks.encode(task.eval, task, start.tokenizer, length), key=lambda row: len(row["input_ids"])
     )
@@ -245,7 +232,7 @@ def fit(
 
 
 def newest_checkpoint(settings: Settings) -> str | None:
-    """The folder to resume from, None to begin. Raises ValueError where there is none to resume."""
+    """The newest checkpoint with `resume`, else None. Raises ValueError where there is no checkpoint."""
     if not settings.resume:
         return None
     folder = get_last_checkpoint(settings.output) if Path(settings.output).is_dir() else None
@@ -255,7 +242,7 @@ def newest_checkpoint(settings: Settings) -> str | None:
 
 
 def write_model(settings: Settings, start: Start, optimizer) -> Path:
-    """Writes the tuned model, or its delta with the configuration that `id3-optim apply` needs."""
+    """Writes the tuned model, or its delta beside the configuration that `id3-optim apply` reads."""
     output = Path(settings.output)
     start.tokenizer.save_pretrained(output)
     if not settings.delta_only:
@@ -270,8 +257,9 @@ def train(settings: Settings) -> tuple[dict, Start, torch.optim.Optimizer]:
     """The whole run: read, load, train, evaluate, write. Returns the report, the model, its optimizer."""
     if settings.optimizer != "id3" and (settings.delta_only or settings.save_at):
         option = "--delta-only" if settings.delta_only else "--save-at"
-        raise ValueError(f"{option}: needs --optimizer id3; AdamW changes every entry")
-    newest_checkpoint(settings)  # refused before anything is loaded
+        raise ValueError(f"--optimizer: expected id3 with {option}, got {settings.optimizer}, which changes "
+                         "every entry")  # fmt: skip
+    newest_checkpoint(settings)  # raises before the model is loaded
     task = tasks.read_task(
         settings.train,
         settings.eval,
@@ -298,10 +286,10 @@ def train(settings: Settings) -> tuple[dict, Start, torch.optim.Optimizer]:
 
 
 def predicted_memory(settings: Settings) -> dict[str, int]:
-    """Bytes by kind for batches of the longest texts allowed, from the model's configuration alone."""
-    shown = "released" if settings.release_gradients else "dense"
+    """Bytes by kind for batches of texts of `max_length`, from the model's configuration alone."""
     options = {"batch": settings.batch_size, "length": settings.max_length, "bf16": settings.bf16}
-    options |= {"static": settings.strategy != "increment"} | (
-        {"steps": settings.steps} if settings.steps else {}
-    )
-    return estimate_from_config(settings.model, settings.budget, **options)[shown]
+    options |= {"static": settings.strategy != "increment"}
+    if settings.steps:
+        options["steps"] = settings.steps
+    report = estimate_from_config(settings.model, settings.budget, **options)
+    return report["released" if settings.release_gradients else "dense"]

@@ -1,4 +1,4 @@
-"""What a training run reports: numbers for a program (JSON), and a table for a reader."""
+"""The report of a training run: numbers as JSON, and the main ones as a table."""
 
 import json
 import math
@@ -7,11 +7,11 @@ from statistics import fmean
 
 import torch
 
-from .analysis import count_changed
+from ..analysis import count_changed
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes that the optimizer keeps beside parameters and gradients."""
+    """Bytes of the optimizer's state, parameters and gradients not counted."""
     if hasattr(optimizer, "memory_report"):
         return optimizer.memory_report()["total"]
     values = (value for state in optimizer.state.values() for value in state.values())
@@ -24,7 +24,7 @@ def summarise(settings, start, optimizer: torch.optim.Optimizer, run) -> dict:
     step_ms = 1e3 * fmean(run.clock.step_seconds or [0.0])
     optimizer_ms = 1e3 * fmean(run.clock.optimizer_seconds or [0.0])
     is_id3 = hasattr(optimizer, "phase_seconds")
-    # Elsewhere what the optimizer measures is the time to issue its work.
+    # On a GPU the optimizer's clock measures the time to issue the work, not the work itself.
     on_cpu = all(p.device.type == "cpu" for p in start.model.parameters())
     phases = optimizer.phase_seconds if is_id3 and on_cpu else {}
     phases_ms = {name: 1e3 * s / steps for name, s in phases.items()}
@@ -77,7 +77,7 @@ def table(report: dict) -> str:
 
 
 def write_report(path: str, report: dict) -> None:
-    """JSON; a number that JSON has no word for (NaN, infinity) is written as null."""
+    """Writes JSON; NaN and infinities, which JSON lacks, are written as null. Makes the directory."""
 
     def plain(value):
         if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""One delta out of several: the weighted sum of their differences to the originals, and what collides."""
+"""One delta from several: the weighted sum of their differences to the originals, and their conflicts."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from .delta import Change, Delta, DeltaError
-from .delta_fingerprint import bits, fingerprint, same_bits
+from .delta import Delta
+from .file import Change, DeltaError
+from .fingerprint import bits, fingerprint, first_difference
 
 Whole = Literal["agree", "first", "drop"]
 
 
 class Conflict(NamedTuple):
-    """Entries of one parameter: in all, in several deltas with different values, with opposed differences."""
+    """Counts of one parameter's entries: all, those with different values, those with opposed differences."""
 
     entries: int
     overlapping: int
@@ -24,7 +25,7 @@ class Conflict(NamedTuple):
 
 
 class Merged(NamedTuple):
-    """What `merge` gives. conflicts: parameter name → Conflict, for every parameter that is not whole."""
+    """The result of `merge`. conflicts: parameter name → Conflict, for every parameter that is not whole."""
 
     delta: Delta
     conflicts: dict[str, Conflict]
@@ -33,14 +34,14 @@ class Merged(NamedTuple):
 def merge(deltas: Sequence[Delta], weights: Sequence[float] | None = None, whole: Whole = "agree") -> Merged:
     """The delta of value = original + Σ weight_i · (value_i − original), and a report of the conflicts.
 
-    Computed in float64 and rounded once to the parameter's dtype; an entry in one delta alone, with weight 1,
-    keeps its bits. weights: one finite number for each delta, 1 by default. Overlapping entries have values
-    of different bits in two deltas; opposed ones a positive difference in one and a negative one in another,
-    weights left out. The result has originals and their fingerprint. Mutates nothing.
-    whole: what becomes of parameters stored whole, such as new heads, which can not be added up. "agree"
-    takes them over from the deltas that have them, which must agree bit for bit; "first" takes each from the
-    first delta that has it, as it is there; "drop" leaves them all out. The weights have no say in it.
-    Raises TypeError for a single delta, ValueError for weights or an option that do not fit, DeltaError where
+    Computed in float64 and rounded once to the parameter's dtype; an entry of one delta alone, with weight 1,
+    keeps its bits. weights: a finite number per delta, 1 by default. Overlapping entries have values of
+    different bits in two deltas. Opposed entries have a positive difference in one delta and a negative one
+    in another, before the weights. The result has originals and their fingerprint. Mutates nothing.
+    whole: the rule for parameters stored whole, such as new heads, which cannot be summed. "agree" takes them
+    from the deltas that have them, which must agree bit for bit; "first" takes each unchanged from the first
+    delta that has it; "drop" omits them all. The weights do not apply to them.
+    Raises TypeError for a single delta, ValueError for weights or a rule out of range, DeltaError where
     originals are missing, or where originals, shapes or dtypes differ between two deltas.
     """
     if isinstance(deltas, Delta):
@@ -68,7 +69,10 @@ def merge(deltas: Sequence[Delta], weights: Sequence[float] | None = None, whole
 
 
 def _check_alike(name: str, held: dict[int, Change], whole: Whole) -> None:
-    """The changes of one parameter, by the position of their delta, can be merged but for their originals."""
+    """Raises DeltaError unless the changes of one parameter can be merged; does not compare originals.
+
+    held: position of the delta → its change.
+    """
     if whole != "agree" and all(change.indices is None for change in held.values()):
         return
     i, first = next(iter(held.items()))
@@ -76,16 +80,20 @@ def _check_alike(name: str, held: dict[int, Change], whole: Whole) -> None:
         for what in ("shape", "dtype"):
             one, other = getattr(first, what), getattr(change, what)
             if one != other:
-                raise DeltaError(f"{name}: {what}: deltas[{i}] has {one}, deltas[{j}] has {other}")
+                raise DeltaError(f"deltas[{j}]: {name}: expected {what} {one} as in deltas[{i}], got {other}")
         if (first.indices is None) != (change.indices is None):
             complete, entries = (i, j) if first.indices is None else (j, i)
-            raise DeltaError(f"{name}: stored whole in deltas[{complete}], as entries in deltas[{entries}]")
-        if change.indices is None and not same_bits(first.values, change.values):
-            raise DeltaError(f"{name}: stored whole in deltas[{i}] and deltas[{j}] with other values: "
-                             "expected equal ones, or whole='first' or whole='drop'")  # fmt: skip
+            raise DeltaError(
+                f"deltas[{entries}]: {name}: expected it stored whole as in deltas[{complete}], got entries"
+            )
+        at = first_difference(first.values, change.values) if change.indices is None else None
+        if at is not None:
+            one, other = first.values.reshape(-1)[at].item(), change.values.reshape(-1)[at].item()
+            raise DeltaError(f"deltas[{j}]: {name}, stored whole: expected {one} at index {at} as in "
+                             f"deltas[{i}], got {other}; pass whole='first' or whole='drop'")  # fmt: skip
         if change.indices is not None and change.originals is None:
             raise DeltaError(
-                f"{name}: expected originals in deltas[{j}] (save_delta(originals=True)), got none"
+                f"deltas[{j}]: {name}: expected originals, got none; save the delta with originals=True"
             )
 
 
@@ -94,7 +102,7 @@ def _sum(name: str, held: dict[int, Change], weights: list[float]) -> tuple[Chan
     indices, owners = torch.cat([c.indices for c in held.values()]).unique(return_inverse=True)
     n = indices.numel()
     places = dict(zip(held, owners.split([c.indices.numel() for c in held.values()]), strict=True))
-    originals = _originals(name, held, places, n)
+    originals = _originals(name, held, indices, places)
     moved = torch.zeros(n, dtype=torch.float64)
     deltas_with = torch.zeros(n, dtype=torch.int32)
     values, exact = originals.clone(), torch.zeros(n, dtype=torch.bool)
@@ -110,23 +118,29 @@ def _sum(name: str, held: dict[int, Change], weights: list[float]) -> tuple[Chan
         exact[at] = weights[i] == 1
     exact &= deltas_with == 1
     summed = _rounded(originals.double() + moved, first.dtype)
-    # Where nothing moved, the original's own bits stay: -0.0 + 0.0 would be 0.0.
+    # An entry that did not move keeps the original's bits: -0.0 + 0.0 would be 0.0.
     values = torch.where(exact, values, torch.where(moved == 0, originals, summed))
     conflict = Conflict(n, int(differing.sum()), int((up & down).sum()))
     return Change(first.shape, first.dtype, indices, values, originals), conflict
 
 
-def _originals(name: str, held: dict[int, Change], places: dict[int, Tensor], n: int) -> Tensor:
-    """The originals of the union's n entries, which all deltas that share one must agree on."""
+def _originals(name: str, held: dict[int, Change], indices: Tensor, places: dict[int, Tensor]) -> Tensor:
+    """The originals of the union's entries. Raises DeltaError where two deltas disagree on one.
+
+    indices: of the union's entries, int32 [n]. places: position of a delta → where its entries are in them.
+    """
+    n = indices.numel()
     originals = torch.zeros(n, dtype=next(iter(held.values())).dtype)
     owner = torch.full((n,), -1)
     for i, change in held.items():
         at = places[i]
-        other = (owner[at] >= 0) & (bits(originals)[at] != bits(change.originals))
-        if other.any():
-            j = int(owner[at][other][0])
-            raise DeltaError(f"{name}: the originals of deltas[{j}] and deltas[{i}] differ where they meet: "
-                             "expected one base")  # fmt: skip
+        differs = (owner[at] >= 0) & (bits(originals)[at] != bits(change.originals))
+        if differs.any():
+            k = int(differs.nonzero()[0])
+            j, index = int(owner[at[k]]), int(indices[at[k]])
+            expected, got = originals[at[k]].item(), change.originals[k].item()
+            raise DeltaError(f"deltas[{i}]: {name}: expected the original {expected} at index {index} as in "
+                             f"deltas[{j}], got {got}; merge deltas of one base")  # fmt: skip
         originals[at] = change.originals
         owner[at] = i
     return originals
@@ -135,8 +149,8 @@ def _originals(name: str, held: dict[int, Change], places: dict[int, Tensor], n:
 def _rounded(wide: Tensor, dtype: torch.dtype) -> Tensor:
     """float64 to dtype, to nearest even, rounded once.
 
-    torch goes to 16 bits by way of float32, which would round twice: the float32 is rounded to odd instead,
-    whose second rounding is that of the exact number.
+    torch converts to 16 bits through float32, which would round twice. Rounding to odd in float32 makes the
+    second rounding equal to that of the exact number.
     """
     if dtype.itemsize > 2:
         return wide.to(dtype)

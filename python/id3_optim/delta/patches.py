@@ -11,21 +11,30 @@ from torch import Tensor, nn
 import id3_kernels
 from id3_kernels import Entries
 
-from .delta_file import VALUE_DTYPES, Change, DeltaError
-from .delta_fingerprint import by_kind, same_bits
-from .wrappers import plain_parameters
+from ..wrappers import plain_parameters
+from .file import VALUE_DTYPES, Change, DeltaError
+from .fingerprint import by_kind, first_difference
 
 
 class Patch(NamedTuple):
-    """Values for a parameter: at flat indices (int32 [n]), or all of it when indices is None."""
+    """Values of a parameter: at flat indices (int32 [n]), or of the whole parameter when indices is None."""
 
     param: Tensor
     indices: Tensor | None
     values: Tensor
 
 
+class Difference(NamedTuple):
+    """An entry of a parameter whose bits are not the expected ones. index: flat."""
+
+    name: str
+    index: int
+    expected: float
+    held: float
+
+
 def check_param(name: str, param: Tensor) -> None:
-    """Raises DeltaError for a tensor that a delta can not hold."""
+    """Raises DeltaError for a tensor that a delta cannot hold."""
     kind = type(param).__name__ if type(param) not in (Tensor, nn.Parameter) else param.layout
     if kind is torch.strided and param.dtype not in VALUE_DTYPES:
         kind = param.dtype
@@ -36,7 +45,7 @@ def check_param(name: str, param: Tensor) -> None:
 
 
 def find(model: nn.Module, changes: Mapping[str, Change], strict: bool) -> dict[str, Patch]:
-    """The place and the new values of each change, all checked; strict=False leaves out missing names."""
+    """The parameter and the new values of each change, all checked; strict=False omits missing names."""
     present, found, owner = plain_parameters(model), {}, {}
     for name, change in changes.items():
         param = present.get(name)
@@ -49,7 +58,9 @@ def find(model: nn.Module, changes: Mapping[str, Change], strict: bool) -> dict[
             expected, got = f"{change.dtype} {change.shape}", f"{param.dtype} {tuple(param.shape)}"
             raise DeltaError(f"{name}: expected a parameter of {expected}, got {got}")
         if any(size > 1 and step == 0 for size, step in zip(param.shape, param.stride(), strict=True)):
-            raise DeltaError(f"{name}: expected memory for each entry, got an expanded tensor")
+            raise DeltaError(
+                f"{name}: expected memory for each entry, got an expanded tensor; clone it first"
+            )
         if id(param) in owner:
             raise DeltaError(f"{name}: expected a tensor of its own, got the one of {owner[id(param)]}")
         found[name], owner[id(param)] = Patch(param, change.indices, change.values), name
@@ -58,12 +69,15 @@ def find(model: nn.Module, changes: Mapping[str, Change], strict: bool) -> dict[
     return found
 
 
-def first_changed(patches: Mapping[str, Patch]) -> str | None:
-    """The first name whose parameter holds other bits than the patch's values there; None if all agree."""
+def first_changed(patches: Mapping[str, Patch]) -> Difference | None:
+    """The first entry whose bits in the parameter differ from the patch's value; None if all agree."""
     held = read(list(patches.values()))
     for (name, patch), now in zip(patches.items(), held, strict=True):
-        if not same_bits(now.values.cpu(), patch.values.cpu()):
-            return name
+        expected, found = patch.values.cpu(), now.values.cpu()
+        at = first_difference(expected, found)
+        if at is not None:
+            index = at if patch.indices is None else int(patch.indices[at])
+            return Difference(name, index, expected.reshape(-1)[at].item(), found.reshape(-1)[at].item())
     return None
 
 
@@ -77,7 +91,7 @@ def _sparse_groups(patches: Sequence[Patch]) -> Iterator[tuple[list[int], list[T
 
 
 def read(patches: Sequence[Patch]) -> list[Patch]:
-    """The same places with the values that the parameters hold there now, on the parameters' devices."""
+    """The same entries with the values that the parameters hold now, on the parameters' devices."""
     held = [Patch(p, None, p.detach().clone()) if i is None else None for p, i, _ in patches]
     for members, params, entries in _sparse_groups(patches):
         parts = id3_kernels.gather(params, entries).split([patches[i].indices.numel() for i in members])

@@ -1,4 +1,4 @@
-"""The sparse delta: what training changed, put on a model and taken off again in O(B)."""
+"""The sparse delta: the entries that training changed, put on a model and taken off it in O(B)."""
 
 from __future__ import annotations
 
@@ -11,40 +11,45 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from . import delta_file
-from .delta_entries import Patch, check_param, find, first_changed, read, write
-from .delta_file import Change, Contents, DeltaError
-from .delta_fingerprint import fingerprint
-from .wrappers import check_holds, plain_names, unwrapped
-
-__all__ = ["Change", "Delta", "DeltaError", "Undo", "load_delta", "save_delta"]
+from ..wrappers import check_holds, plain_names, unwrapped
+from . import file
+from .file import Change, Contents, DeltaError
+from .fingerprint import fingerprint
+from .patches import Patch, check_param, find, first_changed, read, write
 
 
 class Undo:
-    """What `Delta.apply` wrote and what it replaced. Deltas that share entries come off in reverse order."""
+    """The values that `Delta.apply` wrote and replaced. Revert deltas that share entries in reverse order."""
 
     def __init__(self, model: nn.Module, written: dict[str, Change], previous: list[Patch]) -> None:
         self._model, self._written, self._previous = model, written, previous
 
     def revert(self, strict: bool = True) -> None:
-        """Puts the replaced values back bit for bit, NaN payloads and signed zeros too, in O(entries).
+        """Puts the replaced values back bit for bit, NaN payloads and signed zeros included, in O(entries).
 
-        Raises DeltaError, and changes nothing, where the model no longer holds what this delta wrote: another
-        delta lies on top, or the entries were trained on. strict=False puts the values back all the same; a
-        parameter that is missing or has another shape or dtype by now is refused even then. The second call
-        does nothing. Where deltas agree bit for bit on all entries they share, a wrong order shows at the
-        second of them.
+        Raises DeltaError, and changes nothing, where the model no longer holds the values that this delta
+        wrote: a later delta is on it, or the entries were trained further. strict=False puts the values back
+        nevertheless, but still raises for a parameter that is missing or has another shape or dtype. The
+        second call does nothing. Where deltas agree bit for bit on all entries that they share, a wrong order
+        raises at the second of them.
         """
         if not self._previous:
             return
         placed = find(self._model, self._written, strict=True)
-        name = first_changed(placed) if strict else None
-        if name is not None:
-            raise DeltaError(f"{name}: expected the values that this delta wrote, got others (another delta "
-                             "on top, or trained since); strict=False reverts all the same")  # fmt: skip
+        changed = first_changed(placed) if strict else None
+        if changed is not None:
+            name, index, expected, held = changed
+            raise DeltaError(f"{name}: expected {expected} at index {index}, as this delta wrote, got {held} "
+                             "(by a later delta, or by training); revert later deltas first, "
+                             "or pass strict=False")  # fmt: skip
         previous = zip(placed.values(), self._previous, strict=True)
         write([patch._replace(values=before.values) for patch, before in previous])
         self._previous = []
+
+    def first_changed(self) -> str | None:
+        """The first parameter that no longer holds the values that this delta wrote; None if all do."""
+        changed = first_changed(find(self._model, self._written, strict=True))
+        return None if changed is None else changed.name
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,8 +57,8 @@ class Delta:
     """A set of changed entries, by parameter name, with absolute values.
 
     Made by `load_delta`, `diff` or `merge`. changes: parameter name → Change. fingerprint: identifies the
-    base's values at these entries, None if they were not known. settings: where it comes from; for a trained
-    delta the run's method, budget, step and numbers, as `ID3AdamW.settings()` gave them.
+    base's values at these entries, None if they were not known. settings: the delta's origin; for a trained
+    delta the run's method, budget, step and options, as `ID3AdamW.settings()` gave them.
     """
 
     changes: dict[str, Change]
@@ -75,7 +80,7 @@ class Delta:
             t for c in self.changes.values() for t in (c.indices, c.values, c.originals) if t is not None
         ]
         return {
-            "format_version": delta_file.VERSION,
+            "format_version": file.VERSION,
             "entries": count["sparse"],
             "dense_entries": count["dense"],
             "tensor_bytes": sum(t.nbytes for t in parts),
@@ -86,22 +91,22 @@ class Delta:
         }
 
     def save(self, path: str | os.PathLike, compact: bool = False) -> None:
-        """Writes the delta file, atomically. compact: indices as gaps, about 2 B smaller for each entry.
+        """Writes the delta file atomically. compact: indices as gaps, about 2 bytes less per entry.
 
-        Raises OSError if writing fails (`delta_file.write`).
+        Raises OSError if writing fails (`file.write`).
         """
-        delta_file.write(path, Contents(self.changes, self.fingerprint, self.settings), compact)
+        file.write(path, Contents(self.changes, self.fingerprint, self.settings), compact)
 
     def apply(self, model: nn.Module, strict: bool = True) -> Undo:
-        """Writes the delta's values into the model's parameters, in place; returns what takes them off again.
+        """Writes the delta's values into the model's parameters, in place; returns an Undo that reverts it.
 
-        Works on any device, dtype and stride; costs O(entries). Parameters are found by their plain names
-        (DDP and torch.compile wrappers are looked through). strict=False waives the base's fingerprint and
-        names that the model lacks, nothing else; at least one name must match. A delta saved without
-        originals has no fingerprint and needs strict=False; so does one put on top of another that changed
-        some of its entries, unless its training started there.
-        Raises DeltaError before any weight is touched: a name, shape or dtype that differs, a parameter that
-        is not a plain dense tensor, or a base whose values are not those that training started from.
+        Works on any device, dtype and stride; costs O(entries). Parameters are found by their names in the
+        plain model, without the wrappers of DDP and torch.compile. strict=False waives the base's fingerprint
+        and names that the model lacks, nothing else; at least one name must match. strict=False is needed for
+        a delta without a fingerprint (trained with keep_originals=False), and for a delta on top of another
+        that changed some of its entries, unless its training started there.
+        Raises DeltaError before any weight changes: for a name, shape or dtype that differs, a parameter that
+        is not a plain dense tensor, or a base with other values than those that training started from.
         """
         placed = find(model, self.changes, strict)
         patches = list(placed.values())
@@ -114,50 +119,53 @@ class Delta:
     def revert(self, model: nn.Module) -> None:
         """Puts the originals stored in this delta (`save_delta(originals=True)`) back into a tuned model.
 
-        Parameters stored whole have no originals: they stay as they are. Raises DeltaError, before any weight
-        is touched, where the originals are missing or the model does not hold this delta's values.
+        Parameters stored whole have no originals and keep their values. Raises DeltaError, before any weight
+        changes, where the originals are missing or the model does not hold this delta's values.
         """
         sparse = {n: c for n, c in self.changes.items() if c.indices is not None}
         if any(c.originals is None for c in sparse.values()):
-            raise DeltaError("originals: expected them in the delta (save_delta(originals=True)), got none")
+            raise DeltaError("originals: expected them in the delta, got none; save it with originals=True")
         found = find(model, self.changes, strict=True)
         placed = {name: found[name] for name in sparse}
-        name = first_changed(placed)
-        if name is not None:
-            raise DeltaError(f"{name}: expected the values of this delta in the model, got others")
+        changed = first_changed(placed)
+        if changed is not None:
+            name, index, expected, held = changed
+            raise DeltaError(f"{name}: expected {expected} at index {index}, as in this delta, got {held}; "
+                             "revert the model that this delta made")  # fmt: skip
         write([placed[n]._replace(values=c.originals) for n, c in sparse.items()])
 
     @contextmanager
     def applied(self, model: nn.Module, strict: bool = True) -> Iterator[nn.Module]:
-        """`with delta.applied(model):` has the delta on the model inside the block, and the base after it.
+        """`with delta.applied(model):` puts the delta on the model for the block, and takes it off after it.
 
-        The delta's entries hold the base's bits after the block whatever happened in it, an error included.
-        If the block changed them, these changes are lost, and a UserWarning says so: train on top of a delta
-        after `apply`. What the block did to other entries stays.
+        After the block the delta's entries hold the base's bits, after an error too. Changes that the block
+        made to them are discarded with a UserWarning: to train on top of a delta, use `apply`. Changes to
+        further entries stay.
         """
         undo = self.apply(model, strict)
         try:
             yield model
         finally:
-            name = first_changed(find(model, undo._written, strict=True))
+            name = undo.first_changed()
             undo.revert(strict=False)
             if name is not None:
-                warnings.warn(f"{name}: changed while the delta was on; the changes are gone", stacklevel=3)
+                warnings.warn(f"{name}: changed while the delta was on; discarded the changes", stacklevel=3)
 
     def _check_base(self, names: list[str], previous: list[Patch]) -> None:
         if self.fingerprint is None:
-            raise DeltaError("fingerprint: expected one in the delta, got none (saved without originals); "
-                             "strict=False applies it unchecked")  # fmt: skip
+            raise DeltaError("fingerprint: expected one in the delta, got none (trained with "
+                             "keep_originals=False); strict=False applies it unchecked")  # fmt: skip
         rows = {n: p[1:] for n, p in zip(names, previous, strict=True) if p.indices is not None}
         got = fingerprint(rows)
         if got != self.fingerprint:
             expected = f"the base with fingerprint {self.fingerprint:016x}"
-            raise DeltaError(f"model: expected {expected}, got {got:016x} (another base, or already changed)")
+            raise DeltaError(f"model: expected {expected}, got {got:016x} (another base, or changed since); "
+                             "load the base, or pass strict=False")  # fmt: skip
 
 
 def load_delta(path: str | os.PathLike) -> Delta:
-    """Reads a delta file of either form, checked whole (`delta_file.read`). Raises DeltaError or OSError."""
-    delta = Delta(*delta_file.read(path))
+    """Reads and checks a whole delta file of either form (`file.read`). Raises DeltaError or OSError."""
+    delta = Delta(*file.read(path))
     rows = {n: (c.indices, c.originals) for n, c in delta.changes.items() if c.indices is not None}
     if delta.fingerprint is not None and all(kept is not None for _, kept in rows.values()):
         got = fingerprint(rows)
@@ -169,14 +177,14 @@ def load_delta(path: str | os.PathLike) -> Delta:
 def save_delta(
     path: str | os.PathLike, model: nn.Module, optimizer: Any, originals: bool = False, compact: bool = False
 ) -> None:
-    """Writes what `optimizer` (an ID3AdamW, or a wrapper that holds one) has trained in `model`.
+    """Writes the delta of `model` that `optimizer` (an ID3AdamW, or a wrapper that holds one) has trained.
 
-    Stored are the absolute values of the entries that training may have changed, whole parameters for dense
-    groups, with originals=True the values from before training too, and the fingerprint of the base. With
-    keep_originals=False the originals are unknown: no fingerprint is stored. compact: as in `Delta.save`. The
-    write is atomic.
-    Raises ValueError if the originals are asked for and unknown, or a parameter is not in the model or not a
-    plain dense tensor; TypeError for another optimizer; OSError if writing fails (`delta_file.write`).
+    The file holds the absolute values of the entries that training may have changed, whole parameters of
+    dense groups, the fingerprint of the base, and with originals=True the values before training. Under
+    keep_originals=False the originals are unknown, and the file has no fingerprint. compact: as in
+    `Delta.save`. The write is atomic.
+    Raises ValueError for originals=True without known originals, or a parameter that is not in the model or
+    not a plain dense tensor; TypeError for another optimizer; OSError if writing fails (`file.write`).
     """
     optimizer, names = unwrapped(optimizer), plain_names(model)
     touched = [t for t in optimizer.touched() if t.indices.numel()]
@@ -187,7 +195,9 @@ def save_delta(
         check_param(names[id(param)], param)
     known = all(t.originals is not None for t in touched)
     if originals and not known:
-        raise ValueError("originals: expected an optimizer with keep_originals=True, got one that kept none")
+        raise ValueError(
+            "originals: expected an optimizer with keep_originals=True, got keep_originals=False"
+        )
     rows = {names[id(t.param)]: (t.indices, t.originals) for t in touched}
     mark = fingerprint(rows) if known else None
     Delta(_collect(touched, dense, names, originals), mark, optimizer.settings()).save(path, compact)

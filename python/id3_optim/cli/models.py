@@ -5,20 +5,20 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from .extras import require
+import torch
 
-if TYPE_CHECKING:
-    import torch
+from ..delta import Delta
+from ..extras import require
+from ..integrations.groups import fresh_parameters
 
-    from .delta import Delta
-
-# A configuration file leaves out what has transformers' default value.
+# A configuration file omits the labels where they have transformers' default values, which are these.
 _TWO_LABELS = {"0": "LABEL_0", "1": "LABEL_1"}
 
 
 def quiet_transformers() -> None:
+    """Turns the messages of transformers off. Raises ImportError where it is not installed."""
     require("transformers", extra="hf")
     import transformers
 
@@ -27,7 +27,7 @@ def quiet_transformers() -> None:
 
 
 def model_facts(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a delta's settings keep of the content of a `config.json`: the model's class and its labels."""
+    """The part of a `config.json` that a delta's settings hold: the model's class and its labels."""
     if not config.get("architectures"):
         return {}
     facts = {"architectures": config["architectures"], "id2label": config.get("id2label", _TWO_LABELS)}
@@ -35,7 +35,7 @@ def model_facts(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def facts_of(delta: Delta, folder: Path) -> dict[str, Any]:
-    """`model_facts` as the delta's settings have them, or by the configuration beside it; {} if neither."""
+    """`model_facts` from the delta's settings, else from the configuration in `folder`; {} without both."""
     if "config" in delta.settings:
         return delta.settings["config"]
     file = folder / "config.json"
@@ -45,23 +45,20 @@ def facts_of(delta: Delta, folder: Path) -> dict[str, Any]:
 def load_model(
     delta: Delta, folder: Path, source: str, config: str | None = None, brings_whole: bool = True
 ) -> torch.nn.Module:
-    """The model at `source`, as `delta` wants it; each parameter in the dtype that the delta tells.
+    """The model at `source` that `delta` fits, each parameter in the dtype that the delta has for it.
 
-    Its configuration, and so its class: that at `config`; or that beside the delta, or else at `source`, with
-    the class and the labels that the delta recorded. brings_whole: the delta's whole parameters will be
-    written to the model, so that the checkpoint may lack these. Raises ValueError if it lacks others, which
-    would be left with random numbers.
+    The configuration, which gives the class, is the one at `config`. Without `config` it is the one in
+    `folder`, else the one at `source`, with the class and the labels that the delta recorded.
+    brings_whole: the delta's whole parameters will be written to the model, so the checkpoint may lack them.
+    Raises ValueError if the checkpoint lacks any further parameter, which would hold random numbers.
     """
-    import torch
-    import transformers
-
     beside = folder if (folder / "config.json").is_file() else source
-    described = transformers.AutoConfig.from_pretrained(config or beside)
+    described = load_config(config or beside)
     if config is None:
         _put(delta.settings.get("config", {}), described)
-    told = {change.dtype for change in delta.changes.values() if change.indices is not None}
-    dtype = told.pop() if len(told) == 1 else described.dtype or torch.float32
-    # transformers loads all parameters in one dtype; float32 holds those of half width without loss.
+    dtypes = {change.dtype for change in delta.changes.values() if change.indices is not None}
+    dtype = dtypes.pop() if len(dtypes) == 1 else described.dtype or torch.float32
+    # transformers loads all parameters in one dtype; float32 represents 16-bit values without loss.
     mixed = any(change.dtype != dtype for change in delta.changes.values())
     model, fresh = load(described, source, torch.float32 if mixed else dtype)
     whole = {name for name, change in delta.changes.items() if change.indices is None and brings_whole}
@@ -73,7 +70,7 @@ def load_model(
 
 
 def _put(facts: dict[str, Any], config) -> None:
-    """The recorded facts over those of a transformers configuration, in place."""
+    """Writes the recorded facts into a transformers configuration, in place."""
     if not isinstance(facts, dict) or not isinstance(facts.get("id2label", {}), dict):
         raise ValueError(f"settings: expected a config of architectures and labels, got {facts}")
     for name in ("architectures", "problem_type"):
@@ -85,16 +82,35 @@ def _put(facts: dict[str, Any], config) -> None:
 
 
 def check_held(option: str, missing: set[str], source: str) -> None:
+    """Raises ValueError, with the command line's option, where a checkpoint lacks parameters."""
     if missing:
         raise ValueError(f"{option}: expected weights for {min(missing)} in {source}, got none")
+
+
+def load_config(source: str | Path):
+    """The configuration of transformers in a directory, or of a hub name."""
+    import transformers
+
+    return transformers.AutoConfig.from_pretrained(source)
+
+
+def load_pretrained(model_class: type, source: str, **options) -> tuple[torch.nn.Module, set[str]]:
+    """The model, and the names of its parameters that the checkpoint lacks; these are float32.
+
+    options: of `from_pretrained`.
+    """
+    model, loading_info = model_class.from_pretrained(source, output_loading_info=True, **options)
+    fresh = fresh_parameters(model, loading_info)
+    for name, parameter in model.named_parameters():
+        if name in fresh:
+            parameter.data = parameter.data.float()
+    return model, fresh
 
 
 def load(config, source: str, dtype: torch.dtype | str) -> tuple[torch.nn.Module, set[str]]:
     """The model, and the names of its parameters that the checkpoint at `source` lacks."""
     import safetensors
     import transformers
-
-    from .train import load_pretrained
 
     name = (config.architectures or ["AutoModel"])[0]
     model_class = getattr(transformers, str(name), None)
@@ -111,7 +127,7 @@ def load(config, source: str, dtype: torch.dtype | str) -> tuple[torch.nn.Module
 
 
 def save_tokenizer(sources: list[str], output: str) -> bool:
-    """Copies the first tokenizer found; a source that is no directory is a hub name."""
+    """Copies the tokenizer of the first source that has one; a source that is no directory is a hub name."""
     import transformers
 
     for source in sources:

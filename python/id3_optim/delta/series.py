@@ -1,4 +1,4 @@
-"""One run, many models: deltas saved at chosen budgets along an increment run (paper, figures 5 and 6)."""
+"""Deltas saved at chosen budgets along one increment run (paper, figures 5 and 6)."""
 
 from __future__ import annotations
 
@@ -7,26 +7,26 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
+from ..ranks import writes_files
+from ..schedules import resolve_budget
+from ..param_groups import trainable_entries
+from ..wrappers import check_holds, plain_names, unwrapped
 from .delta import save_delta
-from .schedules import resolve_budget
-from .param_groups import trainable_entries
-from .wrappers import check_holds, plain_names, unwrapped
 
 
 class DeltaSeries:
     """Saves `delta-<entries>.safetensors` in a directory each time the active set reaches one of the budgets.
 
-    Every file stands for itself: what training had made of the base model with that many entries. It rides on
-    the optimizer's step hooks, so it works in every trainer; of several processes only rank 0 writes. A step
-    that passes several budgets writes one file. A resumed run goes on where the saved one stood.
+    Each file is a whole delta of the base model with that many entries. The series uses the optimizer's step
+    hooks, so it works in every trainer; of several processes rank 0 alone writes. A step that passes several
+    budgets writes one file. A resumed run continues the series of the saved one.
 
-    budgets: entries (int) or shares of what trains now (float), each at most the optimizer's own budget.
+    budgets: entries (int) or shares of N (float), each at most the optimizer's own budget.
     originals, compact: as for `save_delta`.
-    Raises ValueError for a budget out of range, a strategy that is not "increment" (another one has its
-    whole budget at the first step), or a model that holds not all that the optimizer trains.
+    Raises ValueError for a budget out of range, a strategy other than "increment" (which reaches its whole
+    budget at the first step), or a model that lacks a parameter that the optimizer trains.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class DeltaSeries:
             raise ValueError(f"optimizer: expected the strategy increment, got {self.optimizer.strategy}")
         check_model(model, self.optimizer)
         self.budgets = _resolved(budgets, self.optimizer)
-        self.paths: list[Path] = []  # written so far by this process
+        self.paths: list[Path] = []  # written by this process
         self.directory.mkdir(parents=True, exist_ok=True)
         self._n_active_before = 0
         self._hooks = [
@@ -53,7 +53,7 @@ class DeltaSeries:
         ]
 
     def remove(self) -> None:
-        """Stops saving: takes the hooks off the optimizer."""
+        """Stops saving: removes the hooks from the optimizer."""
         for hook in self._hooks:
             hook.remove()
 
@@ -62,7 +62,7 @@ class DeltaSeries:
 
     def _after_step(self, optimizer: Any, args: tuple, kwargs: dict) -> None:
         n_active = optimizer.n_active
-        if not any(self._n_active_before < budget <= n_active for budget in self.budgets) or not _is_first():
+        if not any(self._n_active_before < budget <= n_active for budget in self.budgets) or not writes_files():
             return
         path = self.directory / f"delta-{n_active}.safetensors"
         save_delta(path, self.model, optimizer, **self.options)
@@ -70,7 +70,7 @@ class DeltaSeries:
 
 
 def check_model(model: nn.Module, optimizer: Any) -> None:
-    """Raises ValueError if the model lacks a parameter that the optimizer trains: no delta could name it."""
+    """Raises ValueError if the model lacks a parameter that the optimizer trains, which has no name then."""
     params = (p for group in unwrapped(optimizer).param_groups for p in group["params"])
     check_holds(plain_names(model), (p for p in params if p.requires_grad))
 
@@ -83,9 +83,3 @@ def _resolved(budgets: Sequence[int | float], optimizer: Any) -> list[int]:
         if not 0 < budget <= most:
             raise ValueError(f"budgets: expected 1 to {most} entries (the optimizer's budget), got {given}")
     return resolved
-
-
-def _is_first() -> bool:
-    """Whether this process is the one that writes."""
-    distributed = torch.distributed
-    return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0

@@ -1,4 +1,4 @@
-"""The stream of changed weights for an inference server."""
+"""Weight patches: the entries that changed since a step, for a copy of the model on an inference server."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from torch import Tensor, nn
 import id3_kernels
 from id3_kernels import Entries
 
-from .state.active_set import Touched
-from .wrappers import check_holds, plain_names, unwrapped
+from ..wrappers import check_holds, plain_names, unwrapped
 
 
 class WeightPatch(NamedTuple):
@@ -29,18 +28,18 @@ class WeightPatch(NamedTuple):
 
 @torch.no_grad()
 def weight_patches(model: nn.Module, optimizer: Any, since: int = 0) -> Iterator[WeightPatch]:
-    """What to send so that a copy of the model as it was after `since` steps becomes the present one.
+    """The patches that turn a copy of the model as it was after `since` steps into the present model.
 
-    One patch per parameter that `optimizer.changed_since(since)` names, under its name in the plain model;
-    parameters of dense groups come whole, as all their indices. One parameter's copy is alive at a time.
-    Raises ValueError for a parameter that is not in the model or a step that is not done yet.
+    optimizer: the ID3AdamW that trains `model`, or a wrapper that holds one. One patch per parameter that
+    `optimizer.changed_since(since)` names, under its name in the plain model; a parameter of a dense group
+    comes whole, as all its indices. One parameter's copy is alive at a time.
+    Raises ValueError for a trained parameter that the model lacks, or a step that is not done yet.
     """
     names = plain_names(model)
-    return (_patch(names, entry) for entry in unwrapped(optimizer).changed_since(since))
+    return (_patch(names, *entry[:2]) for entry in unwrapped(optimizer).changed_since(since))
 
 
-def _patch(names: dict[int, str], entry: Touched) -> WeightPatch:
-    param, indices, _ = entry
+def _patch(names: dict[int, str], param: Tensor, indices: Tensor | None) -> WeightPatch:
     check_holds(names, [param])
     if indices is None:
         indices = torch.arange(param.numel(), dtype=torch.int32, device=param.device)

@@ -1,0 +1,7 @@
+"""`python -m id3_optim.cli` is the command `id3-optim`."""
+
+import sys
+
+from .main import main
+
+sys.exit(main())
