@@ -134,7 +134,7 @@ SELECTIONS = {
         "active.indices: tensor 0 has 4 entries, got 9 to 9",
     ),
 }
-DELTAS = {
+ENTRIES = {
     "gather dtypes": (
         lambda: id3_kernels.gather([V, V.to(BF16)], TWO),
         "tensors[1]: expected torch.float32 as tensors[0], got torch.bfloat16",
@@ -233,7 +233,7 @@ UPDATES = {
 }
 ALL = {
     f"{k}: {n}": v
-    for k, t in (("score", SCORES), ("select", SELECTIONS), ("delta", DELTAS), ("update", UPDATES))
+    for k, t in (("score", SCORES), ("select", SELECTIONS), ("entries", ENTRIES), ("update", UPDATES))
     for n, v in t.items()
 }
 

@@ -3,7 +3,7 @@
 #include <vector>
 
 #include "cuda/collect.h"
-#include "cuda/delta.h"
+#include "cuda/entries.h"
 #include "cuda/selection.h"
 #include "cuda/update.h"
 
