@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from . import reference
-from .collect import best_by_selection_
+from .reference.collect import best_by_selection_
 
 union = reference.union
 _ops = torch.ops.id3_cuda

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..reference import keep_best_
+from ..reference.collect import best_by_selection_
 from . import launch, tables
 from .launch import TILE, load_wide
 from .score import d3, exponent, key, kind_of, normal_key
@@ -119,14 +119,10 @@ def collect_(
         take_kernel, triton.cdiv(n, block), 4, device, tables.addresses([grad], device), offsets, indices,
         values, launch.CODES[grad.dtype], add, block,
     )  # fmt: skip
-    capacity = min(best_score.numel(), grad.numel())
-    if capacity == 0:
-        return
-    if score is None:
-        _, index, best = select_topk([param], [grad], offsets, indices, k, capacity, eps, exp)
-    else:
-        _, index, best = select_topk_by_score([score], offsets, indices, k, capacity)
-    keep_best_(grad, position, index.to(torch.int64), best, best_score, best_place, best_grad, again)
+    best_by_selection_(
+        select_topk, select_topk_by_score, param, grad, score, offsets, indices, position, best_score,
+        best_place, best_grad, k, best_score.numel(), again, eps, exp,
+    )  # fmt: skip
 
 
 def _select(params, grads, offsets, indices, k, capacity, kind, eps, exp):

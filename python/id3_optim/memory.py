@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from id3_kernels import backend
+from id3_kernels import table
 
 from .release import Release
 from .state import Layout, Shard
@@ -57,4 +57,4 @@ def _tile_bytes(shard: Shard, at_once: Callable) -> int:
 
 def _keeps_a_mask(shard: Shard) -> bool:
     on_gpu = shard.layout.backend is None and shard.device.type != "cpu"
-    return shard.layout.backend == "triton" or (on_gpu and backend.for_gpu().__name__.endswith("triton"))
+    return shard.layout.backend == "triton" or (on_gpu and table.for_gpu().__name__.endswith("triton"))

@@ -97,7 +97,7 @@ class ID3AdamW(torch.optim.Optimizer):
         heuristics.describe(heuristic)
         schedules.describe(schedule)
         budget, max_grad_norm = validation.plain_budget(budget), validation.plain_norm(max_grad_norm)
-        backend = backend or backends.wish()
+        backend = backend or backends.requested()
         if backend is not None:
             backends.require(backend)
         self.budget = self.budget_given = budget  # a share becomes a number of entries at the first step

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
 from id3_kernels import Entries
-from id3_kernels.backend import candidate_room
+from id3_kernels.table import candidate_room
 
 from .gradients import check_gradient, check_place
 from .heuristics import D3, scores

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from id3_kernels import Entries, backend
+from id3_kernels import Entries, backend, table
 from id3_kernels.checks import LOW_PRECISION
 from id3_kernels.entries import sort_keys
 
@@ -69,7 +69,7 @@ class Shard:
         if device.type == "cpu" and layout.backend is None and backend.native() is None:
             why = backend.available_backends()["cpu"]
             warnings.warn(f"id3_optim runs its slow reference kernels: {why}", stacklevel=2)
-        self.kernels = backend.kernels_for(device, layout.backend)
+        self.kernels = table.kernels_for(device, layout.backend)
         self.params: list[Tensor] = []
         self.positions: list[int] = []
         self.slices: list[Slice] = []
@@ -92,7 +92,7 @@ class Shard:
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
-        self.kernels = backend.kernels_for(self.device, self.layout.backend)
+        self.kernels = table.kernels_for(self.device, self.layout.backend)
 
     # --- tensors -----------------------------------------------------------------------------------
 
