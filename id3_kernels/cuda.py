@@ -15,19 +15,10 @@ from .reference.collect import best_by_selection_
 union = reference.union
 _ops = torch.ops.id3_cuda
 
-_STATE = 2053  # int64: CollectState of csrc/cuda/collect.h, whose first is the number of candidates
-_ROOM_FOR_EACH, _LEAST_ROOM, _MOST_WANTED = 8, 1 << 16, 1 << 20
-
 
 def candidate_room(k):
-    """See `backend.candidate_room`. Candidates take eight times the memory of the best k, and a little more,
-    so that they are seldom cut down to these; beyond a million they are kept in order instead."""
-    return (_ROOM_FOR_EACH * k + _LEAST_ROOM, _STATE) if 0 < k <= _MOST_WANTED else (k, 0)
-
-
-def _most_wanted(room):
-    """The k of `candidate_room`, of tensors with a state."""
-    return max((room - _LEAST_ROOM) // _ROOM_FOR_EACH, 1) if room > _LEAST_ROOM else room // 2
+    """See `table.candidate_room`."""
+    return tuple(_ops.candidate_room(k))
 
 
 def _row_major(tensors):
@@ -80,7 +71,7 @@ def collect_(
         return
     best_by_selection_(
         select_topk, select_topk_by_score, param, grad, score, offsets, indices, position, *best, k,
-        _most_wanted(room) if fused else room, again, eps, exp,
+        _ops.most_wanted(room) if fused else room, again, eps, exp,
     )  # fmt: skip
     if fused:
         beyond = torch.arange(room, device=k.device) >= k

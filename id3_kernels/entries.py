@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+TILE = 256  # neighbouring entries of one tensor, of whose scores a selection keeps the maximum; as in csrc
+
 
 class Entries(NamedTuple):
     """Entries of M tensors: tensor j owns `indices[offsets[j]:offsets[j + 1]]`.

@@ -58,7 +58,7 @@ def from_sparse_coo(tensors: Sequence[Tensor]) -> tuple[Entries, Tensor]:
         if t.dtype != tensors[0].dtype:
             raise ValueError(f"tensors[{j}]: expected {tensors[0].dtype} as tensors[0], got {t.dtype}")
         t = t.coalesce()
-        coordinates, flat = t.indices(), torch.zeros(t._nnz(), dtype=torch.int64, device=t.device)
+        coordinates, flat = t.indices(), torch.zeros_like(t.values(), dtype=torch.int64)
         for axis, size in enumerate(t.shape):
             flat = flat * size + coordinates[axis]
         rows.append(flat)

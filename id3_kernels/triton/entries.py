@@ -9,12 +9,12 @@ from torch import Tensor
 
 from .. import reference
 from ..entries import Entries, sort_keys
+from ..reference.entries import SUM_BLOCK
 from . import launch, tables
 from .launch import load_any
 from .tables import owners
 
 BLOCK = 256
-SUM_BLOCK = 4096  # fixed, so that the sum has one order
 
 union = reference.union
 

@@ -14,7 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-TILE = tl.constexpr(256)
+from .. import entries
+
+TILE = tl.constexpr(entries.TILE)
 ALIGNMENT_BYTES = 16  # of a vector load; a wrong promise to the compiler is a fault on the device
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 

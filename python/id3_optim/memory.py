@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 
 from id3_kernels import table
+from id3_kernels.entries import TILE
 
 from .release import Release
 from .state import Layout, Shard
@@ -52,7 +53,7 @@ def _tile_bytes(shard: Shard, at_once: Callable) -> int:
     if shard.layout.release and not _keeps_a_mask(shard):
         return 0  # the C++ kernel keeps the maxima of a few tiles alone
     key_bytes = 8 if shard.dtype == torch.float64 else 4
-    return at_once([-(-p.numel() // 256) * key_bytes for p in shard.params])
+    return at_once([-(-p.numel() // TILE) * key_bytes for p in shard.params])
 
 
 def _keeps_a_mask(shard: Shard) -> bool:

@@ -1,6 +1,7 @@
 """The table as torch sees it: schemas, fakes, mutation, compilation."""
 
 import inspect
+import re
 
 import oracle
 import pytest
@@ -105,6 +106,19 @@ def test_table_is_complete():
 def test_mutation_is_in_the_name_and_the_schema(name):
     op = getattr(torch.ops.id3, name).default
     assert op._schema.is_mutable == name.endswith("_") == (name in MUTATING)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_contract_names_every_argument_and_what_is_mutated(name):
+    contract, arguments = OPS[name].contract, getattr(torch.ops.id3, name).default._schema.arguments
+    assert contract.count("Mutates") == 1
+    assert "\n\n" not in contract
+    text, mutated = contract.split("Mutates")
+    written = [a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write]
+    for argument in arguments:
+        assert re.search(rf"\b{argument.name}\b", text), argument.name
+        assert bool(re.search(rf"\b{argument.name}\b", mutated)) == (argument.name in written)
+    assert written or mutated == " nothing."
 
 
 @pytest.mark.parametrize("name", OPS)
