@@ -43,9 +43,9 @@ def select_topk(
 ) -> tuple[Entries, Tensor]:
     """The k entries of largest D3 score outside `active`, over all tensors (paper, algorithm 1 and eq. 2).
 
-    params, grads: lists of M tensors as for `d3_score`, on one device; grads[j] None: nothing of tensor j.
-    active: the entries to leave out, None for none. Only finite scores above 0 are selected; ties go to
-    the lowest (tensor, flat index). Returns (Entries of at most k, their scores [n], float32 or float64)
+    params, grads: lists of M tensors as for `d3_score`, on one device; grads[j] None: no entry of tensor j
+    is selected. active: the entries to leave out, or None. Only finite scores above 0 are selected; ties go
+    to the lowest (tensor, flat index). Returns (Entries of at most k, their scores [n], float32 or float64)
     in entry order: exact, and the same entries on every backend for exp in {0, ±½, ±1, ±2}. With exp = 0
     params are not read. Mutates nothing; synchronises on a GPU. Raises ValueError naming the argument.
     """
@@ -63,10 +63,10 @@ def select_topk(
 def select_topk_by_score(
     scores: Sequence[Tensor | None], active: Entries | None, k: int
 ) -> tuple[Entries, Tensor]:
-    """`select_topk` for scores that somebody else computed.
+    """`select_topk` of given scores.
 
-    scores: M tensors, all float32 or all float64, any shapes, on one device; None: nothing of that tensor
-    is selectable. Subnormal, negative, NaN and infinite scores are never selected. Result and errors as
+    scores: M tensors, all float32 or all float64, any shapes, on one device; None: no entry of that
+    tensor is selected. Subnormal, negative, NaN and infinite scores are never selected. Result and errors as
     for `select_topk`. Mutates nothing.
     """
     checks.count(k)
@@ -76,7 +76,7 @@ def select_topk_by_score(
         if s.dtype not in (torch.float32, torch.float64):
             raise ValueError(f"scores[{j}]: expected float32 or float64, got {s.dtype}")
     sizes = [0 if s is None else s.numel() for s in scores]
-    if active is not None:  # entries of a tensor without scores may be active, whatever its size
+    if active is not None:  # the size of a tensor without scores is not known
         checks.entries("active", active, [2**31 if s is None else s.numel() for s in scores], device)
     active = active or Entries.empty(len(scores), device)
     return _exact(
@@ -85,7 +85,7 @@ def select_topk_by_score(
 
 
 def _wanted(k: int, at_most: int, device: torch.device) -> tuple[Tensor, int]:
-    """k as the kernels take it: a tensor, and the room for so many."""
+    """k as the ops take it: a tensor, and a capacity."""
     capacity = min(k, at_most)
     return torch.full((1,), capacity, dtype=torch.int64, device=device), capacity
 
@@ -104,11 +104,10 @@ def _exact(offsets: Tensor, indices: Tensor, scores: Tensor) -> tuple[Entries, T
 
 @torch.no_grad()
 def union(a: Entries, b: Entries) -> tuple[Entries, Tensor, Tensor]:
-    """The entries of both sets, in order; an entry of both stands once.
+    """The entries of both sets, in order; an entry of both occurs once.
 
-    Returns (union, positions of a's entries int64 [n_a], positions of b's int64 [n_b]), positions being
-    places in the union's indices. Mutates nothing. Raises ValueError if the sets differ in the number of
-    tensors or are not ascending.
+    Returns (union, int64 [n_a], int64 [n_b]): the places of a's and of b's entries in the union's indices.
+    Mutates nothing. Raises ValueError if the sets differ in the number of tensors or are not ascending.
     """
     device = a.offsets.device
     checks.entries("a", a, None, device)
@@ -174,14 +173,14 @@ def adamw_(
 ) -> None:
     """One AdamW step on `entries` alone, for all tensors in one call: gather, update, scatter.
 
-    params, grads: as for `select_topk`; entries of a tensor without gradient do not change at all.
+    params, grads: as for `select_topk`; entries of a tensor without gradient do not change.
     exp_avg, exp_avg_sq: [>= n] float32 (float64 for float64), in entry order. master: the same, the
-    float32 weights of bfloat16 and float16 params; None: computed from the param and rounded back. Where a
-    param is no longer its master's rounding, the param wins. step: the number of this step, from 1, or
-    int64 [M], one per tensor. age: int32 [>= n], steps since an entry joined; advanced here and used for
-    the bias correction in place of step. grad_scale, found_inf, clip: one-element tensors: gradients are
-    divided by grad_scale, multiplied by clip; found_inf other than 0: nothing changes. lr may be
-    a one-element tensor, which is read where it lies. The arithmetic is torch.optim.AdamW's
+    float32 weights of bfloat16 and float16 params; or None. Where a param is
+    not its master's rounding, the param replaces the master. step: the number of this step, from 1, or
+    int64 [M], one per tensor. age: int32 [>= n], steps since an entry joined; it grows by 1 and
+    corrects the bias in place of step. grad_scale, found_inf, clip: one-element tensors: gradients are
+    divided by grad_scale, multiplied by clip; where found_inf is not 0, nothing changes. lr may
+    be a one-element tensor, which the host does not read. The arithmetic is torch.optim.AdamW's
     (Loshchilov and Hutter, arXiv 1711.05101, algorithm 2).
     Mutates params at entries, exp_avg, exp_avg_sq, master, age. Raises ValueError naming the argument.
     """

@@ -1,4 +1,4 @@
-"""The best entries so far, of one tensor after the other."""
+"""Candidates: the best entries of the tensors of a backward pass, one tensor after the other."""
 
 from __future__ import annotations
 
@@ -11,23 +11,24 @@ from .selection import best_keys, wanted_count
 
 def collect_(
     param, grad, score, offsets, indices, values, add, position, best_score, best_place, best_grad, state, k,
-    again, eps, exp,
+    may_hold, eps, exp,
 ):  # fmt: skip
     begin, end = offsets.tolist()
-    here = slice(begin, end)
-    gradient = read(grad, indices[here]).to(values.dtype)
-    values[here].add_(gradient) if add else values[here].copy_(gradient)
+    own = slice(begin, end)
+    gradient = read(grad, indices[own]).to(values.dtype)
+    values[own].add_(gradient) if add else values[own].copy_(gradient)
     k = wanted_count(k, best_score.numel())
     if k == 0:
         return
     key = order_key(d3_score(param, grad, eps, exp) if score is None else score).reshape(-1)
-    key[indices[here].to(torch.int64)] = 0
+    key[indices[own].to(torch.int64)] = 0
     index = best_keys(key, k)
-    keep_best_(grad, position, index, key[index].view(values.dtype), best_score, best_place, best_grad, again)
+    best = best_score, best_place, best_grad
+    keep_best_(grad, position, index, key[index].view(values.dtype), *best, may_hold)
 
 
-def keep_best_(grad, position, index, score, best_score, best_place, best_grad, again):
-    """Merges entries of one tensor (int64 index, score; a score of 0 is none) into the best so far."""
+def keep_best_(grad, position, index, score, best_score, best_place, best_grad, may_hold):
+    """Merges entries of one tensor (index int64, score; a score of 0 is no entry) into the candidates."""
     k, found = best_score.numel(), score > 0
     place = torch.cat([best_place, torch.where(found, (position << 32) | index, -1)])
     held = read(grad, torch.where(found, index, 0)).to(best_grad.dtype)
@@ -35,7 +36,7 @@ def keep_best_(grad, position, index, score, best_score, best_place, best_grad, 
     score = torch.cat([best_score, score])
     place, order = place.sort(stable=True)  # of equal places the older comes first
     score, held = score[order], held[order]
-    if again:
+    if may_hold:
         same = place[1:] == place[:-1]
         newer_wins = score[1:] > score[:-1]
         lost = torch.zeros_like(place, dtype=torch.bool)
@@ -51,7 +52,7 @@ def keep_best_(grad, position, index, score, best_score, best_place, best_grad, 
 
 def best_by_selection_(
     select_topk, select_topk_by_score, param, grad, score, offsets, indices, position,
-    best_score, best_place, best_grad, k, capacity, again, eps, exp,
+    best_score, best_place, best_grad, k, capacity, may_hold, eps, exp,
 ):  # fmt: skip
     """The part of `collect_` about candidates, by the selection of a backend; it sorts them, best first.
 
@@ -66,4 +67,4 @@ def best_by_selection_(
         _, index, best = select_topk([param], [grad], *entries, eps, exp)
     else:
         _, index, best = select_topk_by_score([score], *entries)
-    keep_best_(grad, position, index.to(torch.int64), best, best_score, best_place, best_grad, again)
+    keep_best_(grad, position, index.to(torch.int64), best, best_score, best_place, best_grad, may_hold)

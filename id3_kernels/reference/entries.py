@@ -7,8 +7,6 @@ from torch import Tensor
 
 from ..entries import Entries, sort_keys
 
-SUM_BLOCK = 4096  # entries summed in sequence: fixed, so that the number of threads does not change the sum
-
 
 def union(a_offsets, a_indices, b_offsets, b_indices):
     a, b = Entries(a_offsets, a_indices), Entries(b_offsets, b_indices)
@@ -47,10 +45,11 @@ def scatter_(tensors, offsets, indices, values):
 
 
 def squared_norm(tensors, offsets, indices):
+    block = 4096  # fixed blocks, so that the sum does not depend on how many threads share it
     lists = Entries(offsets, indices).lists()
     parts = [read(t, i).double() for t, i in zip(tensors, lists, strict=True) if t is not None]
     values = torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64, device=indices.device)
-    blocks = padded(values, -(-values.numel() // SUM_BLOCK) * SUM_BLOCK).view(-1, SUM_BLOCK)
+    blocks = padded(values, -(-values.numel() // block) * block).view(-1, block)
     return (blocks * blocks).sum(1).cumsum(0)[-1] if len(blocks) else values.sum()
 
 

@@ -36,14 +36,15 @@ def _divide(g: Tensor, d: Tensor, exp: float) -> Tensor:
 
 
 def exact_sqrt(x: Tensor) -> Tensor:
-    """The IEEE root; torch's on CPU may be a vector library's, which misses the last bit of one in five."""
+    """The square root, correctly rounded. On the CPU torch may use a vector library, which is one ulp off in
+    one root of five."""
     if x.device.type != "cpu":
         return x.sqrt()
     return torch.from_numpy(np.sqrt(x.detach().reshape(-1).numpy())).reshape(x.shape)
 
 
 def order_key(score: Tensor) -> Tensor:
-    """The score's bits as an integer, which order as the score does; 0 where it can not be selected."""
+    """The bits of the score as an integer, in the order of scores; 0 where the entry cannot be selected."""
     integer, lowest, infinite = (
         (torch.int64, 1 << 52, 0x7FF << 52)
         if score.dtype == torch.float64

@@ -1,4 +1,4 @@
-"""The best entries of a list of tensors, tensor by tensor: the temporaries are as large as one tensor."""
+"""The best entries of a list of tensors, tensor by tensor: a temporary is as large as one tensor."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ def _select(score_of, n_tensors: int, active: Entries, k: Tensor, capacity: int,
             continue
         key = order_key(score).reshape(-1)
         key[taken.to(torch.int64)] = 0
-        here = best_keys(key, k)
-        keys, index = torch.cat([keys, key[here]]), torch.cat([index, here])
-        owner = torch.cat([owner, torch.full_like(here, j)])
+        own = best_keys(key, k)
+        keys, index = torch.cat([keys, key[own]]), torch.cat([index, own])
+        owner = torch.cat([owner, torch.full_like(own, j)])
         kept = best_keys(keys, k)
         keys, index, owner = keys[kept], index[kept], owner[kept]
     edges = torch.arange(n_tensors + 1, device=device)

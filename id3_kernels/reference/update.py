@@ -36,8 +36,8 @@ def _adamw(
         return
     bounds, steps = offsets.tolist(), step.tolist()
     for j, (param, g) in enumerate(zip(params, values, strict=True)):
-        here = slice(bounds[j], bounds[j + 1])
-        if g is None or here.start == here.stop:
+        own = slice(bounds[j], bounds[j + 1])
+        if g is None or own.start == own.stop:
             continue
         if grad_scale is not None:
             g = g / grad_scale.to(g.dtype)
@@ -45,22 +45,22 @@ def _adamw(
             g = g * clip.to(g.dtype)
         if maximize:
             g = -g
-        w = _weight(param, indices[here], None if master is None else master[here])
+        w = _weight(param, indices[own], None if master is None else master[own])
         w = w * (1 - lr * weight_decay)
-        m, v = exp_avg[here], exp_avg_sq[here]
+        m, v = exp_avg[own], exp_avg_sq[own]
         m.copy_(m + (g - m) * (1 - beta1))
         v.copy_(v * beta2 + (g * (1 - beta2)) * g)
         if age is not None:
-            age[here] += 1
-        step_size, root = _bias_corrections(steps[j] if age is None else age[here], lr, beta1, beta2, w)
+            age[own] += 1
+        step_size, root = _bias_corrections(steps[j] if age is None else age[own], lr, beta1, beta2, w)
         w = w - (step_size * m) / (exact_sqrt(v) / root + eps)
-        write(param, indices[here], w.to(param.dtype))
+        write(param, indices[own], w.to(param.dtype))
         if master is not None and param.dtype in (torch.bfloat16, torch.float16):
-            master[here] = w
+            master[own] = w
 
 
 def _weight(param: Tensor, index: Tensor, master: Tensor | None) -> Tensor:
-    """The weight to update: the master, unless the parameter no longer is its rounding."""
+    """The weight to update: the master, or the parameter where it is not the master's rounding."""
     stored = read(param, index)
     w = stored.to(wide_dtype(param.dtype))
     if master is None or param.dtype not in (torch.bfloat16, torch.float16):
@@ -75,7 +75,7 @@ def _bias_corrections(steps: int | Tensor, lr: float, beta1: float, beta2: float
     if isinstance(steps, int):
         pair = lr / (1 - beta1**steps), math.sqrt(1 - beta2**steps)
         return tuple(torch.tensor(x, dtype=like.dtype, device=like.device) for x in pair)
-    # Python's pow is the C library's, as in the C++ kernels; torch's vectorised one differs by an ulp.
+    # Python and the C++ kernels use pow of the C library; torch's vectorised pow differs by one ulp.
     distinct, which = steps.unique(return_inverse=True)
     pairs = [(lr / (1 - beta1**s), math.sqrt(1 - beta2**s)) for s in distinct.tolist()]
     table = torch.tensor(pairs, dtype=torch.float64, device=like.device).reshape(-1, 2).to(like.dtype)

@@ -1,4 +1,4 @@
-"""The op table on a GPU through Triton (on CPU tensors under TRITON_INTERPRET=1, for tests)."""
+"""The ops of `table.py` on a GPU, through Triton; on CPU tensors with TRITON_INTERPRET=1, for tests."""
 
 from .entries import gather, join_, scatter_, squared_norm, union
 from .launch import why_unavailable
