@@ -11,8 +11,7 @@
 
 namespace {
 
-// How many threads at::parallel_for really uses here: an extension compiled without OpenMP is silently
-// serial.
+// The number of threads that at::parallel_for uses in this extension: without OpenMP it silently uses one.
 size_t threads_in_parallel_for() {
   std::mutex mutex;
   std::set<std::thread::id> seen;
@@ -38,7 +37,7 @@ pybind11::dict build_info() {
 // Importing the module registers the kernels; the functions are for tests and for `id3-optim env`.
 PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info,
-        "compiler, simd_levels (that run here), simd_level, threads, tile (entries)");
+        "compiler, simd_levels (of this machine), simd_level, threads, tile (entries)");
   m.def("set_simd_level", &id3::cpu::set_simd_level, pybind11::arg("name"),
         "Forces an instruction set of build_info()['simd_levels'] and returns the previous one. For tests.");
 }
