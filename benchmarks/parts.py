@@ -9,7 +9,7 @@ from benchmarks.measure import Timed
 from benchmarks.ours import EPS, LEARNING_RATE, Ours
 from benchmarks.shapes import Inputs
 from id3_kernels import Entries
-from id3_kernels.backend import kernels_for
+from id3_kernels.table import kernels_for
 
 KERNELS = kernels_for(torch.device("cpu"), None)
 

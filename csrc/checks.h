@@ -9,8 +9,8 @@
 #include <limits>
 #include <string>
 
-// What guards memory. The public Python functions check their arguments in full; these hold for whoever calls
-// the ops directly.
+// Checks that guard memory when an op is called directly. The public Python functions check their arguments
+// in full.
 namespace id3 {
 
 using OptionalTensors = c10::List<std::optional<at::Tensor>>;
@@ -37,14 +37,15 @@ inline void check_float_tensor(const std::string& name, const at::Tensor& t) {
       dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf || dtype == at::kDouble, name,
       ": expected float32, bfloat16, float16 or float64, got ", dtype);
   TORCH_CHECK_VALUE(t.numel() <= std::numeric_limits<int32_t>::max(), name,
-                    ": 2^31 entries or more are not supported, got ", t.numel());
+                    ": expected fewer than 2^31 entries, got ", t.numel());
 }
 
 inline void check_params(at::TensorList params) {
   for (size_t j = 0; j < params.size(); ++j) {
     check_float_tensor(item_name("params", j), params[j]);
     TORCH_CHECK_VALUE((params[j].scalar_type() == at::kDouble) == (params[0].scalar_type() == at::kDouble),
-                      item_name("params", j), ": float64 can not be mixed with other dtypes");
+                      item_name("params", j), ": expected float64 in all params or in none, got ",
+                      params[j].scalar_type(), " and ", params[0].scalar_type());
   }
 }
 
@@ -79,7 +80,7 @@ inline void check_one_element(const std::string& name, const at::Tensor& t) {
   TORCH_CHECK_VALUE(t.numel() == 1, name, ": expected one element, got ", shape_text(t.sizes()));
 }
 
-// How many entries are wanted: none for a negative k, no more than there is room for.
+// The number of wanted entries: k, clamped to 0 … capacity.
 inline int64_t wanted(const at::Tensor& k, int64_t capacity) {
   check_one_element("k", k);
   TORCH_CHECK_VALUE(k.scalar_type() == at::kLong, "k: expected int64, got ", k.scalar_type());

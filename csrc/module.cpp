@@ -7,11 +7,11 @@
 #include <thread>
 
 #include "cpu/simd.h"
+#include "cpu/tiles.h"
 
 namespace {
 
-// How many threads at::parallel_for really uses here: an extension compiled without OpenMP is silently
-// serial.
+// The number of threads that at::parallel_for uses in this extension: without OpenMP it silently uses one.
 size_t threads_in_parallel_for() {
   std::mutex mutex;
   std::set<std::thread::id> seen;
@@ -27,6 +27,7 @@ pybind11::dict build_info() {
   info["compiler"] = std::string(__VERSION__);
   info["simd_levels"] = id3::cpu::simd_levels_here();
   info["simd_level"] = id3::cpu::simd_level_name();
+  info["tile"] = id3::cpu::kTile;
   info["threads"] = threads_in_parallel_for();
   return info;
 }
@@ -35,7 +36,8 @@ pybind11::dict build_info() {
 
 // Importing the module registers the kernels; the functions are for tests and for `id3-optim env`.
 PYBIND11_MODULE(_C, m) {
-  m.def("build_info", &build_info, "compiler, simd_levels (that run here), simd_level, threads");
+  m.def("build_info", &build_info,
+        "compiler, simd_levels (of this machine), simd_level, threads, tile (entries)");
   m.def("set_simd_level", &id3::cpu::set_simd_level, pybind11::arg("name"),
         "Forces an instruction set of build_info()['simd_levels'] and returns the previous one. For tests.");
 }

@@ -1,8 +1,7 @@
-"""Which backend can run here, and which one a call takes.
+"""What can run here: the names of the backends, why one cannot run, and which one is requested.
 
-A backend is a module-like object whose functions are the op table of `ops.py`. Without a wish, calls go
-through torch's dispatcher: C++ for CPU tensors and CUDA for GPU tensors where these extensions are built,
-Triton for GPU tensors where it is installed, and `reference` everywhere else.
+A backend implements the ops of `table.py`. `reference` is plain torch and runs everywhere; `cpu` is the C++
+extension, `cuda` the CUDA extension, and `triton` compiles its kernels at their first call.
 """
 
 from __future__ import annotations
@@ -13,24 +12,24 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Iterator
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 
 import torch
 
 NAMES = ("reference", "cpu", "triton", "cuda")
 
-_wish: str | None = os.environ.get("ID3_BACKEND") or None
+_requested: str | None = os.environ.get("ID3_BACKEND") or None
 
 
 @functools.cache
 def _load(name: str) -> tuple[ModuleType | None, str]:
-    """(the extension `name`, "") or (None, why there is none). Loading it registers its kernels."""
+    """(the extension `name`, "") or (None, why there is none). Loading an extension registers its kernels."""
     kind = {"_C": "C++", "_cuda": "CUDA"}[name]
     if importlib.util.find_spec(f"id3_kernels.{name}") is None:
         return None, f"the {kind} extension is not built"
     try:
         return importlib.import_module(f"id3_kernels.{name}"), ""
-    except (ImportError, OSError) as error:  # built for another torch, as a rule
+    except (ImportError, OSError) as error:  # usually the extension was built for another version of torch
         return None, f"the {kind} extension does not load ({str(error).splitlines()[0]})"
 
 
@@ -40,11 +39,12 @@ def native() -> ModuleType | None:
 
 
 def available_backends() -> dict[str, str | None]:
-    """Backend name -> None where it can run here, else one line that says why not and what would help."""
-    return {name: _why_not(name) for name in NAMES}
+    """Backend name -> None where the backend can run here, else one line with the reason and a remedy."""
+    return {name: why_not(name) for name in NAMES}
 
 
-def _why_not(name: str) -> str | None:
+def why_not(name: str) -> str | None:
+    """The reason why backend `name` cannot run here, with a remedy; None where it can run."""
     if name == "cpu" and native() is None:
         return f"{_load('_C')[1]}: install with a C++ compiler and `pip install --no-build-isolation`"
     if name == "cuda":
@@ -57,9 +57,7 @@ def _why_not(name: str) -> str | None:
     if name == "triton":
         if importlib.util.find_spec("triton") is None:
             return "triton is not installed: pip install 'triton>=3.4'"
-        from . import triton
-
-        return triton.why_unavailable()
+        return importlib.import_module(f"id3_kernels.{name}").why_unavailable()
     return None
 
 
@@ -67,72 +65,27 @@ def _why_not(name: str) -> str | None:
 def use_backend(name: str) -> Iterator[None]:
     """Within the block, every public function of id3_kernels runs on backend `name`.
 
-    Optimizers keep the backend that they were built with. Raises ValueError for an unknown name and for a
-    backend that can not run here.
+    An optimizer keeps the backend with which it was built. Raises ValueError for an unknown name and for a
+    backend that cannot run here.
     """
-    global _wish
+    global _requested
     require(name)
-    before, _wish = _wish, name
+    before, _requested = _requested, name
     try:
         yield
     finally:
-        _wish = before
+        _requested = before
 
 
-def wish() -> str | None:
-    """The backend asked for by `use_backend` or ID3_BACKEND, or None."""
-    return _wish
+def requested() -> str | None:
+    """The backend requested by `use_backend` or ID3_BACKEND, or None."""
+    return _requested
 
 
 def require(name: str) -> None:
     """Raises ValueError unless backend `name` exists and can run here."""
     if name not in NAMES:
         raise ValueError(f"backend: expected one of {', '.join(NAMES)}, got {name!r}")
-    reason = _why_not(name)
+    reason = why_not(name)
     if reason:
-        raise ValueError(f"backend: {name!r} can not run here: {reason}")
-
-
-def kernels_for(device: torch.device, name: str | None) -> ModuleType | SimpleNamespace:
-    """The op table as backend `name` (None: whatever torch's dispatcher takes) runs it on `device`.
-
-    Raises ValueError where it can not.
-    """
-    if name is None:
-        return _dispatched()
-    require(name)
-    if name == "cpu" and device.type not in ("cpu", "meta"):
-        raise ValueError(f"backend: 'cpu' runs on CPU tensors, got tensors on {device}")
-    if name == "triton" and device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        raise ValueError(
-            "backend: 'triton' runs on GPU tensors (on CPU tensors only with TRITON_INTERPRET=1)"
-        )
-    if name == "cuda" and device.type != "cuda":
-        raise ValueError(f"backend: 'cuda' runs on GPU tensors, got tensors on {device}")
-    return _dispatched() if name == "cpu" else _module(name)
-
-
-@functools.cache
-def for_gpu() -> ModuleType:
-    """The backend that calls on GPU tensors take: the CUDA kernels where they are built, else Triton."""
-    return _module("cuda" if _why_not("cuda") is None else "triton")
-
-
-def _module(name: str) -> ModuleType:
-    return importlib.import_module(f"id3_kernels.{name}")
-
-
-def candidate_room(device: torch.device, name: str | None, k: int) -> tuple[int, int]:
-    """(candidates, numbers of `state`) that `collect_` wants room for, to hold the best k of all tensors."""
-    module = (
-        for_gpu()
-        if name is None and device.type == "cuda"
-        else _module("reference" if name in (None, "cpu") else name)
-    )
-    return module.candidate_room(k) if hasattr(module, "candidate_room") else (k, 0)
-
-
-def _dispatched() -> SimpleNamespace:
-    from .ops import DISPATCHED
-
-    return DISPATCHED
+        raise ValueError(f"backend: expected one that can run here, got {name!r}: {reason}")

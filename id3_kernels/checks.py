@@ -1,4 +1,4 @@
-"""What the public functions refuse, one line each: the argument, what was expected, what came."""
+"""Checks of arguments. Each error is one line: the argument, the expected value, the value received."""
 
 from __future__ import annotations
 
@@ -24,7 +24,10 @@ def params(tensors: Sequence[Tensor], name: str = "params") -> torch.device:
         if t.device != tensors[0].device:
             raise ValueError(f"{name}[{j}]: expected a tensor on {tensors[0].device}, got {t.device}")
         if (t.dtype == torch.float64) != (tensors[0].dtype == torch.float64):
-            raise ValueError(f"{name}[{j}]: float64 can not be mixed with other dtypes, got {t.dtype}")
+            expected = "no float64" if t.dtype == torch.float64 else "float64"
+            raise ValueError(
+                f"{name}[{j}]: expected {expected} beside {tensors[0].dtype} in {name}[0], got {t.dtype}"
+            )
     return tensors[0].device
 
 
@@ -33,9 +36,7 @@ def plain(name: str, tensor: Tensor) -> None:
     if not isinstance(tensor, Tensor):
         raise ValueError(f"{name}: expected a tensor, got {type(tensor).__name__}")
     if type(tensor) not in (Tensor, torch.nn.Parameter) and not _is_fake(tensor):
-        raise ValueError(
-            f"{name}: expected a plain tensor, got {type(tensor).__name__}, which is not supported"
-        )
+        raise ValueError(f"{name}: expected a plain tensor, got the subclass {type(tensor).__name__}")
     if tensor.layout != torch.strided:
         raise ValueError(f"{name}: expected a dense tensor, got layout {tensor.layout}")
     if tensor.dtype not in FLOATS:
@@ -45,9 +46,7 @@ def plain(name: str, tensor: Tensor) -> None:
 
 
 def _is_fake(tensor: Tensor) -> bool:
-    from torch._subclasses.fake_tensor import FakeTensor
-
-    return isinstance(tensor, FakeTensor)
+    return isinstance(tensor, torch._subclasses.FakeTensor)
 
 
 def grads(gradients: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> None:
@@ -95,7 +94,7 @@ def entries(name: str, e: Entries, sizes: Sequence[int] | None, device: torch.de
 def _entry_values(name: str, e: Entries, sizes: Sequence[int] | None) -> None:
     bounds = e.offsets.tolist()
     if bounds[0] != 0 or any(b > c for b, c in pairwise(bounds)):
-        raise ValueError(f"{name}.offsets: expected 0 first and no decrease, got {bounds[:8]}")
+        raise ValueError(f"{name}.offsets: expected a first offset of 0 and no decrease, got {bounds[:8]}")
     if bounds[-1] > e.indices.numel():
         raise ValueError(f"{name}.indices: expected {bounds[-1]} indices, got {e.indices.numel()}")
     held = e.indices[: bounds[-1]]
@@ -103,15 +102,24 @@ def _entry_values(name: str, e: Entries, sizes: Sequence[int] | None) -> None:
     starts = set(bounds)
     for i in falls:
         if i not in starts:
-            raise ValueError(f"{name}.indices: expected ascending indices within a tensor, got a fall at {i}")
+            pair = held[i - 1 : i + 1].tolist()
+            raise ValueError(
+                f"{name}.indices: expected ascending indices within a tensor, got {pair} at {i - 1}"
+            )
     occupied = [j for j, (b, c) in enumerate(pairwise(bounds)) if b < c]
     first = held[[bounds[j] for j in occupied]].tolist() if occupied else []
     last = held[[bounds[j + 1] - 1 for j in occupied]].tolist() if occupied else []
     for j, low, high in zip(occupied, first, last, strict=True):
         if low < 0 or (sizes is not None and high >= sizes[j]):
             raise ValueError(
-                f"{name}.indices: tensor {j} has {sizes and sizes[j]} entries, got {low} to {high}"
+                f"{name}.indices: expected {_range(sizes and sizes[j])} in tensor {j}, got {low} to {high}"
             )
+
+
+def _range(size: int | None) -> str:
+    if size is None:
+        return "at least 0"
+    return f"0 to {size - 1}" if size else "no index"
 
 
 def count(k: int) -> None:
@@ -128,12 +136,12 @@ def d3(eps: float, exp: float) -> None:
         raise ValueError(f"exp: expected a finite number, got {exp}")
     if exp > 0 and eps == 0:
         raise ValueError(
-            f"eps: expected more than 0 with exp > 0 (|g|/|θ|^exp has no value at θ = 0), got {eps}"
+            f"eps: expected more than 0 with exp > 0, as |g| / |θ|^exp has no value at θ = 0, got {eps}"
         )
 
 
 def learning_rate(lr: float | Tensor, device: torch.device) -> tuple[float, Tensor | None]:
-    """(lr, None), or (0, lr) for a one-element tensor on `device`, which stays there unread."""
+    """(lr, None), or (0, lr) for a one-element tensor on `device`, which the host does not read."""
     if not isinstance(lr, Tensor):
         return float(lr), None
     if lr.numel() != 1 or lr.device != device:

@@ -9,13 +9,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+TILE = 256  # neighbouring entries of one tensor, of whose scores a selection keeps the maximum; as in csrc
+
 
 class Entries(NamedTuple):
     """Entries of M tensors: tensor j owns `indices[offsets[j]:offsets[j + 1]]`.
 
     offsets: int64 [M + 1], from 0, non-decreasing. indices: int32 [n], the flat row-major index inside
     the tensor (`t.reshape(-1)`, whatever the strides), ascending and unique within a tensor. `indices`
-    may be longer than `offsets[-1]`: what lies behind belongs to nobody.
+    may be longer than `offsets[-1]`; the rest is padding.
     """
 
     offsets: Tensor
@@ -47,7 +49,7 @@ class Entries(NamedTuple):
         return [self.indices[b:e] for b, e in pairwise(bounds)]
 
     def trimmed(self) -> Entries:
-        """The same entries, with nothing behind the last. Synchronises where the entries are on a GPU."""
+        """The same entries without padding. Synchronises where the entries are on a GPU."""
         return Entries(self.offsets, self.indices[: int(self.offsets[-1])])
 
 

@@ -26,25 +26,25 @@ def to_sparse_coo(
     bounds = entries.offsets.tolist()
     tensors = []
     for j, (index, shape) in enumerate(zip(entries.lists(), shapes, strict=True)):
-        where = index.to(torch.int64)
+        flat = index.to(torch.int64)
         coordinates = (
-            torch.stack(torch.unravel_index(where, tuple(shape)))
+            torch.stack(torch.unravel_index(flat, tuple(shape)))
             if len(shape)
-            else where.new_empty(0, where.numel())
+            else flat.new_empty(0, flat.numel())
         )
-        here = values[bounds[j] : bounds[j + 1]]
+        own = values[bounds[j] : bounds[j + 1]]
         tensors.append(
-            torch.sparse_coo_tensor(coordinates, here, tuple(shape), is_coalesced=True, check_invariants=True)
+            torch.sparse_coo_tensor(coordinates, own, tuple(shape), is_coalesced=True, check_invariants=True)
         )
     return tensors
 
 
 @torch.no_grad()
 def from_sparse_coo(tensors: Sequence[Tensor]) -> tuple[Entries, Tensor]:
-    """(Entries, values [n]) of sparse COO tensors (coalesced here if they are not), all of one dtype.
+    """(Entries, values [n]) of sparse COO tensors (coalesced first if necessary), all of one dtype.
 
-    Mutates nothing; synchronises on a GPU. Raises ValueError for other layouts and for tensors with dense
-    dimensions, whose elements are not entries.
+    Mutates nothing; synchronises on a GPU. Raises ValueError for other layouts and for dense dimensions:
+    their elements are not entries.
     """
     rows, values = [], []
     for j, t in enumerate(tensors):
@@ -58,7 +58,7 @@ def from_sparse_coo(tensors: Sequence[Tensor]) -> tuple[Entries, Tensor]:
         if t.dtype != tensors[0].dtype:
             raise ValueError(f"tensors[{j}]: expected {tensors[0].dtype} as tensors[0], got {t.dtype}")
         t = t.coalesce()
-        coordinates, flat = t.indices(), torch.zeros(t._nnz(), dtype=torch.int64, device=t.device)
+        coordinates, flat = t.indices(), torch.zeros_like(t.values(), dtype=torch.int64)
         for axis, size in enumerate(t.shape):
             flat = flat * size + coordinates[axis]
         rows.append(flat)

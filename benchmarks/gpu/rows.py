@@ -20,7 +20,7 @@ from benchmarks.parts import Update, wanted
 from benchmarks.rivals import DenseAdamW, DenseMasking, Toolkit
 from benchmarks.shapes import Inputs
 from id3_kernels import Entries, available_backends, reference
-from id3_kernels.backend import kernels_for
+from id3_kernels.table import kernels_for
 from id3_optim import D3, ID3AdamW
 
 _COPIED_BYTES = (4 << 30) if ON_GPU else (1 << 22)

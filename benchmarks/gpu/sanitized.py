@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.gpu.device import DEVICE, wait
 from id3_kernels import Entries, reference
-from id3_kernels.backend import kernels_for
+from id3_kernels.table import kernels_for
 from id3_optim import D3, ID3AdamW
 
 SHAPES = ((1,), (255,), (256,), (257,), (33, 65), (4, 1000), (3,))

@@ -26,8 +26,8 @@ bool lower_index(const Found<Value>& a, const Found<Value>& b) {
   return a.index < b.index;
 }
 
-// The best k entries of all tensors so far, best first; a score of 0 is no entry and stands at the end. Room
-// for more than k stays empty.
+// The best k entries of all tensors so far, best first. Slots after the last entry are empty and have score
+// 0; slots beyond k stay empty.
 template <class Value>
 struct Best {
   Value* score;
@@ -35,7 +35,7 @@ struct Best {
   Value* grad;
   int64_t k, room;
 
-  // What is held where no more than k belong; left by a call with a larger k.
+  // Empties the slots beyond k, which a call with a larger k has filled.
   void drop_behind() {
     for (int64_t i = k; i < room && place[i] != -1; ++i) put(i, 0, -1, 0);
   }
@@ -46,14 +46,15 @@ struct Best {
 
   Key<Value> key(int64_t i) const { return reinterpret_bits<Key<Value>>(score[i]); }
 
-  // The smallest key with which an entry of this tensor can still come in: ties go to the lowest place.
+  // The smallest key with which an entry of this tensor still becomes a candidate: ties go to the lowest
+  // place.
   Key<Value> floor(int64_t position) const {
     if (k == 0 || !(score[k - 1] > Value(0))) return 1;
     return key(k - 1) + (place[k - 1] >> 32 < position ? 1 : 0);
   }
 
-  // An entry that is held already keeps the larger score, and of equal ones the older. `found` is left with
-  // what is still to come in, in index order.
+  // An entry that is a candidate already keeps the larger score, and of equal scores the older. Leaves in
+  // `found` the entries that are no candidates yet, in index order.
   void drop_repeated(int64_t position, std::vector<Found<Value>>& found) {
     std::sort(found.begin(), found.end(), lower_index<Value>);
     int64_t kept = 0;
@@ -74,7 +75,7 @@ struct Best {
                 found.end());
   }
 
-  // Merges `found`, best first, from the back: in place.
+  // Merges `found`, best first, in place and from the back.
   void merge(int64_t position, const std::vector<Found<Value>>& found) {
     int64_t i = held() - 1, j = static_cast<int64_t>(found.size()) - 1;
     for (int64_t out = i + j + 1; j >= 0; --out) {

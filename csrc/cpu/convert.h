@@ -30,7 +30,7 @@ ID3_INLINE c10::Half round_to<c10::Half, float>(float x) {
   return {round_to_half(x), c10::Half::from_bits()};
 }
 
-// visit(T()) for the C++ type T of `dtype`, which must be one whose arithmetic is done in Value.
+// Calls visit(T()) for the C++ type T of `dtype`. The arithmetic of `dtype` must be that of Value.
 template <class Value, class Visit>
 void visit_dtype(c10::ScalarType dtype, const Visit& visit) {
   if constexpr (sizeof(Value) == sizeof(float)) {

@@ -8,7 +8,7 @@
 
 namespace id3::cpu {
 
-// Work is cut into contiguous parts, one per thread, and results are put together in the order of the parts:
+// Work is cut into contiguous parts, one per thread, and results are combined in the order of the parts, so
 // they are the same for every number of threads.
 struct Parts {
   int64_t items, count;
@@ -27,21 +27,21 @@ struct Parts {
   }
 };
 
-// Which keys are the k largest: all above the threshold, and of those equal to it the first ones.
+// The k largest keys: all above the threshold, and the first of those equal to it.
 template <class Key>
 struct Cut {
   struct Part {
-    int64_t begin;  // how many the parts before this one take
+    int64_t begin;  // how many keys the lower parts take
     int64_t ties;   // how many keys equal to the threshold this part takes
   };
   Key threshold;
-  int64_t total;  // k, or the number of keys from the floor on where that is less
+  int64_t total;  // k, or the number of keys from the floor on if that is less
   std::vector<Part> parts;
 
   bool takes(Key key, int64_t& ties) const { return key > threshold || (key == threshold && ties-- > 0); }
 };
 
-// The cut that takes every key from the floor on; counts[part] of them lie in each part.
+// The cut that takes every key from the floor on; each part has counts[part] of them.
 template <class Key>
 Cut<Key> take_all(Key floor, const std::vector<int64_t>& counts) {
   Cut<Key> cut{floor - 1, 0, {}};
@@ -52,9 +52,9 @@ Cut<Key> take_all(Key floor, const std::vector<int64_t>& counts) {
   return cut;
 }
 
-// Radix selection from the highest digit down, over keys that need not be stored: for_each_block(part, visit)
-// calls visit(const Key*, count) for all keys of the part in order, once per digit. Keys below `floor` (at
-// least 1) do not take part.
+// Radix selection from the highest digit down. The keys need not be stored: for_each_block(part, visit) calls
+// visit(const Key*, count) for all keys of the part in order, once per digit. Keys below `floor` (at least 1)
+// are skipped.
 template <class Key, class ForEachBlock>
 Cut<Key> cut_at(int64_t k, Key floor, const Parts& parts, const ForEachBlock& for_each_block) {
   constexpr int kDigitBits = 11, kBins = 1 << kDigitBits;

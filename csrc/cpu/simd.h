@@ -4,8 +4,9 @@
 #include <utility>
 #include <vector>
 
-// One build serves every machine: a kernel's body is an always_inline template, compiled once per instruction
-// set by the wrappers below and chosen at run time. Contraction is off, so all give the same bits.
+// One build runs on every machine. A kernel's body is an always_inline template; the wrappers below compile
+// it once per instruction set, and the choice is made at run time. Contraction is off, so all give the same
+// bits.
 #define ID3_INLINE inline __attribute__((always_inline))
 
 #if defined(__x86_64__)
@@ -23,8 +24,8 @@ enum class SimdLevel { portable, avx2, avx512 };
 
 SimdLevel simd_level();
 std::string simd_level_name();
-std::vector<std::string> simd_levels_here();  // those that this machine can run
-// Returns the previous level. ValueError if this machine can not run `name`. For tests: not thread-safe.
+std::vector<std::string> simd_levels_here();  // the levels that this machine can run
+// Returns the previous level. ValueError if this machine cannot run `name`. For tests: not thread-safe.
 std::string set_simd_level(const std::string& name);
 
 #if defined(__x86_64__)

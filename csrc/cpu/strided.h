@@ -7,7 +7,7 @@
 
 namespace id3::cpu {
 
-// A tensor's memory, addressed by logical row-major index. Borrows the tensor's sizes and strides.
+// The memory of a tensor, addressed by row-major index. Borrows the tensor's sizes and strides.
 struct Strided {
   const void* data = nullptr;
   c10::ScalarType dtype = c10::ScalarType::Undefined;
@@ -24,7 +24,7 @@ struct Strided {
         sizes(t.sizes()),
         strides(t.strides()) {}
 
-  // Where the entry with this logical index lies, in elements.
+  // The offset of the entry with this row-major index, in elements.
   int64_t place(int64_t index) const {
     if (contiguous) return index;
     int64_t place = 0;
@@ -53,11 +53,11 @@ struct Strided {
   }
 };
 
-// Entries are handled in blocks of at most this many, whose buffers stay in the first-level cache.
+// The most entries of a block, so that its buffers stay in the first-level cache.
 constexpr int64_t kBlock = 64;
 
-// use(places): where the `count` <= kBlock entries with these logical indices lie, in elements. For a
-// contiguous tensor these are the int32 indices themselves, else int64 offsets.
+// Calls use(offsets) with the offsets, in elements, of the `count` <= kBlock entries with these row-major
+// indices: the int32 indices themselves for a contiguous tensor, else int64.
 template <class Use>
 void with_places(const Strided& t, const int32_t* indices, int64_t count, const Use& use) {
   if (t.contiguous) return use(indices);
@@ -66,7 +66,7 @@ void with_places(const Strided& t, const int32_t* indices, int64_t count, const 
   use(static_cast<const int64_t*>(places));
 }
 
-// Asks for single entries of a contiguous tensor before they are read. An index out of range does no harm.
+// Prefetches single entries of a contiguous tensor. An index out of range does no harm.
 class Prefetch {
  public:
   explicit Prefetch(const Strided& t)

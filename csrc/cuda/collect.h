@@ -1,5 +1,7 @@
 #pragma once
 
+#include <algorithm>
+
 #include "cuda/stream.h"
 #include "cuda/topk.h"
 
@@ -51,6 +53,28 @@ struct Collect {
   int64_t* chunk_active;  // [chunks + 1]: where in active.indices each chunk begins
   int32_t* maxima;        // [chunks · tiles of a chunk]
 };
+
+// How much memory holds the best k entries: slots for candidates, and int64 elements of the state.
+struct CandidateRoom {
+  int64_t slots, state;
+};
+
+// Each of the best k has eight slots, and all of them 2^16 more, so that candidates are seldom cut to the
+// best k. For a k above 2^20 that is too much memory: candidates are sorted then, in k slots and without a
+// state.
+constexpr int64_t kSlotsForEach = 8, kLeastSlots = 1 << 16, kMostWanted = 1 << 20;
+
+inline CandidateRoom candidate_room(int64_t k) {
+  if (k <= 0 || k > kMostWanted) return {k, 0};
+  constexpr int64_t kItem = sizeof(int64_t);
+  return {kSlotsForEach * k + kLeastSlots, (static_cast<int64_t>(sizeof(CollectState)) + kItem - 1) / kItem};
+}
+
+// The largest k for which candidates with a state may be cut to the best k: that of `candidate_room`, or half
+// of fewer slots.
+inline int64_t most_wanted(int64_t slots) {
+  return slots > kLeastSlots ? std::max<int64_t>((slots - kLeastSlots) / kSlotsForEach, 1) : slots / 2;
+}
 
 inline int32_t chunks_of(int32_t numel) { return (numel + kShortChunk - 1) / kShortChunk; }
 

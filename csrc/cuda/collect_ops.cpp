@@ -1,5 +1,7 @@
 #include <torch/library.h>
 
+#include <tuple>
+
 #include "cuda/collect.h"
 #include "cuda/torch_tensors.h"
 
@@ -59,8 +61,19 @@ void collect_op(const at::Tensor& param, const at::Tensor& grad, const OptionalT
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
+std::tuple<int64_t, int64_t> candidate_room_op(int64_t k) {
+  const CandidateRoom room = candidate_room(k);
+  return {room.slots, room.state};
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(id3_cuda, CUDA, m) { m.impl("collect_", &collect_op); }
+
+// Facts that Python needs: they take no tensor and run nothing on a GPU.
+TORCH_LIBRARY_FRAGMENT(id3_cuda, m) {
+  m.def("candidate_room(int k) -> (int, int)", &candidate_room_op);
+  m.def("most_wanted(int slots) -> int", &most_wanted);
+}
 
 }  // namespace id3::cuda

@@ -5,7 +5,7 @@
 #include <algorithm>
 #include <cstdint>
 
-// Kernels and launchers know no torch: raw pointers, sizes and a stream come in.
+// Kernels and launchers do not depend on torch: they take raw pointers, sizes and a stream.
 namespace id3::cuda {
 
 constexpr int kWarp = 32;
@@ -23,7 +23,7 @@ inline unsigned blocks_for(int64_t items, int per_block = kThreads) {
   return static_cast<unsigned>(std::clamp<int64_t>(blocks, 1, kBlocksPerLaunch));
 }
 
-// The error of a launch stays with the runtime until the caller asks cudaGetLastError.
+// The runtime keeps the error of a launch until the caller calls cudaGetLastError.
 template <class... Params, class... Args>
 void launch(void (*kernel)(Params...), unsigned blocks, int threads, cudaStream_t stream, Args... args) {
   if (blocks == 0) return;
@@ -54,8 +54,8 @@ __device__ inline int64_t lower_bound(const Value* values, int64_t begin, int64_
   return begin;
 }
 
-// Sum over the block of what the threads before this one have; `total` is that of all. Every thread of a
-// block of kThreads must call it.
+// The sum of `value` over the lower threads of the block; `total` is the sum over all threads. Every thread
+// of a block of kThreads must call it.
 __device__ inline int64_t sum_before(int64_t value, int64_t& total) {
   __shared__ int64_t sums[kThreads];
   const int me = threadIdx.x;
@@ -73,8 +73,8 @@ __device__ inline int64_t sum_before(int64_t value, int64_t& total) {
   return before;
 }
 
-// True in every thread of the last block of a launch to come here; what the others wrote is visible to it.
-// `arrived` is 0 before the launch and again after it.
+// True in every thread of the block of a launch that calls this last; it sees what the other blocks wrote.
+// `arrived` is 0 before the launch and after it.
 __device__ inline bool is_last_block(unsigned* arrived) {
   __shared__ bool last;
   __threadfence();

@@ -1,4 +1,4 @@
 #include <torch/extension.h>
 
-// Importing the module registers the kernels; the op table's schemas are in id3_kernels/ops.py.
+// Importing the module registers the kernels; id3_kernels/table.py has their schemas.
 PYBIND11_MODULE(_cuda, m) { m.attr("__doc__") = "The CUDA kernels of id3_kernels, as torch.ops.id3_cuda."; }

@@ -7,7 +7,7 @@
 
 namespace id3::cuda {
 
-// visit(std::integral_constant<Exponent, E>()) for the exponent's own formula.
+// Calls visit(std::integral_constant<Exponent, E>()) for the formula of the exponent.
 template <class Visit>
 void with_exponent(Exponent e, const Visit& visit) {
   switch (e) {
@@ -26,7 +26,7 @@ void with_exponent(Exponent e, const Visit& visit) {
   }
 }
 
-// The D3 scores of one tensor [numel], as they are shown (`d3` of formulas/score.h).
+// The D3 scores of one tensor [numel]: `d3` of formulas/score.h.
 void d3_score(const TensorRow& row, int64_t numel, float eps, double exp, float* scores, cudaStream_t stream);
 
 }  // namespace id3::cuda

@@ -3,7 +3,7 @@
 namespace id3::cuda {
 namespace {
 
-constexpr int kRowsPerLaunch = 112;  // 3.5 KiB of the 4 KiB that a kernel's parameters may have everywhere
+constexpr int kRowsPerLaunch = 112;  // 3.5 KiB of the 4 KiB of parameters that every GPU allows
 
 struct RowBatch {
   TensorRow rows[kRowsPerLaunch];

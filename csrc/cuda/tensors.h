@@ -9,7 +9,7 @@ namespace id3::cuda {
 
 enum class DType : int32_t { float32, bfloat16, float16 };
 
-// One tensor of a list, row-major. An address of null: the tensor has no gradient.
+// One tensor of a list, row-major. `grad` is null for a tensor without gradient.
 struct TensorRow {
   void* param;
   const void* grad;
@@ -18,8 +18,8 @@ struct TensorRow {
   int32_t first_chunk;  // set by cut_into_chunks of layout.h
 };
 
-// The active entries, or any set of them: tensor j owns indices[offsets[j] .. offsets[j + 1]). The offsets
-// may begin anywhere, as those of a part of the tensors do.
+// A set of entries: tensor j has indices[offsets[j] .. offsets[j + 1]). The offsets may begin above 0, as
+// those of a part of the tensors do.
 struct EntriesView {
   const int64_t* offsets;
   const int32_t* indices;
@@ -37,8 +37,8 @@ struct EntriesView {
 #endif
 };
 
-// Copies rows[0, count) to device memory by way of kernel parameters: no host memory has to outlive the call,
-// no copy engine is waited for, and a captured graph carries them.
+// Sends rows[0, count) to device memory as kernel parameters: no host memory has to outlive the call, no copy
+// synchronises, and a captured graph contains the rows.
 void store_rows(const TensorRow* rows, int32_t count, TensorRow* device_rows, cudaStream_t stream);
 
 #if defined(__CUDACC__) || defined(ID3_EMULATED_CUDA)
@@ -57,7 +57,7 @@ __device__ inline void store_float(void* data, DType dtype, int64_t index, float
         dtype == DType::bfloat16 ? round_to_bfloat16(value) : round_to_half(value);
 }
 
-// value after a trip through dtype.
+// The value rounded to dtype and widened to float.
 __device__ inline float rounded(float value, DType dtype) {
   if (dtype == DType::float32) return value;
   return dtype == DType::bfloat16 ? widen_bfloat16(round_to_bfloat16(value))

@@ -4,16 +4,16 @@
 
 #include "cuda/launch.h"
 
-// The k largest of n keys in ascending order of position, ties to the lowest, with no host synchronisation:
-// three rounds of radix selection over a histogram give the k-th key, two passes in order write who reaches
-// it.
+// The k largest of n keys in ascending order of position, ties to the lowest, without synchronisation: three
+// rounds of radix selection over a histogram give the k-th key, and two ordered passes write the keys that
+// reach it.
 namespace id3::cuda {
 
-constexpr int kDigits = 3, kBins = 2048;  // 11 + 10 + 10 bits: a key is a positive int32, or 0 for "never"
-constexpr int kKeysPerBlock = 4096;       // whose takers are counted together
+constexpr int kDigits = 3, kBins = 2048;  // 11 + 10 + 10 bits: a key is a positive int32, or 0
+constexpr int kKeysPerBlock = 4096;       // that are counted together
 
-// How many are wanted: *k, which lies in device memory, within [0, capacity]. A kernel that is to find none
-// returns at once.
+// The number of wanted keys: *k in device memory, clamped to [0, capacity]. A kernel returns at once if it is
+// 0.
 struct Wanted {
   const int64_t* k;
   int64_t capacity;
@@ -24,18 +24,18 @@ struct Wanted {
 };
 
 struct TopkState {
-  int64_t missing;    // how many keys that equal the digits known so far are wanted
+  int64_t missing;    // how many keys with the known digits are wanted
   int64_t total;      // how many are taken in all: k, or the number of positive keys where that is less
-  int32_t threshold;  // the digits known so far; at last the k-th key
+  int32_t threshold;  // the known digits of the k-th key, at the end all of them
   int32_t all;        // whether every positive key is taken
   unsigned arrived;   // blocks of the running launch that are done
 };
 
 struct BlockCount {
-  int64_t above, equal;  // at first of the block, then of all blocks before it
+  int64_t above, equal;  // first of the block, then of all lower blocks
 };
 
-// What one call needs, in device memory: state and histogram are zero before the first call and after each.
+// Device memory of a call. State and histogram are zero before the first call and after each call.
 struct TopkWorkspace {
   TopkState* state;
   unsigned* histogram;  // [kBins]
@@ -76,8 +76,8 @@ __device__ inline void choose_digit(int round, TopkState* state, unsigned* histo
   }
 }
 
-// Counts the next digit of each positive key from `first` on, every `step`-th, whose digits so far are those
-// of `threshold`.
+// Counts the next digit of every `step`-th key from `first` on, if the key is positive and has the known
+// digits of `threshold`.
 template <class Keys>
 __device__ inline void count_digits(const Keys& keys, int64_t first, int64_t n, int64_t step, int round,
                                     int32_t threshold, unsigned* bins) {
@@ -122,7 +122,7 @@ struct Takes {
   __device__ bool equal(int32_t key) const { return !all && key == threshold; }
 };
 
-// Turns the blocks' counts into the sums of those before them, block by block of kThreads.
+// Replaces the count of each block by the sum over the lower blocks, kThreads blocks at a time.
 __device__ inline void sum_counts(BlockCount* counts, int64_t blocks) {
   BlockCount before{0, 0};
   for (int64_t first = 0; first < blocks; first += kThreads) {
@@ -192,7 +192,7 @@ __global__ void __launch_bounds__(kThreads, 4)
   }
 }
 
-// out: [wanted.capacity]. n_taken: in device memory; neither is written where none are wanted.
+// out: [wanted.capacity]. n_taken: in device memory. Neither is written if no key is wanted.
 template <class Keys, class Position>
 void largest_in_order(Keys keys, int64_t n, Wanted wanted, const TopkWorkspace& workspace, Position* out,
                       int64_t* n_taken, cudaStream_t stream) {

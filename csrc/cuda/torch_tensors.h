@@ -10,9 +10,8 @@
 #include "checks.h"
 #include "cuda/tensors.h"
 
-// What the *_ops.cpp share: torch's tensors as the launchers see them, memory from torch's allocator. The
-// Python module id3_kernels/cuda.py makes tensors row-major before they come here and leaves float64 to the
-// reference.
+// For the *_ops.cpp: torch tensors as arguments of the launchers, and memory from torch's allocator. Tensors
+// are row-major, as id3_kernels/cuda.py makes them, and float64 only where values are moved.
 namespace id3::cuda {
 
 using OptionalTensor = std::optional<at::Tensor>;
@@ -20,15 +19,15 @@ using OptionalTensor = std::optional<at::Tensor>;
 inline DType dtype_of(const at::Tensor& t) {
   if (t.scalar_type() == at::kFloat) return DType::float32;
   if (t.scalar_type() == at::kBFloat16) return DType::bfloat16;
-  TORCH_CHECK_VALUE(t.scalar_type() == at::kHalf, "cuda backend: expected float32, bfloat16 or float16, got ",
+  TORCH_CHECK_VALUE(t.scalar_type() == at::kHalf,
+                    "tensor: expected float32, bfloat16 or float16 for backend 'cuda', got ",
                     t.scalar_type());
   return DType::float16;
 }
 
 inline void check_row_major(const at::Tensor& t, const at::Tensor& like) {
   TORCH_CHECK_VALUE(t.is_cuda() && t.device() == like.device() && t.is_contiguous(),
-                    "cuda backend: expected a row-major tensor on ", like.device(), ", got one on ",
-                    t.device());
+                    "tensor: expected a row-major tensor on ", like.device(), ", got one on ", t.device());
 }
 
 // Device memory for `n` numbers.
@@ -56,7 +55,7 @@ inline at::Tensor stored(const std::vector<TensorRow>& rows, const at::Tensor& l
   return out;
 }
 
-// Where a tensor and its gradient lie, of which one may be missing.
+// The addresses of a tensor and its gradient; one of the two may be absent.
 inline TensorRow row_of(const OptionalTensor& param, const OptionalTensor& grad, const at::Tensor& like) {
   TensorRow row{};
   if (param) {
@@ -69,13 +68,13 @@ inline TensorRow row_of(const OptionalTensor& param, const OptionalTensor& grad,
     row.grad = grad->const_data_ptr();
     row.grad_dtype = dtype_of(*grad);
     TORCH_CHECK_VALUE(grad->numel() <= std::numeric_limits<int32_t>::max(),
-                      "cuda backend: expected fewer than 2^31 entries, got ", grad->numel());
+                      "grad: expected fewer than 2^31 entries, got ", grad->numel());
     row.numel = static_cast<int32_t>(grad->numel());
   }
   return row;
 }
 
-// params or grads empty: there are none.
+// params or grads may be empty.
 inline std::vector<TensorRow> rows_of(at::TensorList params, const OptionalTensors& grads,
                                       const at::Tensor& like) {
   std::vector<TensorRow> rows(std::max<size_t>(params.size(), grads.size()));
@@ -85,7 +84,7 @@ inline std::vector<TensorRow> rows_of(at::TensorList params, const OptionalTenso
   return rows;
 }
 
-// A number that the kernels read where it lies: *k of an op.
+// The argument k of an op, which kernels read in device memory.
 inline const int64_t* count_at(const at::Tensor& k, const at::Tensor& like) {
   check_row_major(k, like);
   TORCH_CHECK_VALUE(k.scalar_type() == at::kLong && k.numel() == 1, "k: expected one int64, got ", k.numel(),

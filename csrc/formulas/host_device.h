@@ -1,7 +1,7 @@
 #pragma once
 
-// Forced inlining is part of the meaning on the CPU: a formula is compiled for AVX-512 or AVX2 only when it
-// becomes part of the function that carries the target attribute.
+// Inlining is forced because a formula is compiled for AVX-512 or AVX2 only as part of the function that has
+// the target attribute.
 #if defined(__CUDACC__)
 #define ID3_HOST_DEVICE __host__ __device__ __forceinline__
 #else

@@ -6,9 +6,9 @@
 
 namespace id3 {
 
-// Widening and rounding of 16-bit floats by their bits, without branches and without arithmetic on
-// subnormals, so that loops over them vectorise on every instruction set. (c10's conversions branch, and use
-// F16C only where a build assumes it.) Rounding is to nearest even.
+// Widening and rounding (to nearest even) of 16-bit floats by their bits, without branches and without
+// arithmetic on subnormals, so that a loop vectorises on every instruction set. c10's conversions branch, and
+// use F16C only in a build for it.
 
 ID3_HOST_DEVICE float widen_bfloat16(uint16_t bits) {
   return reinterpret_bits<float>(static_cast<uint32_t>(bits) << 16);

@@ -41,8 +41,8 @@ ID3_HOST_DEVICE Value flush_subnormal(Value x) {
   return (reinterpret_bits<typename Bits::Int>(x) & Bits::kMagnitude) < Bits::kSmallestNormal ? Value(0) : x;
 }
 
-// Scores sort as their keys. Everything that is never selected (NaN, infinite, subnormal, zero, negative)
-// has key 0; a selectable score's key is positive.
+// Keys have the order of scores. A score that is never selected (NaN, infinite, subnormal, zero, negative)
+// has key 0; a selectable score has a positive key.
 template <class Value>
 ID3_HOST_DEVICE Key<Value> key_of(Value score) {
   using Bits = FloatBits<Value>;

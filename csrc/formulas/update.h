@@ -7,7 +7,7 @@
 
 namespace id3 {
 
-// What one AdamW call shares between its entries: computed in double, rounded once to the arithmetic's type.
+// The numbers that all entries of an AdamW call share: computed in double, rounded once to Value.
 template <class Value>
 struct AdamWScalars {
   Value grad_scale = 1, clip = 1, sign = 1;  // sign is -1 to maximize
@@ -47,7 +47,7 @@ ID3_HOST_DEVICE BiasCorrection<Value> bias_correction(double lr, double beta1, d
           static_cast<Value>(std::sqrt(1.0 - std::pow(beta2, s)))};
 }
 
-// torch.optim.AdamW for one entry, in torch's order of operations, each rounded once.
+// torch.optim.AdamW for one entry: torch's order of operations, each rounded once.
 template <class Value>
 ID3_HOST_DEVICE void adamw_entry(Value grad, Value& weight, Value& exp_avg, Value& exp_avg_sq,
                                  Value step_size, Value bias_root, const AdamWScalars<Value>& s) {

@@ -1,6 +1,6 @@
-"""The op table on a GPU through Triton (on CPU tensors under TRITON_INTERPRET=1, for tests)."""
+"""The ops of `table.py` on a GPU, through Triton; on CPU tensors with TRITON_INTERPRET=1, for tests."""
 
-from .delta import gather, join_, scatter_, squared_norm, union
+from .entries import gather, join_, scatter_, squared_norm, union
 from .launch import why_unavailable
 from .score import d3_score
 from .selection import collect_, select_topk, select_topk_by_score

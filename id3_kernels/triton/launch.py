@@ -1,8 +1,8 @@
-"""What every kernel here shares: which dtypes, how tensors reach a kernel, how it is launched.
+"""How a kernel is launched, and how it reads and writes tensors of several dtypes.
 
-A kernel sees a list of tensors as a table of addresses (int64), so that one launch serves them all. The
-flat space of all entries is cut into tiles of 256; a tensor begins a new tile, so a tile number orders as
-(tensor, flat index) does, and `slot = tile · 256 + position` names an entry.
+A kernel takes a list of tensors as a table of addresses (int64), so one launch serves the whole list. All
+entries are cut into tiles of TILE neighbours, and a tensor begins with a new tile. Tile numbers therefore
+order as (tensor, flat index) does, and `slot = tile · TILE + place in the tile` names an entry.
 """
 
 from __future__ import annotations
@@ -14,16 +14,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-TILE = tl.constexpr(256)
-ALIGNMENT_BYTES = 16  # of a vector load; a wrong promise to the compiler is a fault on the device
+from .. import entries
+
+TILE = tl.constexpr(entries.TILE)
+ALIGNMENT_BYTES = 16  # of a vector load; an address that is not so aligned is a fault on the device
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 @triton.jit
 def load_wide(address, offset, mask, CODE: tl.constexpr, ALIGNED: tl.constexpr):
-    """float32 values at `address` (int64) + `offset`. ALIGNED: to 16 bytes, and no offset is out of bounds.
+    """float32 values at `address` (int64) + `offset`. ALIGNED: to 16 bytes, with every offset in bounds.
 
-    bfloat16 is widened by its bits: the interpreter's own conversion loses subnormals.
+    bfloat16 is widened by its bits, because the conversion of Triton's interpreter loses subnormals.
     """
     if CODE == 0:
         pointer = address.to(tl.pointer_type(tl.float32))
@@ -42,8 +44,8 @@ def load_wide(address, offset, mask, CODE: tl.constexpr, ALIGNED: tl.constexpr):
 
 @triton.jit
 def load_any(address, offset, mask, code):
-    """As `load_wide`, with a dtype code and an address that may differ by entry."""
-    code = code + tl.zeros_like(offset)  # the interpreter can not combine a scalar condition with a mask
+    """`load_wide` with one dtype code and one address per entry."""
+    code = code + tl.zeros_like(offset)  # the interpreter cannot combine a scalar condition with a mask
     wide = load_wide(address, offset, mask & (code == 0), 0, False)
     wide = tl.where(code == 1, load_wide(address, offset, mask & (code == 1), 1, False), wide)
     return tl.where(code == 2, load_wide(address, offset, mask & (code == 2), 2, False), wide)
@@ -51,7 +53,7 @@ def load_any(address, offset, mask, code):
 
 @triton.jit
 def bfloat16_bits(x):
-    """The bits of the nearest bfloat16, ties to even. The interpreter's own conversion truncates."""
+    """The bits of the nearest bfloat16, ties to even; the interpreter's conversion truncates."""
     bits = x.to(tl.uint32, bitcast=True)
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
     return tl.where(x == x, rounded, 0x7FC0).to(tl.uint16)
@@ -61,16 +63,16 @@ INTERPRETED = not isinstance(load_wide, triton.runtime.JITFunction)
 
 
 def why_unavailable() -> str | None:
-    """None where these kernels can run, else one line that says why not."""
+    """None where these kernels can run, else one line with the reason."""
     if INTERPRETED or torch.cuda.is_available() or torch.xpu.is_available():
         return None
     return "torch sees no GPU (on CPU tensors, for tests: set TRITON_INTERPRET=1 before the first import)"
 
 
 def run(kernel, programs: int, warps: int, device: torch.device, *args) -> None:
-    """Launch `kernel` with one program per block, on `device` whatever the current one is.
+    """Launches `kernel` with so many programs on `device`, which need not be the current device.
 
-    a·b + c is never contracted: each operation is rounded once, as in every other backend.
+    a·b + c is not contracted: each operation is rounded once, as in every backend.
     """
     if not programs:
         return
@@ -79,21 +81,21 @@ def run(kernel, programs: int, warps: int, device: torch.device, *args) -> None:
 
 
 def check(*tensors: Tensor | None, float64: bool = False) -> None:
-    """Refuse memory that these kernels can not read, and float64 unless it is only moved."""
+    """Refuses tensors that these kernels cannot read, and float64 except where values are only moved."""
     for t in tensors:
         if t is None:
             continue
         if t.dtype == torch.float64 and not float64:
-            raise ValueError("triton backend: float64 is not supported, use cpu or reference")
+            raise ValueError("backend: expected 'cpu' or 'reference' for float64 tensors, got 'triton'")
         if (t.device.type == "cpu") != INTERPRETED:
-            where = "CPU tensors under TRITON_INTERPRET=1" if INTERPRETED else "GPU tensors"
-            raise ValueError(f"triton backend: expected {where}, got a tensor on {t.device}")
+            expected = "CPU tensors under TRITON_INTERPRET=1" if INTERPRETED else "GPU tensors"
+            raise ValueError(f"backend: expected {expected} for 'triton', got a tensor on {t.device}")
 
 
 def carry_back(tensors: list[Tensor], rows: list[Tensor]) -> None:
-    """Carry what was written to row-major copies to the tensors; `rows[j] is tensors[j]` is no copy.
+    """Copies row-major copies back to their tensors; where `rows[j] is tensors[j]` there is no copy.
 
-    All of it, as the host does not know where the entries lie: the others keep their bits.
+    A copy is written back as a whole, because the host does not know where its entries are.
     """
     for t, row in zip(tensors, rows, strict=True):
         if row is not t:

@@ -1,4 +1,4 @@
-"""The D3 score |g| / (|θ| + ε)^exp (equation 1 of the ID3 paper), rounded once per operation."""
+"""The D3 score |g| / (|θ| + ε)^exp (equation 1 of the ID3 paper), each operation rounded once."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ SMALLEST_NORMAL = tl.constexpr(1.1754943508222875e-38)
 LOWEST_KEY = tl.constexpr(0x00800000)  # the bits of the smallest normal float32
 INFINITE_KEY = tl.constexpr(0x7F800000)
 
-# The exponents with a formula of their own: every backend gives the same bits for them.
+# Exponents that need no pow: every backend gives the same bits for them.
 KINDS = {0.0: "g", 0.5: "g/√d", 1.0: "g/d", 2.0: "g/dd", -0.5: "g·√d", -1.0: "g·d", -2.0: "g·dd"}
 
 
 def kind_of(exp: float) -> str:
-    """The formula of an exponent; "pow" for one without its own."""
+    """The formula of an exponent; "pow" where KINDS has none."""
     return KINDS.get(float(exp), "pow")
 
 
@@ -33,7 +33,7 @@ def exponent(exp: float, device: torch.device) -> Tensor:
 def d3(g, theta, eps, exponent, KIND: tl.constexpr):
     """float32 score of g = |gradient| and θ, before subnormals are dropped; KIND "given": g is the score.
 
-    "pow" works in float64 as 2^(exp·log2 d), so it may differ from another backend's pow in the last bit.
+    "pow" is 2^(exp·log2 d) in float64, so the last bit may differ from another backend's pow.
     """
     d = tl.abs(theta) + eps
     if KIND == "g/√d":
@@ -57,9 +57,9 @@ def d3(g, theta, eps, exponent, KIND: tl.constexpr):
 
 @triton.jit
 def key(score, g):
-    """The score's bits, which order as the score does; 0 where g is subnormal or the score not finite.
+    """The bits of the score, in the order of scores; 0 where g is subnormal or the score is not finite.
 
-    `normal_key` has still to drop subnormal scores: after a maximum will do.
+    Subnormal scores remain: `normal_key` drops them, and one call after a maximum suffices.
     """
     bits = score.to(tl.int32, bitcast=True)
     return tl.where((g >= SMALLEST_NORMAL) & (bits < INFINITE_KEY), bits, 0)
@@ -67,7 +67,7 @@ def key(score, g):
 
 @triton.jit
 def normal_key(key):
-    """The key, or 0 where the score is subnormal and can not be selected."""
+    """The key, or 0 where the score is subnormal and cannot be selected."""
     return tl.where(key >= LOWEST_KEY, key, 0)
 
 
@@ -86,7 +86,7 @@ def d3_score_kernel(
 
 
 def d3_score(param: Tensor, grad: Tensor, eps: float, exp: float) -> Tensor:
-    """float32 scores in the parameter's shape, row-major. A tensor of other strides is copied to be read."""
+    """float32 scores in the parameter's shape, row-major. Other strides are read through a copy."""
     launch.check(param, grad)
     param, grad, device = param.contiguous(), grad.contiguous(), param.device
     out = torch.empty(param.shape, dtype=torch.float32, device=device)

@@ -1,11 +1,11 @@
-"""Exact top-k by tile maxima: one streaming pass over (θ, g), then a second look at k tiles.
+"""Exact top-k by tile maxima: one streaming pass over (θ, g), then a second pass over k tiles.
 
-The k largest scores lie in the k tiles with the largest maxima (ties to the lowest tile): any other tile
-is beaten, entry for entry, by the maxima of those k, each of which stands at a lower position or higher
-score. Both looks use the same IEEE arithmetic, so no margin is needed. Active entries are left out by an
-N-bit map, zeroed and set anew in each call: 1/8 byte an entry, 3 % of a bfloat16 read of θ and g.
+The k largest scores lie in the k tiles with the largest maxima (ties to the lowest tile). Each entry of any
+other tile loses against the maxima of those k tiles: they have a larger score, or the same score at a lower
+place. Both passes use the same IEEE arithmetic, so no margin is needed. A bitmap of N bits leaves out active
+entries; each call clears and fills it: 1/8 byte an entry, 3 % of a bfloat16 read of θ and g.
 
-k lies on the device: each kernel that would go over all entries reads it first, and returns if it is 0.
+k lies on the device: each kernel that would read all entries reads k first, and returns if it is 0.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..reference import keep_best_
+from ..reference.collect import best_by_selection_
 from . import launch, tables
 from .launch import TILE, load_wide
 from .score import d3, exponent, key, kind_of, normal_key
 from .tables import Layout, Span
 from .topk import Reading, best_entries
 
-ROWS = 2  # tiles in flight per warp: 4 would need more than 64 registers with IEEE division
-MANY = 4  # k above 1/4 of the tiles: no first look, it would spare too little of the second
+ROWS = 2  # tiles in flight per warp: 4 need more than 64 registers with IEEE division
+MANY = 4  # for k above 1/4 of the tiles a first pass would spare too little of the second
 
 
 @triton.jit
@@ -32,7 +32,7 @@ def tile_maxima_kernel(
     wanted, CHUNK: tl.constexpr, ROWS: tl.constexpr, KIND: tl.constexpr, PARAM: tl.constexpr,
     GRAD: tl.constexpr, FULL: tl.constexpr, EXCLUDE: tl.constexpr,
 ):  # fmt: skip
-    """One warp streams one chunk, ROWS tiles a step; a lane owns 8 neighbouring entries of a tile."""
+    """One warp streams one chunk, ROWS tiles per iteration; a lane has 8 neighbouring entries of a tile."""
     if tl.load(wanted) <= 0:
         return
     c = tl.program_id(0)
@@ -43,12 +43,12 @@ def tile_maxima_kernel(
     tile = tl.load(tiles + c)
     length = CHUNK if FULL else tl.load(lengths + c)
     row, lane, at = tl.arange(0, ROWS), tl.arange(0, TILE // 8), tl.arange(0, 8)
-    here = row[:, None, None] * TILE + lane[None, :, None] * 8 + at[None, None, :]
+    within = row[:, None, None] * TILE + lane[None, :, None] * 8 + at[None, None, :]
     byte = tile * (TILE // 8) + row[:, None] * (TILE // 8) + lane[None, :]
     i = 0
     while i < length:
-        inside = i + here < length
-        g = load_wide(grad, i + here, inside, GRAD, FULL)
+        inside = i + within < length
+        g = load_wide(grad, i + within, inside, GRAD, FULL)
         if KIND != "given":
             g = tl.abs(g)
         if EXCLUDE:
@@ -56,7 +56,7 @@ def tile_maxima_kernel(
             g = tl.where((taken.to(tl.int32)[:, :, None] >> at[None, None, :]) & 1 != 0, 0.0, g)
         theta = g
         if (KIND != "g") & (KIND != "given"):
-            theta = load_wide(param, i + here, inside, PARAM, FULL)
+            theta = load_wide(param, i + within, inside, PARAM, FULL)
         best = key(d3(g, theta, eps, exponent, KIND), g)
         highest = normal_key(tl.max(tl.max(best, 2), 1))
         tl.store(maxima + tile + i // TILE + row, highest, mask=i + row * TILE < length)
@@ -75,7 +75,7 @@ def clear_kernel(words, n, wanted, BLOCK: tl.constexpr):
 def mark_active_kernel(
     words, owners, offsets, indices, first_tile, numels, n, n_tensors, wanted, BLOCK: tl.constexpr
 ):
-    """Sets the bit of every entry; owner n_tensors and an index that the tensor lacks belong to nobody."""
+    """Sets the bit of every entry; skips padding (owner n_tensors) and indices outside their tensor."""
     if tl.load(wanted) <= 0:
         return
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -98,20 +98,20 @@ def take_kernel(grad, offsets, indices, values, CODE: tl.constexpr, ADD: tl.cons
 
 
 def select_topk(params, grads, offsets, indices, k, capacity, eps, exp):
-    """See the op table. Reads a tensor of other than row-major strides through a copy of it."""
+    """See `table.OPS`. A tensor whose strides are not row-major is read through a copy."""
     return _select(params, grads, offsets, indices, k, capacity, kind_of(exp), eps, exp)
 
 
 def select_topk_by_score(scores, offsets, indices, k, capacity):
-    """See the op table."""
+    """See `table.OPS`."""
     return _select([None] * len(scores), scores, offsets, indices, k, capacity, "given", 0.0, 0.0)
 
 
 def collect_(
     param, grad, score, offsets, indices, values, add, position, best_score, best_place, best_grad, state, k,
-    again, eps, exp,
+    may_hold, eps, exp,
 ):  # fmt: skip
-    """See the op table. The candidates are the best of all tensors so far, as many as there is room for."""
+    """See `table.OPS`. Every slot holds a candidate, best first."""
     launch.check(param, grad, values)
     grad, device, block = grad.contiguous(), grad.device, 256
     n = tables.most_entries([grad], indices)
@@ -119,14 +119,10 @@ def collect_(
         take_kernel, triton.cdiv(n, block), 4, device, tables.addresses([grad], device), offsets, indices,
         values, launch.CODES[grad.dtype], add, block,
     )  # fmt: skip
-    capacity = min(best_score.numel(), grad.numel())
-    if capacity == 0:
-        return
-    if score is None:
-        _, index, best = select_topk([param], [grad], offsets, indices, k, capacity, eps, exp)
-    else:
-        _, index, best = select_topk_by_score([score], offsets, indices, k, capacity)
-    keep_best_(grad, position, index.to(torch.int64), best, best_score, best_place, best_grad, again)
+    best_by_selection_(
+        select_topk, select_topk_by_score, param, grad, score, offsets, indices, position, best_score,
+        best_place, best_grad, k, best_score.numel(), may_hold, eps, exp,
+    )  # fmt: skip
 
 
 def _select(params, grads, offsets, indices, k, capacity, kind, eps, exp):
@@ -180,7 +176,7 @@ def _bitmap(cut: Layout, offsets: Tensor, indices: Tensor, n: int, wanted: Tenso
 
 
 def _tile_maxima(reading: Reading, wanted: Tensor) -> Tensor:
-    """int32 [tiles]: the largest key of each tile. One launch per dtype pair, and one for its odd chunks."""
+    """int32 [tiles]: the largest key of each tile. One launch per kind of chunk."""
     cut = reading.cut
     maxima = torch.empty(cut.tiles, dtype=torch.int32, device=wanted.device)
     for kind in cut.launches:
@@ -194,12 +190,12 @@ def _tile_maxima(reading: Reading, wanted: Tensor) -> Tensor:
 
 
 def _best_tiles(maxima: Tensor, wanted: Tensor, capacity: int) -> Tensor:
-    """int64 [capacity]: the tiles with the largest maxima, ascending; a number too large where none is left.
+    """int64 [capacity]: the tiles with the largest maxima, ascending; padded with a number above all tiles.
 
-    The bits of a maximum are those of a score, so that this is a selection too.
+    A maximum has the bits of a score, so this is a selection from one tensor of maxima.
     """
     cut = tables.layout((Span(maxima.numel(), 0, 0, True),), maxima.device)
-    nobody = maxima[:0].view(torch.uint8)
-    reading = _reading(cut, [None], [maxima.view(torch.float32)], nobody, "given", 0.0, 0.0)
+    none_active = maxima[:0].view(torch.uint8)
+    reading = _reading(cut, [None], [maxima.view(torch.float32)], none_active, "given", 0.0, 0.0)
     tiles = torch.arange(cut.tiles, device=maxima.device)
     return best_entries(reading, tiles, wanted, capacity)[0]

@@ -1,7 +1,7 @@
-"""Tables in device memory: where the tensors lie, how they are cut, which tensor owns an entry.
+"""Tables in device memory: the addresses of tensors, their tiles and chunks, the owner of each entry.
 
-Once its first step has built what depends on shapes and dtypes alone, a step copies nothing from the host's
-memory: it would wait for the host, and a CUDA graph would read that memory again at each replay.
+The first step builds the tables that depend on shapes and dtypes alone. A later step copies nothing from host
+memory: such a copy would synchronise, and a CUDA graph would read the host memory at each replay.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from torch import Tensor
 from . import launch
 from .launch import CODES, TILE
 
-BATCH = 32  # numbers a launch writes: more parameters would make the launch itself dear
+BATCH = 32  # numbers that one launch writes: more parameters would make a launch expensive
 
 
 def capturing(device: torch.device) -> bool:
-    """Whether what is launched now becomes part of a CUDA graph."""
+    """Whether a CUDA graph captures the kernels that are launched now."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 class Kept:
-    """A function whose last `most` results are kept, by its arguments, of which the last is the device.
+    """A function that caches its last `most` results by its arguments; the last argument is the device.
 
-    What a CUDA graph is captured with is kept for good, as each replay reads it. What is made during
-    a capture is not kept: its content is there only once the graph has run.
+    A result that a CUDA graph was captured with is never dropped, because each replay reads it. A result
+    made during a capture is not cached: it has its content only after the graph has run.
     """
 
     def __init__(self, make: Callable, most: int):
@@ -61,7 +61,7 @@ def kept(most: int) -> Callable[[Callable], Kept]:
     return lambda make: Kept(make, most)
 
 
-@triton.jit(do_not_specialize=range(1, 33))  # or each address would have a kernel compiled for it
+@triton.jit(do_not_specialize=range(1, 33))  # else each address compiles a kernel of its own
 def write_table_kernel(
     table,
     a00: tl.int64, a01: tl.int64, a02: tl.int64, a03: tl.int64, a04: tl.int64, a05: tl.int64, a06: tl.int64,
@@ -80,7 +80,7 @@ def write_table_kernel(
 
 @kept(64)
 def table(numbers: tuple[int, ...], device: torch.device) -> Tensor:
-    """int64: the numbers, which travel to the device as parameters of kernels."""
+    """int64: the numbers, sent to the device as parameters of kernels."""
     padded = numbers + (0,) * (-len(numbers) % BATCH)
     out = torch.empty(len(padded), dtype=torch.int64, device=device)
     for i in range(0, len(padded), BATCH):
@@ -89,12 +89,12 @@ def table(numbers: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 def address(tensor: Tensor | None) -> int:
-    """Where a tensor's memory begins; 0 for None."""
+    """The address of a tensor's memory; 0 for None."""
     return 0 if tensor is None else tensor.data_ptr()
 
 
 def addresses(tensors: list[Tensor | None], device: torch.device) -> Tensor:
-    """int64 [>= M]: where each tensor's memory begins; 0 for None."""
+    """int64 [>= M]: the address of each tensor's memory; 0 for None."""
     if len(tensors) == 1:
         return torch.full((1,), address(tensors[0]), dtype=torch.int64, device=device)
     return table(tuple(map(address, tensors)), device)
@@ -106,21 +106,21 @@ def codes(tensors: list[Tensor | None], device: torch.device) -> Tensor:
 
 
 def owners(offsets: Tensor, n: int) -> Tensor:
-    """int32 [n]: the tensor of each entry from offsets[0] on; the number of tensors behind the last entry."""
+    """int32 [n]: the tensor of each entry from offsets[0] on; for padding the number of tensors."""
     positions = torch.arange(n, device=offsets.device)
     return torch.searchsorted(offsets[1:] - offsets[:1], positions, right=True, out_int32=True)
 
 
 def most_entries(tensors: list[Tensor | None], indices: Tensor) -> int:
-    """How many of `indices` can belong to the tensors (None: of unknown size), as far as the host knows."""
+    """An upper bound, known to the host, for the entries of the tensors; None is a tensor of unknown size."""
     n = indices.numel()
     return n if any(t is None for t in tensors) else min(n, sum(t.numel() for t in tensors))
 
 
 class Span(NamedTuple):
-    """How one tensor is to be streamed; a list of them is the key under which a layout is kept.
+    """What the cut of one tensor depends on; a list of spans is the key of a cached layout.
 
-    numel: 0 where there is no gradient. aligned: whether every address is a multiple of 16.
+    numel: 0 for a tensor without gradient. aligned: whether every address is a multiple of 16.
     """
 
     numel: int
@@ -130,7 +130,7 @@ class Span(NamedTuple):
 
 
 class Launch(NamedTuple):
-    """The chunks [begin, end) of the chunk table, which are of one kind and streamed by one launch."""
+    """The chunks [begin, end) of the chunk table, which have one kind and which one launch reads."""
 
     param_code: int
     grad_code: int
@@ -140,7 +140,7 @@ class Launch(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """A list of tensors cut into tiles and chunks; the tensors here lie in device memory.
+    """A list of tensors cut into tiles and chunks, as tables in device memory.
 
     first_tile: int64 [M + 1], the first tile of each tensor. numels: int32 [M]. Per chunk: owner int32,
     tile int64 (its first), offset int64 (its first entry in the tensor), length int32.
@@ -157,17 +157,17 @@ class Layout(NamedTuple):
     length: Tensor
 
 
-@kept(128)  # for each shape of a model one of its entries and one of its tiles, and a few for all of it
+@kept(128)  # a model needs two layouts per shape, one of entries and one of tiles, and a few for its lists
 def layout(spans: tuple[Span, ...], device: torch.device) -> Layout:
     """The chunk table of a list of tensors, built once per list.
 
-    Full chunks of aligned tensors come apart from the rest, which a second, masked launch reads: both in
-    one kernel would quadruple its registers.
+    One launch reads the full chunks of aligned tensors, and a second, masked launch the rest: one kernel for
+    both would need four times the registers.
     """
     tile = TILE.value
     numels = np.array([s.numel for s in spans], dtype=np.int64)
     first_tile = np.concatenate([[0], (-(-numels // tile)).cumsum()]).astype(np.int64)
-    # Small models get small chunks, so that the last wave of programs is not mostly empty.
+    # Small chunks for small models: with large ones the last wave of programs would be mostly empty.
     chunk = 4096 if first_tile[-1] * tile < 1 << 30 else 16384
     groups: dict[tuple, list[np.ndarray]] = {}
     for j, span in enumerate(spans):

@@ -1,7 +1,7 @@
-"""The exact best k of the entries of a list of tiles, by a radix selection whose passes score them anew.
+"""The exact best k entries of a list of tiles, by a radix selection that computes the scores in each pass.
 
 Four passes settle the k-th largest key, eight bits at a time; two more count and write the winners, in entry
-order. Nothing is kept per entry, and where the device says that nobody is wanted, nothing is read.
+order. No pass stores anything per entry, and where k on the device is 0, no pass reads an entry.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from .tables import Layout
 BINS = tl.constexpr(256)
 SHIFTS = (24, 16, 8, 0)
 BLOCK = 1024
-PROGRAMS = 2048  # each adds at most BINS numbers to one histogram
+PROGRAMS = 2048  # each adds at most BINS counts to one histogram
 
 
 class Reading(NamedTuple):
-    """What a look at the entries reads: the tensors as tables, the formula, and the entries to leave out.
+    """What a pass reads: the tensors as tables, the formula, and the entries to leave out.
 
-    active: uint8, one bit per slot, read if `exclude`.
+    active: uint8, one bit per slot, read only if `exclude`.
     """
 
     cut: Layout
@@ -47,7 +47,7 @@ def load_keys(
     params, grads, param_codes, grad_codes, first_tile, numels, n_tensors, active, eps, exponent,
     tiles, owners, n, begin, KIND: tl.constexpr, EXCLUDE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """(slot, index, key) of the entries from `begin` of the n that the listed tiles have; key 0: nobody."""
+    """(slot, index, key) of entries from `begin` on, of the n in the listed tiles; key 0: not selectable."""
     row, at = begin // TILE + tl.arange(0, BLOCK // TILE), tl.arange(0, TILE)[None, :]
     tile = tl.load(tiles + row, mask=row < n // TILE, other=0)
     owner = tl.load(owners + row, mask=row < n // TILE, other=n_tensors)
@@ -78,7 +78,7 @@ def count_digits_kernel(
     tiles, owners, n, run, state, histogram,
     KIND: tl.constexpr, EXCLUDE: tl.constexpr, SHIFT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """How often each value of a digit occurs among the keys whose higher digits are those of state[0]."""
+    """Counts each value of a digit among the keys whose higher digits equal those of state[0]."""
     if tl.load(state + 1) <= 0:
         return
     prefix = tl.load(state).to(tl.int32)
@@ -90,7 +90,7 @@ def count_digits_kernel(
             params, grads, param_codes, grad_codes, first_tile, numels, n_tensors, active, eps, exponent,
             tiles, owners, n, begin, KIND, EXCLUDE, BLOCK,
         )  # fmt: skip
-        digits = (keys ^ prefix) >> SHIFT  # larger than any digit where a higher one differs
+        digits = (keys ^ prefix) >> SHIFT  # larger than any digit where a higher digit differs
         counts += tl.histogram(digits & (BINS - 1), BINS, mask=(keys > 0) & (digits < BINS))
         begin += BLOCK
     bins = tl.arange(0, BINS)
@@ -99,7 +99,7 @@ def count_digits_kernel(
 
 @triton.jit
 def settle_digit_kernel(state, histogram, SHIFT: tl.constexpr):
-    """state: the digits of the threshold so far, and how many are wanted of the keys that have these."""
+    """state: the known digits of the threshold, and how many of the keys with these digits are wanted."""
     wanted = tl.load(state + 1)
     if wanted <= 0:
         return
@@ -117,7 +117,7 @@ def count_winners_kernel(
     tiles, owners, n, run, state, counts,
     KIND: tl.constexpr, EXCLUDE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Per program: how many keys lie above the threshold, and how many on it."""
+    """Per program: the number of keys above the threshold, and of keys equal to it."""
     if tl.load(state + 1) <= 0:
         return
     threshold = tl.load(state).to(tl.int32)
@@ -142,7 +142,7 @@ def write_winners_kernel(
     tiles, owners, n, run, state, before, slots, indices, best,
     KIND: tl.constexpr, EXCLUDE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """before: as `count_winners_kernel` counts, of all programs before. Of equal keys the first ones win."""
+    """before: sums of `count_winners_kernel` over all lower programs. Of equal keys the first ones win."""
     wanted = tl.load(state + 1)
     if wanted <= 0:
         return
@@ -172,8 +172,8 @@ def write_winners_kernel(
 def best_entries(reading: Reading, tiles: Tensor, wanted: Tensor, capacity: int):
     """(slots int64, indices int32, keys int32) [capacity]: the best `wanted` (0 … capacity) in entry order.
 
-    tiles: int64, ascending; one that there is not stands for none. Behind the last entry: the number of all
-    slots, 0, 0.
+    tiles: int64, ascending; a number above all tiles is padding. The padding of the results: the number of
+    all slots, 0, 0.
     """
     cut, device = reading.cut, tiles.device
     n = tiles.numel() * TILE.value

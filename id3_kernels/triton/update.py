@@ -17,7 +17,7 @@ from torch import Tensor
 from . import launch, tables
 from .launch import bfloat16_bits, load_any
 
-LONGEST_TABLE = 1 << 22  # beta up to 0.99999; from its last step on, the bias counts as gone
+LONGEST_TABLE = 1 << 22  # beta up to 0.99999; after its last step the bias counts as 0
 
 
 @triton.jit
@@ -32,14 +32,14 @@ def store_any(address, offset, x, mask, code):
 
 @triton.jit
 def rounded(x, code):
-    """x after a trip through the dtype of `code`."""
+    """x rounded to the dtype of `code` and widened to float32."""
     brain = (bfloat16_bits(x).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
     return tl.where(code == 0, x, tl.where(code == 1, brain, x.to(tl.float16).to(tl.float32)))
 
 
 @triton.jit
 def gradient_of(g, grad_scale, clip, SCALE: tl.constexpr, CLIP: tl.constexpr, MAXIMIZE: tl.constexpr):
-    """The gradient after unscaling, clipping and the sign of the goal."""
+    """The gradient, divided by grad_scale, multiplied by clip, and negated to maximise."""
     if SCALE:
         g = tl.div_rn(g, tl.load(grad_scale) + tl.zeros_like(g))
     if CLIP:
@@ -101,13 +101,13 @@ def adamw_kernel(
 
 
 def adamw_(params, grads, offsets, *rest):
-    """See the op table. A gradient or parameter of other than row-major strides passes through a copy."""
+    """See `table.OPS`. A tensor whose strides are not row-major passes through a copy."""
     launch.check(*params, *grads)
     _adamw(params, [None if g is None else g.contiguous() for g in grads], False, offsets, *rest)
 
 
 def adamw_compact_(params, values, offsets, *rest):
-    """See the op table."""
+    """See `table.OPS`."""
     launch.check(*params, values)
     _adamw(params, [values.contiguous()], True, offsets, *rest)
 
@@ -137,7 +137,7 @@ def _adamw(
 
 
 def _last_biased_step(beta: float) -> int:
-    """The step from which 1 - beta^s is 1 in float64, if the table holds it."""
+    """The first step s for which 1 - beta^s is 1 in float64, or the last of the longest table."""
     last = 1 if beta == 0 else math.ceil(-54 * math.log(2) / math.log(beta))
     return min(last, LONGEST_TABLE)
 
@@ -146,7 +146,7 @@ def _last_biased_step(beta: float) -> int:
 def bias_tables(beta1: float, beta2: float, device: torch.device) -> tuple[Tensor, Tensor]:
     """1 - beta1^s (float64) and sqrt(1 - beta2^s) (float32) by the step s from 0; step 0 does not occur.
 
-    Python's pow is the C library's, as in the other backends; torch's own may differ in the last bit.
+    Python uses pow of the C library, as every backend does; torch's pow may differ in the last bit.
     """
     steps = range(1, max(_last_biased_step(beta1), _last_biased_step(beta2)) + 1)
     unbiased = torch.tensor([1.0] + [1 - beta1**s for s in steps], dtype=torch.float64)

@@ -152,7 +152,7 @@ def usable_backend(name: str | None) -> str | None:
 
     Raises ValueError where it cannot run here.
     """
-    name = name or backend.wish()
+    name = name or backend.requested()
     if name is not None:
         backend.require(name)
     return name

@@ -10,7 +10,8 @@ from hypothesis import settings
 
 import id3_kernels
 from id3_kernels import backend as backends
-from id3_kernels.backend import available_backends, kernels_for
+from id3_kernels import table
+from id3_kernels.backend import available_backends
 
 
 class Backend:
@@ -26,7 +27,7 @@ class Backend:
     @property
     def table(self):
         """The unchecked ops, as an optimizer calls them."""
-        return backends.kernels_for(self.device, self.name)
+        return table.kernels_for(self.device, self.name)
 
     def count(self, k: int) -> torch.Tensor:
         """k as the unchecked ops take it."""
@@ -34,7 +35,7 @@ class Backend:
 
     def candidate_room(self, k: int) -> tuple[int, int]:
         """What `collect_` wants room for: (candidates, numbers of its state)."""
-        return backends.candidate_room(self.device, self.name, k)
+        return table.candidate_room(self.device, self.name, k)
 
     def __getattr__(self, function: str):
         def call(*args, **kwargs):
@@ -91,10 +92,10 @@ def emulated_cuda(monkeypatch):
     def with_cuda(device, name):
         return cuda if name == "cuda" else kernels_for(device, name)
 
-    why_not = backends._why_not
+    why_not, kernels_for = backends.why_not, table.kernels_for
     monkeypatch.setattr(cuda, "_ops", emulated)
-    monkeypatch.setattr(backends, "_why_not", lambda name: None if name == "cuda" else why_not(name))
-    monkeypatch.setattr(backends, "kernels_for", with_cuda)
+    monkeypatch.setattr(backends, "why_not", lambda name: None if name == "cuda" else why_not(name))
+    monkeypatch.setattr(table, "kernels_for", with_cuda)
 
 
 @pytest.fixture

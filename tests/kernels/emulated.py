@@ -42,10 +42,11 @@ def library() -> ctypes.CDLL:
         command = ["g++", *flags, *includes, "-x", "c++", *map(str, sources), "-o", str(out)]
         subprocess.run(command, check=True)
         loaded = ctypes.CDLL(str(out))
-    for function in ("chunks", "blocks_for", "launches"):
-        getattr(loaded, f"{function}_emulated").restype = c_int64
+    for name in ["chunks", "blocks_for", "launches", "candidate_room", "most_wanted", "tile", "row_bytes"]:
+        getattr(loaded, f"{name}_emulated").restype = c_int64
     loaded.collect_state_length.restype = c_int64
     loaded.squared_norm_emulated.restype = c_double
+    assert ctypes.sizeof(Row) == loaded.row_bytes_emulated()
     return loaded
 
 
@@ -120,6 +121,15 @@ def collect_(
         c_int64(best_score.numel()), address(state) if fused else None, address(k), c_float(eps),
         c_double(exp),
     )  # fmt: skip
+
+
+def candidate_room(k):
+    state = c_int64(-1)
+    return library().candidate_room_emulated(c_int64(k), ctypes.byref(state)), state.value
+
+
+def most_wanted(slots):
+    return library().most_wanted_emulated(c_int64(slots))
 
 
 def gather(tensors, offsets, indices):

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from id3_kernels import Entries
-from id3_kernels.backend import candidate_room
 from id3_kernels.reference import wide_dtype
+from id3_kernels.table import candidate_room
 
 
 @pytest.mark.parametrize("exp", SPECIAL_EXPS)

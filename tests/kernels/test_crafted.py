@@ -19,30 +19,30 @@ def entries(*indices, offsets=None, dtype=torch.int32):
     return Entries(offsets, torch.tensor(indices, dtype=dtype))
 
 
-# What is handed in, and what the public functions say to it.
+# Entries, and the error of the public functions.
 CRAFTED = {
-    "out of range": (entries(0, 4), "entries.indices: tensor 0 has 4 entries, got 0 to 4"),
+    "out of range": (entries(0, 4), "entries.indices: expected 0 to 3 in tensor 0, got 0 to 4"),
     "out of range between": (
         entries(0, 9, 1),
-        "entries.indices: expected ascending indices within a tensor, got a fall at 2",
+        "entries.indices: expected ascending indices within a tensor, got [9, 1] at 1",
     ),
-    "negative": (entries(-1, 2), "entries.indices: tensor 0 has 4 entries, got -1 to 2"),
+    "negative": (entries(-1, 2), "entries.indices: expected 0 to 3 in tensor 0, got -1 to 2"),
     "descending": (
         entries(3, 1),
-        "entries.indices: expected ascending indices within a tensor, got a fall at 1",
+        "entries.indices: expected ascending indices within a tensor, got [3, 1] at 0",
     ),
-    "twice": (entries(2, 2), "entries.indices: expected ascending indices within a tensor, got a fall at 1"),
+    "twice": (entries(2, 2), "entries.indices: expected ascending indices within a tensor, got [2, 2] at 0"),
     "late start": (
         entries(0, 1, offsets=[1, 2]),
-        "entries.offsets: expected 0 first and no decrease, got [1, 2]",
+        "entries.offsets: expected a first offset of 0 and no decrease, got [1, 2]",
     ),
     "negative start": (
         entries(0, 1, offsets=[-1, 1]),
-        "entries.offsets: expected 0 first and no decrease, got [-1, 1]",
+        "entries.offsets: expected a first offset of 0 and no decrease, got [-1, 1]",
     ),
     "decreasing": (
         entries(0, offsets=[0, -1]),
-        "entries.offsets: expected 0 first and no decrease, got [0, -1]",
+        "entries.offsets: expected a first offset of 0 and no decrease, got [0, -1]",
     ),
     "too few": (entries(0, offsets=[0, 3]), "entries.indices: expected 3 indices, got 1"),
     "far out": (entries(0, offsets=[0, 2**40]), "entries.indices: expected 1099511627776 indices, got 1"),
@@ -268,6 +268,8 @@ def test_native_union_of_crafted_entries(cpu):
 def test_public_functions_check_before_python_indexes(backend):
     """Tensor 1 of 2 is the one that does not fit."""
     two = [torch.ones(NUMEL), torch.ones(2)]
-    with pytest.raises(ValueError, match=re.escape("entries.indices: tensor 1 has 2 entries, got 0 to 2")):
+    with pytest.raises(
+        ValueError, match=re.escape("entries.indices: expected 0 to 1 in tensor 1, got 0 to 2")
+    ):
         backend.gather(two, Entries.from_lists([[3], [0, 2]]))
     assert id3_kernels.gather(two, Entries.from_lists([[3], [0, 1]])).tolist() == [1.0] * 3

@@ -226,9 +226,11 @@ def test_a_hook_is_three_launches_and_nothing_of_torch(cuda, score, room):
     assert values.eq(1).all()
 
 
-def test_room_for_candidates():
+def test_room_for_candidates(emulated_cuda):
     assert module.candidate_room(0) == (0, 0)
     room, length = module.candidate_room(1000)
     assert room >= 16 * 1000
     assert length == emulated.library().collect_state_length()
     assert module.candidate_room(1 << 21) == (1 << 21, 0)  # no more than the best themselves
+    for k in (1, 7, 1000, 1 << 20):
+        assert emulated.most_wanted(module.candidate_room(k)[0]) == k

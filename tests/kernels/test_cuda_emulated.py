@@ -5,6 +5,7 @@ order between blocks) is tested nowhere without one.
 """
 
 import ctypes
+import importlib
 import shutil
 from ctypes import c_int32, c_int64
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from id3_kernels import Entries, reference
+from id3_kernels.entries import TILE
 from id3_optim import ID3AdamW
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -213,6 +215,11 @@ def test_chunks_of_more_than_2_to_the_33_entries():
     assert table[:, 2].sum() == sum(numels) > 2**33
     assert len(table) * length < 2**63 and len(table) * length // 256 < 2**31  # slots, and tiles as int32
     assert (table[:, 0] + table[:, 2]).max() == 2**31 - 1
+
+
+def test_tiles_are_those_of_the_other_backends(cpu):
+    native = importlib.import_module("id3_kernels._C")
+    assert emulated.library().tile_emulated() == native.build_info()["tile"] == TILE
 
 
 def test_blocks_never_overflow_a_grid():

@@ -80,7 +80,7 @@ SCORES = {
     ),
     "subclass": (
         lambda: score(SUBCLASS),
-        "param: expected a plain tensor, got Quantised, which is not supported",
+        "param: expected a plain tensor, got the subclass Quantised",
     ),
     "no tensor": (lambda: score(grad=[1.0]), "grad: expected a tensor, got list"),
     "huge": (lambda: score(HUGE, HUGE), "param: expected fewer than 2^31 entries, got 2147483648"),
@@ -105,10 +105,13 @@ SELECTIONS = {
     ),
     "double mixed": (
         lambda: select((V, D64), (V, D64)),
-        "params[1]: float64 can not be mixed with other dtypes",
+        "params[1]: expected no float64 beside torch.float32 in params[0], got torch.float64",
     ),
     "devices": (lambda: select((V, V.to("meta")), (V, V)), "params[1]: expected a tensor on cpu, got meta"),
-    "subclass": (lambda: select((V, SUBCLASS), (V, V)), "params[1]: expected a plain tensor, got Quantised"),
+    "subclass": (
+        lambda: select((V, SUBCLASS), (V, V)),
+        "params[1]: expected a plain tensor, got the subclass Quantised",
+    ),
     "huge": (
         lambda: select((V, HUGE), (V, HUGE)),
         "params[1]: expected fewer than 2^31 entries, got 2147483648",
@@ -120,21 +123,28 @@ SELECTIONS = {
     "active tensors": (lambda: select(active=TWO), "active.offsets: expected 2 offsets, got 3"),
     "active range": (
         lambda: select(active=entries(0, 4)),
-        "active.indices: tensor 0 has 4 entries, got 0 to 4",
+        "active.indices: expected 0 to 3 in tensor 0, got 0 to 4",
     ),
     "scores none": (lambda: by_score(()), "scores: expected at least one tensor, got none"),
     "scores dtype": (
         lambda: by_score((V.to(BF16),)),
         "scores[0]: expected float32 or float64, got torch.bfloat16",
     ),
-    "scores mixed": (lambda: by_score((V, D64)), "scores[1]: float64 can not be mixed with other dtypes"),
+    "double first": (
+        lambda: select((D64, V), (D64, V)),
+        "params[1]: expected float64 beside torch.float64 in params[0], got torch.float32",
+    ),
+    "scores mixed": (
+        lambda: by_score((V, D64)),
+        "scores[1]: expected no float64 beside torch.float32 in scores[0], got torch.float64",
+    ),
     "scores k": (lambda: by_score(k=-2), "k: expected an int of at least 0, got -2"),
     "scores active": (
         lambda: by_score(active=entries(9)),
-        "active.indices: tensor 0 has 4 entries, got 9 to 9",
+        "active.indices: expected 0 to 3 in tensor 0, got 9 to 9",
     ),
 }
-DELTAS = {
+ENTRIES = {
     "gather dtypes": (
         lambda: id3_kernels.gather([V, V.to(BF16)], TWO),
         "tensors[1]: expected torch.float32 as tensors[0], got torch.bfloat16",
@@ -156,10 +166,13 @@ DELTAS = {
         lambda: id3_kernels.union(E, entries(3, 1)),
         "b.indices: expected ascending indices within a tensor",
     ),
-    "union negative": (lambda: id3_kernels.union(entries(-4), E), "a.indices: tensor 0 has"),
+    "union negative": (
+        lambda: id3_kernels.union(entries(-4), E),
+        "a.indices: expected at least 0 in tensor 0, got -4 to -4",
+    ),
     "sparse range": (
         lambda: id3_kernels.to_sparse_coo(E, V, [(3,)]),
-        "entries.indices: tensor 0 has 3 entries, got 0 to 3",
+        "entries.indices: expected 0 to 2 in tensor 0, got 0 to 3",
     ),
     "sparse values": (
         lambda: id3_kernels.to_sparse_coo(E, V[:1], [(4,)]),
@@ -233,7 +246,7 @@ UPDATES = {
 }
 ALL = {
     f"{k}: {n}": v
-    for k, t in (("score", SCORES), ("select", SELECTIONS), ("delta", DELTAS), ("update", UPDATES))
+    for k, t in (("score", SCORES), ("select", SELECTIONS), ("entries", ENTRIES), ("update", UPDATES))
     for n, v in t.items()
 }
 

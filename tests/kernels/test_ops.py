@@ -1,6 +1,7 @@
 """The table as torch sees it: schemas, fakes, mutation, compilation."""
 
 import inspect
+import re
 
 import oracle
 import pytest
@@ -8,7 +9,7 @@ import torch
 
 import id3_kernels
 from id3_kernels import Entries
-from id3_kernels.ops import FAKES, SCHEMAS
+from id3_kernels.table import OPS
 
 ONE = torch.ones(())
 
@@ -90,8 +91,8 @@ def test_table_is_complete():
     """A new op fails here until it has a fake, a reference, a C++ and a Triton kernel, and a sample."""
     from id3_kernels import reference, triton
 
-    assert set(FAKES) == set(SAMPLES) == set(SCHEMAS)
-    for name in SCHEMAS:
+    assert set(SAMPLES) == set(OPS)
+    for name in OPS:
         assert callable(getattr(reference, name)), name
         assert callable(getattr(triton, name)), name
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"id3::{name}", "CPU"), name
@@ -101,18 +102,31 @@ def test_table_is_complete():
         )
 
 
-@pytest.mark.parametrize("name", SCHEMAS)
+@pytest.mark.parametrize("name", OPS)
 def test_mutation_is_in_the_name_and_the_schema(name):
     op = getattr(torch.ops.id3, name).default
     assert op._schema.is_mutable == name.endswith("_") == (name in MUTATING)
 
 
-@pytest.mark.parametrize("name", SCHEMAS)
+@pytest.mark.parametrize("name", OPS)
+def test_contract_names_every_argument_and_what_is_mutated(name):
+    contract, arguments = OPS[name].contract, getattr(torch.ops.id3, name).default._schema.arguments
+    assert contract.count("Mutates") == 1
+    assert "\n\n" not in contract
+    text, mutated = contract.split("Mutates")
+    written = [a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write]
+    for argument in arguments:
+        assert re.search(rf"\b{argument.name}\b", text), argument.name
+        assert bool(re.search(rf"\b{argument.name}\b", mutated)) == (argument.name in written)
+    assert written or mutated == " nothing."
+
+
+@pytest.mark.parametrize("name", OPS)
 def test_opcheck(cpu, name):
     torch.library.opcheck(getattr(torch.ops.id3, name).default, SAMPLES[name]())
 
 
-@pytest.mark.parametrize("name", [name for name in SCHEMAS if name != "collect_"])
+@pytest.mark.parametrize("name", [name for name in OPS if name != "collect_"])
 def test_backend_agrees_with_the_reference(backend, name):
     """Results and mutated arguments of the sample, bit for bit; collect_ is free in the order it keeps."""
     from id3_kernels import reference
@@ -125,7 +139,7 @@ def test_backend_agrees_with_the_reference(backend, name):
         oracle.check_bits(a, b, name)
 
 
-@pytest.mark.parametrize("name", SCHEMAS)
+@pytest.mark.parametrize("name", OPS)
 def test_compiles_into_one_graph(cpu, name):
     op = getattr(torch.ops.id3, name)
     compiled = torch.compile(lambda *args: op(*args), fullgraph=True, backend="aot_eager")

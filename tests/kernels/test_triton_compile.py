@@ -50,7 +50,7 @@ def kernels():
     """Name -> (kernel, constants, warps), every variant that differs in more than a number."""
     import triton.language as tl
 
-    from id3_kernels.triton import delta, score, selection, tables, topk, update
+    from id3_kernels.triton import entries, score, selection, tables, topk, update
 
     stream = {"CHUNK": 4096, "ROWS": selection.ROWS, "FULL": ON, "EXCLUDE": OFF}
     out = {}
@@ -81,9 +81,9 @@ def kernels():
     absent = dict.fromkeys(("master", "age", "grad_scale", "found_inf", "clip"))
     flags = dict.fromkeys(flags, OFF)
     out["adamw_compact"] = update.adamw_kernel, flags | absent | {"COMPACT": ON, "BLOCK": 256}, 4
-    out["gather"] = delta.gather_kernel, {"BITS": tl.int16, "BLOCK": 256}, 4
-    out["scatter"] = delta.scatter_kernel, {"BITS": tl.int16, "BLOCK": 256}, 4
-    out["squares"] = delta.squares_kernel, {"BLOCK": 256}, 4
+    out["gather"] = entries.gather_kernel, {"BITS": tl.int16, "BLOCK": 256}, 4
+    out["scatter"] = entries.scatter_kernel, {"BITS": tl.int16, "BLOCK": 256}, 4
+    out["squares"] = entries.squares_kernel, {"BLOCK": 256}, 4
     return out
 
 

@@ -14,7 +14,7 @@ tables = pytest.importorskip("id3_kernels.triton.tables", reason="triton is not 
 
 from id3_kernels import reference  # noqa: E402
 from id3_kernels import triton as kernels  # noqa: E402
-from id3_kernels.triton import delta, launch, score, selection, topk, update  # noqa: E402
+from id3_kernels.triton import entries, launch, score, selection, topk, update  # noqa: E402
 
 SIZES = ((300, 7), (4097,), (70_000,))
 CPU, CAPACITY, NUMBERS = torch.device("cpu"), 20, (0.9, 0.999, 1e-8, 0.1)
@@ -117,14 +117,14 @@ QUESTIONS = {
 @pytest.mark.parametrize("op", ["select_topk, few", "join_", "adamw_", "squared_norm", "collect_"])
 def test_a_question_would_be_seen(gpu, monkeypatch, op, name):
     """The same test with a question put into each op."""
-    owners, keys = tables.owners, delta.sort_keys
+    owners, keys = tables.owners, entries.sort_keys
 
     def asking(inner):
         return lambda offsets, *rest: (QUESTIONS[name](offsets[0:2]), inner(offsets, *rest))[1]
 
     monkeypatch.setattr(tables, "owners", asking(owners))
-    monkeypatch.setattr(delta, "owners", asking(owners))
-    monkeypatch.setattr(delta, "sort_keys", lambda e, n: (QUESTIONS[name](e.offsets), keys(e, n))[1])
+    monkeypatch.setattr(entries, "owners", asking(owners))
+    monkeypatch.setattr(entries, "sort_keys", lambda e, n: (QUESTIONS[name](e.offsets), keys(e, n))[1])
     with pytest.raises(RuntimeError, match="meta"):
         OPS[op](Step(gpu))
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from test_shards import same_gradients, shards, spread
 
-from id3_kernels.ops import SCHEMAS
+from id3_kernels import table as op_table
 from id3_optim import ID3AdamW
 from id3_optim.state.active_set import ActiveSet
 from id3_optim.step import update
@@ -27,7 +27,7 @@ def failing(kernels, broken, calls):
 
         return call
 
-    table = {name: getattr(kernels, name) for name in SCHEMAS}
+    table = {name: getattr(kernels, name) for name in op_table.OPS}
     return SimpleNamespace(**table | {broken: raise_at(table[broken])})
 
 

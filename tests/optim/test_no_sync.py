@@ -8,7 +8,7 @@ import pytest
 import torch
 from fake_gpu import NoWaiting, fake_gpu
 
-from id3_kernels import backend, reference
+from id3_kernels import reference, table
 from id3_optim import D3, Fisher, ID3AdamW, Magnitude, heuristics
 from id3_optim.state import progress
 
@@ -28,7 +28,7 @@ class NoReport:
 @pytest.fixture(autouse=True)
 def on_a_gpu(monkeypatch):
     monkeypatch.setattr(progress, "Report", NoReport)
-    monkeypatch.setattr(backend, "for_gpu", lambda: reference)
+    monkeypatch.setattr(table, "for_gpu", lambda: reference)
     with fake_gpu(monkeypatch):
         yield
 

@@ -39,7 +39,7 @@ from id3_optim import Bias, ID3AdamW, Random
         ({"max_grad_norm": float("inf")}, ValueError, "max_grad_norm: expected a finite number above 0"),
         ({"max_grad_norm": float("nan")}, ValueError, "max_grad_norm: expected a finite number above 0"),
         ({"backend": "gpu"}, ValueError, "backend: expected one of reference, cpu, triton, cuda, got 'gpu'"),
-        ({"backend": "cuda"}, ValueError, "backend: 'cuda' can not run here"),
+        ({"backend": "cuda"}, ValueError, "backend: expected one that can run here, got 'cuda'"),
         ({"lr": -1.0}, ValueError, r"param_groups\[0\]: lr: expected at least 0, got -1\.0"),
         ({"betas": (0.9, 1.0)}, ValueError, r"betas\[1\]: expected 0 to below 1, got 1\.0"),
         ({"amsgrad": True}, ValueError, "amsgrad: does not apply to ID3AdamW"),

@@ -8,7 +8,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from id3_kernels import backend
+from id3_kernels import table
+from id3_kernels.entries import TILE
 
 from .active_set import ActiveSet
 from .repeat import EverActive
@@ -53,9 +54,9 @@ def _tile_bytes(shard: Shard, at_once: Callable) -> int:
     if shard.layout.release and not _keeps_a_mask(shard):
         return 0  # the C++ kernel keeps the maxima of a few tiles alone
     key_bytes = 8 if shard.dtype == torch.float64 else 4
-    return at_once([-(-p.numel() // 256) * key_bytes for p in shard.params])
+    return at_once([-(-p.numel() // TILE) * key_bytes for p in shard.params])
 
 
 def _keeps_a_mask(shard: Shard) -> bool:
     on_gpu = shard.layout.backend is None and shard.device.type != "cpu"
-    return shard.layout.backend == "triton" or (on_gpu and backend.for_gpu().__name__.endswith("triton"))
+    return shard.layout.backend == "triton" or (on_gpu and table.for_gpu().__name__.endswith("triton"))

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from id3_kernels import Entries, backend
+from id3_kernels import Entries, backend, table
 from id3_kernels.entries import sort_keys
 
 from .layout import Layout, moved
@@ -40,7 +40,7 @@ class Shard:
         if device.type == "cpu" and layout.backend is None and backend.native() is None:
             why = backend.available_backends()["cpu"]
             warnings.warn(f"id3_optim runs its slow reference kernels: {why}", stacklevel=2)
-        self.kernels = backend.kernels_for(device, layout.backend)
+        self.kernels = table.kernels_for(device, layout.backend)
         self.params: list[Tensor] = []
         self.positions: list[int] = []
         self.slices: list[Slice] = []
@@ -60,7 +60,7 @@ class Shard:
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
-        self.kernels = backend.kernels_for(self.device, self.layout.backend)
+        self.kernels = table.kernels_for(self.device, self.layout.backend)
 
     def add(self, param: Tensor, position: int, group: int) -> None:
         """Appends a tensor; positions must ascend."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from id3_kernels import Entries
-from id3_kernels.backend import candidate_room
+from id3_kernels.table import candidate_room
 
 from ..heuristics import D3, Heuristic, scores
 from ..state.active_set import ActiveSet

@@ -3,7 +3,7 @@
 #include <vector>
 
 #include "cuda/collect.h"
-#include "cuda/delta.h"
+#include "cuda/entries.h"
 #include "cuda/selection.h"
 #include "cuda/update.h"
 
@@ -51,6 +51,19 @@ int select_topk_emulated(const TensorRow* rows, int32_t tensors, const int64_t* 
   if (state.arrived || state.threshold || state.all) return -2;
   return few_winners(capacity, layout.tiles());
 }
+
+// Returns the slots and writes the length of the state.
+int64_t candidate_room_emulated(int64_t k, int64_t* state) {
+  const CandidateRoom room = candidate_room(k);
+  *state = room.state;
+  return room.slots;
+}
+
+int64_t most_wanted_emulated(int64_t slots) { return most_wanted(slots); }
+
+int64_t tile_emulated() { return kTile; }
+
+int64_t row_bytes_emulated() { return sizeof(TensorRow); }
 
 int64_t collect_state_length() { return sizeof(CollectState) / sizeof(int64_t); }
 

@@ -1,4 +1,4 @@
-#include "cuda/delta.h"
+#include "cuda/entries.h"
 
 namespace id3::cuda {
 namespace {

@@ -1,6 +1,6 @@
 #include <torch/library.h>
 
-#include "cuda/delta.h"
+#include "cuda/entries.h"
 #include "cuda/torch_tensors.h"
 
 namespace id3::cuda {

@@ -1,4 +1,4 @@
-"""Values at the entries, and sets of entries: one launch where the reference loops over the tensors."""
+"""Values at entries, and sets of entries: one launch for all tensors."""
 
 from __future__ import annotations
 
@@ -53,13 +53,13 @@ def squares_kernel(tensors, codes, owner, offsets, indices, squares, n, n_tensor
 
 
 def _bits(dtype: torch.dtype) -> tuple[torch.dtype, tl.dtype]:
-    """The integers as wide as dtype, by torch's and Triton's name: values are moved by their bits."""
+    """The integer dtype of dtype's size, of torch and of Triton: values are moved by their bits."""
     known = {2: (torch.int16, tl.int16), 4: (torch.int32, tl.int32), 8: (torch.int64, tl.int64)}
     return known[dtype.itemsize]
 
 
 def gather(tensors, offsets, indices):
-    """See the op table. A tensor of other than row-major strides is copied to be read."""
+    """See `table.OPS`. A tensor whose strides are not row-major is read through a copy."""
     launch.check(*tensors, float64=True)
     device, n = offsets.device, indices.numel()
     dtype = tensors[0].dtype if tensors else torch.float32
@@ -74,7 +74,7 @@ def gather(tensors, offsets, indices):
 
 
 def scatter_(tensors, offsets, indices, values):
-    """See the op table. A tensor of other than row-major strides passes through a copy."""
+    """See `table.OPS`. A tensor whose strides are not row-major passes through a copy."""
     launch.check(*tensors, values, float64=True)
     device, n = offsets.device, indices.numel()
     rows = [t.contiguous() for t in tensors]
@@ -87,7 +87,7 @@ def scatter_(tensors, offsets, indices, values):
 
 
 def squared_norm(tensors, offsets, indices):
-    """See the op table. One order of summation: blocks of 4096 entries, then the blocks."""
+    """See `table.OPS`. One order of summation: blocks of 4096 entries, then the blocks."""
     launch.check(*tensors)
     device, n = offsets.device, tables.most_entries(tensors, indices)
     rows = [None if t is None else t.contiguous() for t in tensors]
@@ -102,7 +102,7 @@ def squared_norm(tensors, offsets, indices):
 
 
 def join_(arrays, offsets, b_offsets, b_indices, b_values):
-    """See the op table. Each place of an array takes what belongs there, so that no count has to be known."""
+    """See `table.OPS`. Each place of an array gathers its value, so the host needs no count."""
     if b_indices.numel():
         room = max(array.numel() for array in arrays)
         is_new, from_new, from_held = _sources(
@@ -116,9 +116,9 @@ def join_(arrays, offsets, b_offsets, b_indices, b_values):
 
 
 def _sources(held: Entries, new: Entries, room: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Per place of the joined entries: whether it is a new one's, and its place among the new or the held.
+    """Per place of the joined entries: whether it is a new entry's, its place in `new`, its place in `held`.
 
-    What lies behind the last entry stays where it is.
+    Padding stays where it is.
     """
     held_keys, new_keys = _padded_keys(held), _padded_keys(new)
     places = torch.arange(room, device=new_keys.device)
@@ -133,7 +133,7 @@ def _sources(held: Entries, new: Entries, room: int) -> tuple[Tensor, Tensor, Te
 
 
 def _padded_keys(entries: Entries) -> Tensor:
-    """int64: `sort_keys` of the entries, and a larger one for all that lies behind them."""
+    """int64: `sort_keys` of the entries, and a larger sentinel for padding."""
     n = entries.indices.numel()
     keys = sort_keys(entries, n)
     return torch.where(torch.arange(n, device=keys.device) < entries.offsets[-1], keys, 1 << 62)
