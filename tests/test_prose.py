@@ -14,7 +14,9 @@ import pytest
 
 ROOT = pages.ROOT
 PYTHON = sorted(
-    path for folder in ("python", "id3_kernels", "benchmarks", "examples", "docs/site") for path in (ROOT / folder).rglob("*.py")
+    path
+    for folder in ("python", "id3_kernels", "benchmarks", "examples", "docs/site")
+    for path in (ROOT / folder).rglob("*.py")
 )
 NATIVE = sorted(
     path
@@ -27,7 +29,7 @@ RAISING = [path for path in PYTHON if path.relative_to(ROOT).parts[0] in ("pytho
 # Each word: what to write. Programs have no persons in them, and a reader has no other file at hand.
 BANNED = {
     r"can not": "cannot",
-    r"(?:no|some|any|every)body|(?:some|any|every)one|no one|who|whoever|whom": "the part of the program that acts",
+    r"(?:no|some|any|every)body|(?:some|any|every)one|no one|who|whoever|whom": "the part that acts",
     r"wish(?:es|ed)?": "requested",
     r"ask(?:s|ed|ing)?": "reads, requests, needs, calls",
     r"wants?": "needs, takes",
@@ -108,8 +110,9 @@ def test_the_search_for_words_finds_them():
 
 # --- errors --------------------------------------------------------------------------------------------
 
-# `argument: expected X, got VALUE`, then perhaps a remedy; `argument: needs X`, `argument: does not apply to X: reason`
-# for arguments that exclude each other. The argument may be several (`params[3]`, `heuristic Fisher`, `a: b`).
+# `argument: expected X, got VALUE`, then perhaps a remedy; `argument: needs X`, `argument: does not apply to
+# X: reason` for arguments that exclude each other. The argument may be several (`params[3]`, `heuristic
+# Fisher`, `a: b`).
 SUBJECT = r"[\w{}.\[\]' ()/-]+(?:: [\w{}.\[\]']+)?"
 FORMS = (
     rf"{SUBJECT}: expected (?:.|\n)+[,:;] (?:but )?got \S(?:.|\n)*",

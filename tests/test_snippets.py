@@ -1,7 +1,7 @@
 """Every Python block of every page runs as it stands there.
 
-What stands before a page's first `##` prepares all of its sections. A page's sections run in one session, in order,
-except for `SEPARATE`: there each section begins from the first part alone.
+What stands before a page's first `##` prepares all of its sections. A page's sections run in one session, in
+order, except for `SEPARATE`: there each section begins from the first part alone.
 """
 
 import re
@@ -10,7 +10,10 @@ import pages
 import pytest
 
 # Pages whose blocks another test runs, with more to check than that they run.
-ELSEWHERE = {"docs/gpu.md": "tests/test_gpu_page.py", "docs/delta-format.md": "tests/optim/test_delta_format.py"}
+ELSEWHERE = {
+    "docs/gpu.md": "tests/test_gpu_page.py",
+    "docs/delta-format.md": "tests/optim/test_delta_format.py",
+}
 SEPARATE = {"docs/trainers.md"}
 NEEDS = {"docs/trainers.md": "transformers"}
 
@@ -30,7 +33,7 @@ def sessions():
                 yield where, section.splitlines()[0], pages.blocks(first, "python") + code
 
 
-SESSIONS = [s for s in sessions() if s[0] != "docs/guide/examples.md"]
+SESSIONS = list(sessions())
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +52,9 @@ def fresh_accelerate():
 @pytest.mark.parametrize("where, section, blocks", SESSIONS, ids=[f"{s[0]}-{s[1]}" for s in SESSIONS])
 def test_snippet(where, section, blocks, tmp_path, monkeypatch, capsys):
     if where in NEEDS:
-        pytest.importorskip(NEEDS[where], reason="the page is about the extras `hf`, `peft`, `trl`, `lightning`")
+        pytest.importorskip(
+            NEEDS[where], reason="the page is about the extras `hf`, `peft`, `trl`, `lightning`"
+        )
     monkeypatch.chdir(tmp_path)
     names = {"__name__": "__main__"}
     for block in blocks:
@@ -59,7 +64,7 @@ def test_snippet(where, section, blocks, tmp_path, monkeypatch, capsys):
 
 
 def test_the_pages_show_the_optimizer_deltas_kernels_and_every_trainer():
-    shown = {where: "".join(sum((s[2] for s in SESSIONS if s[0] == where), [])) for where, *_ in SESSIONS}
+    shown = {where: "".join(blocks) for where, _, blocks in SESSIONS}
     assert "ID3AdamW" in shown["README.md"] and "load_delta" in shown["docs/guide/deltas.md"]
     assert "select_topk" in shown["docs/guide/kernels.md"]
     sections = {section for where, section, _ in SESSIONS if where == "docs/trainers.md"}
@@ -74,7 +79,9 @@ def test_the_pages_left_out_are_run_by_the_tests_named_here():
 
 def test_the_examples_page_shows_every_example():
     text = (pages.ROOT / "docs/guide/examples.md").read_text()
-    shown = [re.fullmatch(r'--8<-- "(examples/\w+\.py)"\n', code)[1] for code in pages.blocks(text, "python")]
+    shown = [
+        re.fullmatch(r'--8<-- "(examples/\w+\.py)"\n', code)[1] for code in pages.blocks(text, "{.python}")
+    ]
     assert sorted(shown) == sorted(pages.name(path) for path in (pages.ROOT / "examples").glob("*.py"))
     for path in shown:  # the anchor that links to the file lead to
         assert f"{{#{path.removeprefix('examples/').removesuffix('.py')}}}" in text

@@ -1,7 +1,7 @@
 """A griffe extension: docstrings are plain sentences; the site shows arguments as a list.
 
-A sentence that begins with `name:` or `name, other:`, names of the object's own arguments or fields, becomes an
-item. `Returns`, `Raises` and `Mutates` begin a paragraph.
+A sentence that begins with `name:` or `name, other:`, names of the object's own arguments or fields, becomes
+an item. `Returns`, `Raises` and `Mutates` begin a paragraph.
 """
 
 import re

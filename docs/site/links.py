@@ -1,7 +1,8 @@
 """An mkdocs hook: pages of the site that are files of the repository, and links that leave `docs/`.
 
-On a code host, `docs/trainers.md` links to `../examples/peft_lora.py`, and the README to `docs/trainers.md`. Both
-stand outside of the site, so that every relative link is resolved in the repository first, then in the site.
+On a code host, `docs/trainers.md` links to `../examples/peft_lora.py`, and the README to `docs/trainers.md`.
+Both are outside of the site, so that every relative link is resolved in the repository first, then in the
+site.
 """
 
 import posixpath

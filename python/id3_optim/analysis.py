@@ -1,8 +1,7 @@
-"""Where the budget went: allocation by layer and role, tensor sparsity, sparsity entropy (paper, section 6),
-and plots.
+"""Allocation of the budget by layer and role, tensor sparsity, sparsity entropy (paper, section 6), plots.
 
-All of it reads `optimizer.touched()`, the entries that training may have changed, in O(|Λ| + M), or those
-of a delta. What is trained or stored whole does not count. matplotlib is imported by the plots alone.
+Every number comes from `optimizer.touched()`, the entries that training may have changed, in O(|Λ| + M), or
+from the entries of a delta. Parameters trained or stored whole do not count. Only plots import matplotlib.
 """
 
 import math
@@ -14,8 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# The first pattern found in a parameter's name tells its role; the namings are those of BERT, RoBERTa,
-# DeBERTa, DistilBERT, ModernBERT, Llama and its kin, GPT-2. Rows of figure 7 first, in the paper's order.
+# The first pattern that matches a parameter's name decides its role. The names are those of BERT, RoBERTa,
+# DeBERTa, DistilBERT, ModernBERT, Llama and models built like it, GPT-2.
 _ROLE_PATTERNS = (
     ("LayerNorm", r"layer_?norm|\bln_|norm\b"),
     ("pooler", r"\bpooler\b"),
@@ -60,7 +59,10 @@ def locate(name: str) -> Place:
 
 
 class Allocation(NamedTuple):
-    """Counts of figure 7. active, entries: int64[roles, layers]; layers may begin with None: in no layer."""
+    """The counts of the paper's figure 7.
+
+    active, entries: int64 [roles, layers]. layers: None first where parameters are in no layer.
+    """
 
     roles: list[str]
     layers: list[int | None]
@@ -68,19 +70,19 @@ class Allocation(NamedTuple):
     entries: Tensor
 
     def share(self) -> Tensor:
-        """float32[roles, layers]: each cell's part of all active entries; zeros if there are none."""
+        """float32 [roles, layers]: each cell's share of all active entries; zeros if no entry is active."""
         return self.active / max(int(self.active.sum()), 1)
 
 
 def allocation(model: torch.nn.Module, optimizer) -> Allocation:
-    """Active entries by role and layer (paper, figure 7). What `model` does not hold counts as "other"."""
+    """Active entries by role and layer (paper, figure 7). Parameters outside `model` count as "other"."""
     names = {id(p): name for name, p in model.named_parameters()}
     touched = optimizer.touched()
     return allocate((names.get(id(param), ""), len(rows), param.numel()) for param, rows, _ in touched)
 
 
 def delta_allocation(delta) -> Allocation:
-    """A delta's entries by role and layer; `entries` counts the parameters that the delta has entries of."""
+    """A delta's entries by role and layer; `entries` is the size of the parameters that have some."""
     changes = delta.changes.items()
     return allocate((n, len(c.indices), math.prod(c.shape)) for n, c in changes if c.indices is not None)
 
@@ -102,7 +104,7 @@ def allocate(counts: Iterable[tuple[str, int, int]]) -> Allocation:
 
 
 def allocation_table(allocated: Allocation) -> list[str]:
-    """Lines of text: layers as rows, roles as columns, with totals; nothing where no parameter is."""
+    """Lines of text: layers as rows, roles as columns, with totals; cells without a parameter are blank."""
     by_layer = zip(allocated.active.T.tolist(), allocated.entries.T.tolist(), strict=True)
     cells = [[f"{n:,}" if size else "" for n, size in zip(*row, strict=True)] for row in by_layer]
     names = ["–" if layer is None else str(layer) for layer in allocated.layers]
@@ -116,16 +118,15 @@ def allocation_table(allocated: Allocation) -> list[str]:
 
 
 def tensor_sparsity(optimizer) -> float:
-    """The share of tensor parameters without one active entry (paper, figure 8)."""
+    """The share of tensors without an active entry (paper, figure 8)."""
     counts = [len(indices) for _, indices, _ in optimizer.touched()]
     return counts.count(0) / max(len(counts), 1)
 
 
 def sparsity_entropy(optimizer) -> float:
-    """The entropy, in nats, of p_j = |P_j ∩ Λ| / |P_j| normalised over the tensors (paper, figure 9); 0 for
-    an empty Λ.
+    """The entropy, in nats, of p_j = |P_j ∩ Λ| / |P_j|, normalised over the tensors (paper, figure 9).
 
-    Its largest value, all tensors being equally dense, is ln M.
+    0 for an empty Λ; at most ln M, where all M tensors are equally dense.
     """
     densities = [len(indices) / param.numel() for param, indices, _ in optimizer.touched() if len(indices)]
     whole = math.fsum(densities)
@@ -133,7 +134,7 @@ def sparsity_entropy(optimizer) -> float:
 
 
 def count_changed(optimizer) -> int | None:
-    """How many entries differ from the pre-trained values, in O(|Λ|); None without `keep_originals`."""
+    """How many entries differ from their pre-trained values, in O(|Λ|); None without `keep_originals`."""
     changed = 0
     for param, indices, originals in optimizer.touched():
         if len(indices) and originals is None:
@@ -144,7 +145,7 @@ def count_changed(optimizer) -> int | None:
 
 
 def entries_of(param: Tensor, indices: Tensor) -> Tensor:
-    """param.reshape(-1)[indices] that copies no parameter, whatever its strides. indices: int32[n], flat."""
+    """param.reshape(-1)[indices] without copying the parameter, for any strides. indices: int32 [n], flat."""
     param, indices = param.detach(), indices.long()
     if param.is_contiguous():
         return param.view(-1)[indices]
@@ -152,13 +153,13 @@ def entries_of(param: Tensor, indices: Tensor) -> Tensor:
 
 
 def loss_curve(history: list[dict]) -> tuple[list[int], list[float]]:
-    """Steps and training losses out of a Trainer's `state.log_history`."""
+    """Steps and training losses from a Trainer's `state.log_history`."""
     logged = [entry for entry in history if "loss" in entry]
     return [entry["step"] for entry in logged], [entry["loss"] for entry in logged]
 
 
 def plot_losses(axes, curves: dict[str, tuple[list[int], list[float]]], title: str = "training loss") -> None:
-    """Draws (steps, losses) by label; later curves are dashed, so that curves that coincide stay visible."""
+    """Draws (steps, losses) by label. All but the first are dashed, so that equal curves stay visible."""
     for i, (label, (steps, losses)) in enumerate(curves.items()):
         style = {"linewidth": 2.6, "alpha": 0.75} if i == 0 else {"linewidth": 1.4, "linestyle": (0, (4, 2))}
         axes.plot(steps, losses, label=label, **style)
@@ -171,10 +172,11 @@ def plot_losses(axes, curves: dict[str, tuple[list[int], list[float]]], title: s
 
 
 def plot_allocation(axes, allocated: Allocation, title: str = "where the budget went") -> None:
-    """Heat map as figure 7: layers as columns, roles as rows, in each cell its part of Λ in per cent."""
+    """A heat map like figure 7: layers as columns, roles as rows, each cell's share of Λ in per cent."""
     share = 100.0 * allocated.share()
     present = allocated.entries > 0
-    # One role can take most of the budget: the colours follow the root, so that the rest stays readable.
+    # One role can take most of the budget. Colours follow the square root, so that small shares stay
+    # readable.
     colour = (share / share.max().clamp(min=1e-9)).sqrt()
     axes.imshow(colour.where(present, torch.nan).numpy(), cmap="Blues", aspect="auto", vmin=0, vmax=1.1)
     axes.set_xticks(range(len(allocated.layers)), ["–" if n is None else str(n) for n in allocated.layers])
@@ -190,13 +192,13 @@ def plot_allocation(axes, allocated: Allocation, title: str = "where the budget 
 
 
 def plot_spread(axes, history: list[dict]) -> None:
-    """Tensor sparsity (left scale) and sparsity entropy (right scale) over the run, as figures 8 and 9."""
+    """Tensor sparsity (left scale) and sparsity entropy (right scale) over the run, like figures 8 and 9."""
     logged = [entry for entry in history if "tensor_sparsity" in entry]
     steps = [entry["step"] for entry in logged]
     right = axes.twinx()
     axes.plot(steps, [entry["tensor_sparsity"] for entry in logged], color="tab:blue")
     right.plot(steps, [entry["sparsity_entropy"] for entry in logged], color="tab:orange")
-    axes.set(xlabel="step", title="how the choice spread over the tensors", ylim=(0, 1))
+    axes.set(xlabel="step", title="how the selection spread over the tensors", ylim=(0, 1))
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_ylabel("tensor sparsity", color="tab:blue")
     right.set_ylabel("sparsity entropy, nats", color="tab:orange")
@@ -206,8 +208,8 @@ def plot_spread(axes, history: list[dict]) -> None:
 def save_plots(path: str | Path, curves: dict[str, list[dict]], model: torch.nn.Module, optimizer) -> None:
     """Writes one PNG: the loss curves, the allocation of `optimizer`, and the spread over the run.
 
-    curves: a Trainer's log history by label; the first one is the run of `optimizer`. With an optimizer that
-    selects nothing (torch's own) the losses stand alone.
+    curves: a Trainer's log history by label; the first is the run of `optimizer`. An optimizer that does not
+    select (torch's own) gets the losses alone.
     """
     from matplotlib.figure import Figure
 
@@ -223,7 +225,7 @@ def save_plots(path: str | Path, curves: dict[str, list[dict]], model: torch.nn.
 
 
 def save_allocation(path: str | Path, allocated: Allocation, title: str) -> None:
-    """Writes one PNG: the heat map by role and layer, totals of layers above it and of roles beside it."""
+    """Writes one PNG: the heat map by role and layer, totals per layer above it, per role beside it."""
     from matplotlib.figure import Figure
 
     columns, rows = max(len(allocated.layers), 1), max(len(allocated.roles), 1)

@@ -1,10 +1,10 @@
-"""Optional packages: asked for where they are used, by the name of the extra that brings them."""
+"""Optional packages: checked where they are used, and named with the extra that installs them."""
 
 import importlib.util
 
 
 def require(*packages: str, extra: str) -> None:
-    """Raises ImportError, with what to install, for the first package that is missing. Imports none."""
+    """Raises ImportError with the command that installs the first missing package. Imports no package."""
     for package in packages:
         if importlib.util.find_spec(package) is None:
             raise ImportError(f"this needs the package {package}: pip install 'id3-optim[{extra}]'")

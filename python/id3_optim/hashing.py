@@ -1,4 +1,4 @@
-"""One integer hash, in torch ops: the random mask and the fingerprint of a delta both rest on it."""
+"""An integer hash in torch ops, for the random mask and for the fingerprint of a delta."""
 
 from torch import Tensor
 
@@ -10,7 +10,7 @@ SLICE = 1 << 20  # entries hashed at once: 8 MiB of int64 per temporary
 
 
 def shifted_right(z: Tensor, bits: int) -> Tensor:
-    """z >> bits without the sign, which torch's shift of an int64 tensor would carry down."""
+    """z >> bits as a logical shift; torch's shift of an int64 tensor copies the sign bit."""
     return (z >> bits) & ((1 << (64 - bits)) - 1)
 
 

@@ -1,4 +1,4 @@
-"""Models and optimizers as the user knows them, below what trainers wrap around them."""
+"""The plain model and the ID3AdamW inside the wrappers of trainers and of torch."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -7,10 +7,10 @@ from torch import Tensor, nn
 
 
 def plain_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters by their names in the plain model (no `module.`, `_orig_mod.`), a tied one under each of its
-    names.
+    """Parameters by their names in the plain model, without `module.` and `_orig_mod.`.
 
-    Raises ValueError if two parameters have one plain name.
+    A tied parameter is there under each of its names. Raises ValueError if two parameters have one plain
+    name.
     """
     while (inner := _wrapped(model)) is not None:
         model = inner
@@ -23,12 +23,12 @@ def plain_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def plain_name(name: str) -> str:
-    """The name without what torch.compile puts before the parts that it compiled."""
+    """The name without `_orig_mod`, which torch.compile puts before the modules that it compiled."""
     return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
 def check_holds(names: dict[int, str], params: Iterable[Tensor]) -> None:
-    """Raises ValueError if a trained parameter has no name in the model (`plain_names`)."""
+    """Raises ValueError if a trained parameter has no name in the model. names: from `plain_names`."""
     for param in params:
         if id(param) not in names:
             shape = tuple(param.shape)
@@ -38,7 +38,7 @@ def check_holds(names: dict[int, str], params: Iterable[Tensor]) -> None:
 def _wrapped(model: nn.Module) -> nn.Module | None:
     """The module inside a wrapper, None where there is no wrapper.
 
-    Asked of the module's own children: a PeftModel passes unknown attributes on to what it holds.
+    Looked up among the module's children, since a PeftModel forwards unknown attributes to its base model.
     """
     if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
         return model.module
@@ -47,7 +47,7 @@ def _wrapped(model: nn.Module) -> nn.Module | None:
 
 
 def plain_names(model: nn.Module) -> dict[int, str]:
-    """id of a parameter → its name in the plain model, the first one where it is tied."""
+    """id of a parameter → its name in the plain model, the first name of a tied parameter."""
     names: dict[int, str] = {}
     for name, param in plain_parameters(model).items():
         names.setdefault(id(param), name)
