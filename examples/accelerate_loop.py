@@ -1,4 +1,4 @@
-"""A training loop of one's own with Accelerate: accumulation, checkpoints, and going on after a crash."""
+"""A plain training loop with Accelerate: accumulation, checkpoints, and resuming after a crash."""
 
 import tiny
 from accelerate import Accelerator
@@ -30,8 +30,8 @@ id3 = ID3AdamW(
 model, optimizer, loader = accelerator.prepare(model, id3, loader)
 state = options.output / "state"
 if state.exists():
-    accelerator.load_state(state)  # after prepare; the optimizer knows how far it had come
-    print(f"going on after step {id3.steps_done}")
+    accelerator.load_state(state)  # after prepare; restores the optimizer's steps_done too
+    print(f"resuming after step {id3.steps_done}")
 
 losses = []
 while id3.steps_done < options.steps:

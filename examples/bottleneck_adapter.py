@@ -38,7 +38,7 @@ for name, layer in list(model.named_modules()):
     if name.endswith(".output.dense") and ".attention." not in name:
         layer.adapter = Bottleneck(layer.out_features)
         layer.register_forward_hook(lambda layer, inputs, output: layer.adapter(output))
-save_file(trained(model), options.output / "initial.safetensors")  # what the delta is over
+save_file(trained(model), options.output / "initial.safetensors")  # the base of the delta
 
 optimizer = ID3AdamW(
     parameter_groups(model, head), lr=1e-2, budget=0.04, total_steps=options.steps, max_grad_norm=1.0

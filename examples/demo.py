@@ -2,7 +2,7 @@
 
     python examples/demo.py            # prints the comparison, writes runs/demo/demo.png
 
-First both optimizers are fed the same gradients (they must agree), then each trains a model of its own.
+First both optimizers get the same gradients, to compare their results. Then each trains a separate model.
 """
 
 import argparse
@@ -57,7 +57,7 @@ def find_model() -> Path:
 
 
 def checked(folder: Path) -> Path:
-    """Both sources hold the same weights, and nothing else is run as MiniLM."""
+    """The folder, if its weights are MiniLM's. Raises ValueError for any other weights."""
     found = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
     if found != WEIGHTS_SHA256:
         raise ValueError(f"{folder}/model.safetensors: expected sha256 {WEIGHTS_SHA256}, got {found}")
@@ -65,7 +65,7 @@ def checked(folder: Path) -> Path:
 
 
 def dense_masked(settings: Settings, start: Start, steps: int, **options) -> DenseMaskedAdamW:
-    """The dense optimizer by the same settings as `build_optimizer`."""
+    """The dense optimizer with the settings of `build_optimizer`."""
     groups = parameter_groups(start.model, start.fresh, lr=settings.head_lr)
     entries = sum(p.numel() for _, p in groups[0]["params"])
     return DenseMaskedAdamW(
@@ -81,10 +81,10 @@ def dense_masked(settings: Settings, start: Start, steps: int, **options) -> Den
 
 
 def same_gradients(settings: Settings, task: tasks.Task, steps: int) -> dict[str, float]:
-    """Trains by ID3AdamW and hands every gradient to a copy under dense masking.
+    """Trains with ID3AdamW and copies every gradient to a second model under dense masking.
 
     Returns the largest |Δθ|, its largest ratio to 1e-6·|θ| + 2e-5·lr (at most 1 where the two agree as
-    specified), how many entries are active, and in how many the two disagree about that.
+    specified), how many entries are active, and in how many of them the two active sets differ.
     """
     start = load_start(settings, task)
     twin = replace(start, model=copy.deepcopy(start.model))
@@ -108,7 +108,7 @@ def same_gradients(settings: Settings, task: tasks.Task, steps: int) -> dict[str
 
 @torch.no_grad()
 def differences(optimizer: torch.optim.Optimizer, dense: DenseMaskedAdamW) -> dict[str, float]:
-    """How far two models have gone apart, by the parameters that their optimizers hold in the same order."""
+    """The differences between two models whose optimizers hold their parameters in the same order."""
     largest = ratio = 0.0
     twin = {}
     for group, twin_group in zip(optimizer.param_groups, dense.param_groups, strict=True):
@@ -209,8 +209,8 @@ def run_all(settings: Settings, parity_steps: int) -> None:
         f"({agreed['ratio']:.3f} of the bound 1e-6·|θ| + 2e-5·lr); "
         f"{agreed['disagree']} of {agreed['active']:,} active entries differ"
     )
-    # Two candidates whose scores are equal but for the last bit can be picked in either order, since each
-    # run computes its own gradients; from the first such swap on the runs drift apart, as any two would.
+    # Each run computes its own gradients, so that scores which differ in the last bit only may be selected in
+    # either order. After the first such difference the two runs diverge.
     print(
         f"free runs, {settings.steps} steps of {settings.batch_size}, {optimizer.n_active:,} entries trained:"
     )

@@ -1,19 +1,19 @@
-"""ID3 as it is usually written: scores and a boolean mask over all N entries, torch's AdamW on all of them.
+"""ID3 by dense masking: scores and a boolean mask over all N entries, and torch's AdamW on all of them.
 
-The rule is the one of `id3_optim.ID3AdamW` (D3, uniform schedule, `increment`); the cost is not.
+It selects by the rule of `id3_optim.ID3AdamW` (D3, uniform schedule, `increment`), at a higher cost.
 """
 
 import torch
 
 
 class DenseMaskedAdamW(torch.optim.AdamW):
-    """AdamW on gradients times a growing mask, with weight decay on what is unmasked.
+    """AdamW on gradients times a growing mask, with weight decay on unmasked entries.
 
     Groups with `dense=True` are trained whole. Every other parameter must have a gradient at each step.
     """
 
     def __init__(self, groups, lr, *, budget, total_steps, eps=1.0, exp=2.0, weight_decay=0.0, fused=True):
-        # torch would decay all N entries; `step` decays the unmasked ones.
+        # torch would decay all N entries; `step` decays the unmasked entries.
         groups = [{"weight_decay": weight_decay if group.get("dense") else 0.0, **group} for group in groups]
         super().__init__(groups, lr=lr, fused=fused)
         self.budget, self.total_steps = budget, total_steps
@@ -36,7 +36,7 @@ class DenseMaskedAdamW(torch.optim.AdamW):
         return super().step(closure)
 
     def unmask(self, count: int) -> None:
-        """Adds the `count` highest D3 scores among masked entries to the mask; the first of equal ones."""
+        """Adds the `count` highest D3 scores among masked entries to the mask; ties go to the first entry."""
         scores = torch.cat(
             [
                 (p.grad.abs() / (p.abs() + self.d3_eps) ** self.d3_exp).masked_fill_(mask, 0.0).view(-1)

@@ -21,7 +21,7 @@ tokenizer = AutoTokenizer.from_pretrained(source)
 rows = tiny.reviews(tokenizer)
 base = AutoModelForSequenceClassification.from_pretrained(source, num_labels=2)
 model = get_peft_model(base, LoraConfig(r=8, target_modules=["query", "key", "value"], task_type="SEQ_CLS"))
-model.save_pretrained(options.output / "initial")  # A is random: a delta needs these very numbers
+model.save_pretrained(options.output / "initial")  # A is random: the delta fits these numbers only
 
 args = TrainingArguments(
     output_dir=options.output,
@@ -52,5 +52,5 @@ save_delta(options.output / "delta.safetensors", model, optimizer)
 
 base = AutoModelForSequenceClassification.from_pretrained(source, num_labels=2)
 again = PeftModel.from_pretrained(base, options.output / "initial")
-load_delta(options.output / "delta.safetensors").apply(again)  # is now what was trained
+load_delta(options.output / "delta.safetensors").apply(again)  # `again` equals `model`
 tiny.report(optimizer, options.output / "delta.safetensors", before, after)

@@ -1,6 +1,6 @@
-"""What the examples share: their arguments, and models, tokenizers and data made on the spot.
+"""Arguments, tiny models, tokenizers and data for the examples.
 
-`--model` takes a name on the hub or a folder instead of the tiny model; the data stays a toy.
+`--model` takes a name on the hub or a folder in place of the tiny model; the data stays a toy.
 """
 
 import argparse
@@ -46,12 +46,12 @@ def arguments(description: str, steps: int = 40) -> argparse.Namespace:
 
 
 def encoder(folder: Path) -> str:
-    """Saves a BERT without a head in `folder`, always the same; returns the folder."""
+    """Saves a BERT without a head in `folder`, with the same weights each time; returns the folder."""
     torch.manual_seed(0)
     config = BertConfig(
         vocab_size=len(WORDS),
         max_position_embeddings=64,
-        initializer_range=0.2,  # with 0.02 so narrow a model hardly tells one word from another
+        initializer_range=0.2,  # with 0.02 the outputs of so narrow a model hardly depend on the words
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
         **WIDTH,
@@ -60,7 +60,7 @@ def encoder(folder: Path) -> str:
 
 
 def decoder(folder: Path) -> str:
-    """Saves a Llama in `folder`, always the same; returns the folder."""
+    """Saves a Llama in `folder`, with the same weights each time; returns the folder."""
     torch.manual_seed(0)
     end = WORDS.index(SPECIAL["eos_token"])
     config = LlamaConfig(
@@ -91,7 +91,7 @@ def reviews(tokenizer, n: int = 64) -> list[dict]:
 
 
 def facts(n: int = 64) -> list[dict]:
-    """What TRL calls a prompt-completion dataset."""
+    """A prompt-completion dataset as TRL takes it."""
     rows = [(thing, "blue" if thing == "book" else "red") for thing in THINGS]
     texts = [
         {"prompt": f"the colour of the {thing} is", "completion": f" {colour}"} for thing, colour in rows
@@ -100,13 +100,13 @@ def facts(n: int = 64) -> list[dict]:
 
 
 def preferences(n: int = 64) -> list[dict]:
-    """What TRL calls a preference dataset."""
+    """A preference dataset as TRL takes it."""
     texts = [{"prompt": f"the {thing} was", "chosen": " good", "rejected": " awful"} for thing in THINGS]
     return [texts[i % 3] for i in range(n)]
 
 
 def report(optimizer, delta: Path, before: float, after: float) -> None:
-    """The lines that every example ends with."""
+    """Prints the last lines of every example."""
     print(f"loss {before:.3f} before, {after:.3f} after {optimizer.steps_done} steps")
     trained = f"{optimizer.n_active} of {optimizer.n_entries} entries trained"
     print(f"{trained}; {delta}: {delta.stat().st_size} bytes")

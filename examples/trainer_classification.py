@@ -25,7 +25,7 @@ args = TrainingArguments(
     max_steps=options.steps,
     per_device_train_batch_size=8,
     learning_rate=3e-2 if options.model is None else 1e-3,
-    max_grad_norm=0,  # it would clip by the norm of all gradients; ID3AdamW clips by those it uses
+    max_grad_norm=0,  # the Trainer clips by the norm of all gradients; ID3AdamW by those it uses
     logging_steps=10,
     save_steps=20,  # each checkpoint folder also gets a delta.safetensors
     report_to="none",
@@ -41,7 +41,7 @@ trainer = Trainer(
     ),
     callbacks=[ID3Callback()],
 )
-report_first(trainer)  # so that what `report_to` names gets ID3's numbers, too
+report_first(trainer)  # the reporters of `report_to` get ID3's numbers
 before = trainer.evaluate()["eval_loss"]
 trainer.train()
 after = trainer.evaluate()["eval_loss"]

@@ -23,11 +23,11 @@ trainer = DPOTrainer(
         output_dir=options.output,
         max_steps=options.steps,
         per_device_train_batch_size=8,
-        max_grad_norm=0,  # it would clip by the norm of all gradients; ID3AdamW clips by those it uses
+        max_grad_norm=0,  # TRL clips by the norm of all gradients; ID3AdamW by those it uses
         logging_steps=10,
         save_strategy="no",
         report_to="none",
-        use_cpu=not torch.accelerator.is_available(),  # TRL trains in bf16, which it refuses otherwise
+        use_cpu=not torch.accelerator.is_available(),  # TRL's default bf16 needs it on a CPU
     ),
     train_dataset=rows,
     eval_dataset=rows,

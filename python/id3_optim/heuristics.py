@@ -1,7 +1,7 @@
-"""What makes an entry worth training: frozen dataclasses, larger scores are unmasked first.
+"""Heuristics score the frozen entries; the entries of largest score join the active set first.
 
-`D3` is scored inside the selection kernels. Every other heuristic, and any function
-`f(param, grad) -> tensor`, gives one score tensor per parameter through `scores`.
+A heuristic is a frozen dataclass or a function `f(param, grad) -> tensor`. `D3` is scored inside the
+selection kernels. Every other heuristic gives one score tensor per parameter, by `scores`.
 """
 
 import math
@@ -24,7 +24,7 @@ def _number(name: str, value: float, expected: str) -> float:
 
 
 def _float32(value: float) -> float:
-    """The value as the kernels will see it: rounded to float32, ±inf beyond its range."""
+    """The value that the kernels read: rounded to float32, ±inf beyond its range."""
     return torch.tensor(value, dtype=torch.float64, device="cpu").float().item()
 
 
@@ -54,12 +54,15 @@ class D3:
 
 @dataclass(frozen=True)
 class Magnitude:
-    """PaFi: smallest |θ| first, zeros first of all. Exact below 2^127 (float64: 2^1023); above, all tie."""
+    """PaFi: the smallest |θ| first, zeros before all.
+
+    The order is exact for |θ| below 2^127 (float64: 2^1023); larger values tie.
+    """
 
 
 @dataclass(frozen=True, eq=False)
 class Fisher:
-    """Fish mask: precomputed scores, as `fisher_scores` gives them.
+    """Fish mask: precomputed scores, such as those of `fisher_scores`.
 
     scores: a mapping from parameter name to a tensor of that parameter's shape (needs an optimizer built from
     `named_parameters()`), or a sequence of such tensors in the order of the optimizer's parameters.
@@ -70,7 +73,7 @@ class Fisher:
 
 @dataclass(frozen=True)
 class Random:
-    """A random mask: a hash of seed, tensor position and flat index, same on all devices."""
+    """A random mask: scores are a hash of seed, position and flat index, the same on all devices."""
 
     seed: int = 0
 
@@ -84,7 +87,7 @@ class Random:
 
 @dataclass(frozen=True)
 class Bias:
-    """BitFit: the parameters whose name ends in `bias`, all entries alike. Needs named parameters."""
+    """BitFit: the parameters whose name ends in `bias`; all their entries score 1. Needs named parameters."""
 
 
 Heuristic = D3 | Magnitude | Fisher | Random | Bias | Callable[[Tensor, Tensor], Tensor]
@@ -93,12 +96,13 @@ Heuristic = D3 | Magnitude | Fisher | Random | Bias | Callable[[Tensor, Tensor],
 def scores(
     heuristic: Heuristic, param: Tensor, grad: Tensor | None, position: int, name: str | None
 ) -> Tensor | None:
-    """One parameter's scores by any heuristic but D3: larger is better, only finite normal numbers > 0 count.
+    """One parameter's scores by any heuristic except D3.
 
-    position: the parameter's place among all that are selected from; name: its name where known.
+    Larger scores join first; only finite normal numbers > 0 are selected.
+    position: the parameter's number in the order of the param groups. name: its name, None where unknown.
     Returns a tensor of the parameter's shape on its device, float32 (float64 for float64 parameters),
-    or None where nothing in this parameter can be selected (no gradient; not a bias). Mutates nothing.
-    Raises ValueError or TypeError naming the heuristic when it does not fit the parameter.
+    or None where no entry of this parameter can be selected (no gradient; not a bias). Mutates nothing.
+    Raises ValueError or TypeError, with the heuristic's name, where it does not fit the parameter.
     """
     if grad is None:
         return None
@@ -113,15 +117,18 @@ def scores(
             case Fisher(given):
                 return _fisher_scores_of(given, param, position, name)
             case D3():
-                raise TypeError("scores: D3 is scored by the kernels (id3_kernels.d3_score), not here")
+                raise TypeError(
+                    "scores: expected a heuristic other than D3, got D3; use id3_kernels.d3_score"
+                )
         return _checked(_title(heuristic), heuristic(param, grad), param)
 
 
 def describe(heuristic: Heuristic) -> dict[str, Any]:
-    """The heuristic's name and numbers as plain values: equal dicts mean equal heuristics on resume.
+    """The heuristic's name and numbers as plain values; equal dicts mean equal heuristics on resume.
 
-    A function is described by its qualified name; `Fisher` by a checksum of its scores, which reads them all.
-    Raises TypeError for anything that is not a heuristic.
+    A function is described by its qualified name, `Fisher` by a checksum of its scores, which reads all of
+    them.
+    Raises TypeError for a value that is not a heuristic.
     """
     match heuristic:
         case D3(eps, exp):
@@ -149,11 +156,12 @@ def fisher_scores(
 ) -> dict[str, Tensor]:
     """Mean squared gradient of each trainable parameter over the first `samples` batches of `loader`.
 
-    loss_fn(model, batch) gives the scalar loss of one batch. With batches of one example this is the diagonal
-    of the empirical Fisher information (Sung et al., 2021); larger batches average gradients before squaring.
+    loss_fn(model, batch) returns the scalar loss of one batch. With batches of one example this is the
+    diagonal of the empirical Fisher information (Sung et al., 2021); larger batches average gradients before
+    squaring.
     Returns name → float32 tensor (float64 for float64 parameters), zero where no gradient arrived.
-    Neither parameters nor any `.grad` are changed; call `model.eval()` first if dropout should stay out.
-    Raises ValueError when the loader gives no batch.
+    Neither parameters nor any `.grad` are changed; call `model.eval()` first to switch dropout off.
+    Raises ValueError if the loader has no batch.
     """
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     sums = {name: torch.zeros_like(p, dtype=_score_dtype(p)) for name, p in named.items()}
@@ -180,13 +188,13 @@ def _title(function: Callable) -> str:
 
 
 def _checksum(scores: Tensor) -> int:
-    """An integer sum of bit patterns: unlike a float sum, the same for every thread count."""
+    """An integer sum of bit patterns, which unlike a float sum is the same for every thread count."""
     bits = scores.double().contiguous().view(torch.int64)
     return bits.sum().item()
 
 
 def _magnitude_scores(param: Tensor) -> Tensor:
-    """Positive floats sort like their bit patterns, so `largest − bits` is an exact reversal of |θ|."""
+    """Scores in the reverse order of |θ|, exactly: positive floats sort as their bit patterns do."""
     wide = param.abs().to(_score_dtype(param)).contiguous()
     if wide.dtype == torch.float32:
         integer, largest, smallest_normal = torch.int32, 0x7F7FFFFF, 0x00800000
@@ -194,13 +202,16 @@ def _magnitude_scores(param: Tensor) -> Tensor:
         integer, largest, smallest_normal = torch.int64, 0x7FEFFFFFFFFFFFFF, 0x0010000000000000
     bits = largest - wide.view(integer)
     not_finite = bits < 0
-    # Normal floats are 2^23 (2^52) patterns fewer than finite ones; the largest |θ| share the last place.
+    # There are 2^23 (2^52) more finite patterns than normal ones, so that the largest |θ| share the lowest
+    # score.
     return bits.clamp_(min=smallest_normal).masked_fill_(not_finite, 0).view(wide.dtype)
 
 
 def _bias_scores(param: Tensor, name: str | None) -> Tensor | None:
     if name is None:
-        raise ValueError("heuristic Bias: expected named parameters (use named_parameters()), got no name")
+        raise ValueError(
+            "heuristic Bias: expected named parameters, got no name; use model.named_parameters()"
+        )
     if not name.endswith("bias"):
         return None
     return torch.ones(param.shape, dtype=_score_dtype(param), device=param.device)
@@ -211,13 +222,18 @@ def _fisher_scores_of(
 ) -> Tensor:
     if isinstance(given, Mapping):
         if name is None:
-            raise ValueError("heuristic Fisher: scores by name need named parameters, got no name")
+            raise ValueError(
+                "heuristic Fisher: expected named parameters for scores by name, got no name; "
+                "use model.named_parameters()"
+            )
         if name not in given:
             raise ValueError(f"heuristic Fisher: expected scores for {name!r}, got none")
         score = given[name]
     else:
         if position >= len(given):
-            raise ValueError(f"heuristic Fisher: expected scores for parameter {position}, got {len(given)}")
+            raise ValueError(
+                f"heuristic Fisher: expected scores for parameter {position}, got {len(given)} tensors"
+            )
         score = given[position]
     return _checked("Fisher", score, param).to(param.device, _score_dtype(param))
 
@@ -233,9 +249,9 @@ def _checked(title: str, score: Tensor, param: Tensor) -> Tensor:
 
 
 def _random_scores(seed: int, position: int, param: Tensor) -> Tensor:
-    """hash(seed, position, flat index), top 31 bits scaled onto the patterns of normal floats."""
-    seed_bits, place = torch.tensor([seed, position], dtype=torch.int64, device="cpu")
-    key = mix64(mix64(seed_bits + INCREMENT) + place * INCREMENT).item()
+    """The top 31 bits of hash(seed, position, flat index), scaled to the bit patterns of normal floats."""
+    seed_bits, tensor_bits = torch.tensor([seed, position], dtype=torch.int64, device="cpu")
+    key = mix64(mix64(seed_bits + INCREMENT) + tensor_bits * INCREMENT).item()
     size, device = param.numel(), param.device
     out = torch.empty(size, dtype=torch.float32, device=device)
     for start in range(0, size, SLICE):

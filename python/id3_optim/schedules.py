@@ -1,7 +1,8 @@
-"""How many entries are active after each step: plain functions, and the rules of the budget.
+"""Schedules say how many entries may be active after each step; this module also checks the budget.
 
-A schedule is any `f(step, total_steps, budget) -> int`: the entries that may be active after step `step`
-(0, 1, … total_steps − 1). It must depend on its arguments alone, because a resumed run tabulates it again.
+A schedule is any `f(step, total_steps, budget) -> int`: the number of entries that may be active after step
+`step` (0, 1, … total_steps − 1). It must depend on its arguments alone, because a resumed run tabulates it
+anew.
 """
 
 import math
@@ -90,7 +91,11 @@ def describe(schedule: Schedule) -> dict:
 
 
 def from_name(text: str) -> Schedule:
-    """`uniform`, `cosine`, `one_shot` (or `one-shot`), `exponential:3` (a = 3) as on the command line."""
+    """The schedule of a name, as on the command line.
+
+    text: `uniform`, `cosine`, `one_shot` (or `one-shot`), or `exponential:3` for a = 3.
+    Raises ValueError for any other text.
+    """
     plain = text.replace("one-shot", "one_shot")
     if plain in _BY_NAME:
         return _BY_NAME[plain]
@@ -106,9 +111,9 @@ def from_name(text: str) -> Schedule:
 
 
 def resolve_budget(budget: int | float, n_entries: int) -> int:
-    """The budget as a number of entries: an int counts, a float in (0, 1] is a share of n_entries.
+    """The budget as a number of entries: an int counts entries, a float in (0, 1] is a share of n_entries.
 
-    A share gives floor(share·N + 1e-6), so 1 (one entry) and 1.0 (all) differ. An int 0 is allowed.
+    A share gives floor(share·N + 1e-6), so 1 (one entry) and 1.0 (all) differ. The int 0 is allowed.
     Raises TypeError for anything but an int or a float, ValueError for a value out of range.
     """
     check_budget(budget)
@@ -123,9 +128,9 @@ def resolve_budget(budget: int | float, n_entries: int) -> int:
 
 
 def check_budget(budget: int | float) -> None:
-    """Raises TypeError or ValueError for what can not be a budget, whatever N is."""
-    expected = "expected an int >= 0 (entries) or a float in (0, 1] (a share)"
+    """Raises TypeError or ValueError for a value that is a budget for no N."""
+    expected = "an int >= 0 (entries) or a float in (0, 1] (a share)"
     if isinstance(budget, bool) or not isinstance(budget, numbers.Real):
-        raise TypeError(f"budget: {expected}, got {budget!r}")
+        raise TypeError(f"budget: expected {expected}, got {budget!r}")
     if budget < 0 or (not isinstance(budget, numbers.Integral) and not 0.0 < budget <= 1.0):
-        raise ValueError(f"budget: {expected}, got {budget!r}")
+        raise ValueError(f"budget: expected {expected}, got {budget!r}")

@@ -149,7 +149,7 @@ def test_fisher_by_name_and_by_position():
     ("given_scores", "name", "message"),
     [
         ({"a": torch.ones(3)}, "b", "heuristic Fisher: expected scores for 'b', got none"),
-        ({"a": torch.ones(3)}, None, "heuristic Fisher: scores by name need named parameters"),
+        ({"a": torch.ones(3)}, None, "heuristic Fisher: expected named parameters for scores by name"),
         ({"a": torch.ones(4)}, "a", r"heuristic Fisher: expected shape \(3,\), got \(4,\)"),
         ({"a": torch.ones(3, dtype=torch.int64)}, "a", "heuristic Fisher: expected float32 or float64"),
         ([torch.ones(3)], "a", "heuristic Fisher: expected scores for parameter 1, got 1"),

@@ -133,7 +133,7 @@ def test_another_number_of_steps_is_refused_with_both(tmp_path):
 
 
 def test_a_run_without_an_end_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"max_steps: expected a number of steps, or max_epochs, got -1"):
+    with pytest.raises(ValueError, match=r"max_steps: expected a limit, or one in max_epochs, got -1"):
         fit(tmp_path, max_epochs=-1)
 
     class After(pl.Callback):

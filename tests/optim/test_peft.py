@@ -157,5 +157,5 @@ def test_refusals(tmp_path):
         adapter_groups(model, only=["lora_C"])
     model.save_pretrained(tmp_path)
     frozen = peft.PeftModel.from_pretrained(tiny_bert(), tmp_path)
-    with pytest.raises(ValueError, match="model: expected an adapter of parameters with requires_grad"):
+    with pytest.raises(ValueError, match="model: expected an adapter with trainable parameters, got none"):
         adapter_groups(frozen)

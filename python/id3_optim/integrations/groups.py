@@ -1,4 +1,4 @@
-"""Param groups for ID3AdamW in any trainer: what competes for the budget, and what is trained whole."""
+"""Param groups for ID3AdamW in any trainer: parameters under the budget, and parameters trained whole."""
 
 from collections.abc import Iterable
 
@@ -6,10 +6,10 @@ import torch
 
 
 def fresh_parameters(model: torch.nn.Module, loading_info: dict) -> set[str]:
-    """Names of the parameters that `from_pretrained(…, output_loading_info=True)` found in no checkpoint
-    file.
+    """Names of the parameters that have no values in the checkpoint, such as a new head.
 
-    These start from random numbers, so there is no pre-trained value to stay near: train them densely.
+    They start from random numbers, so there is no pre-trained value to stay near: train them densely.
+    loading_info: as `from_pretrained(…, output_loading_info=True)` returns it.
     """
     mismatched = {
         entry[0] if isinstance(entry, tuple) else entry for entry in loading_info["mismatched_keys"]
@@ -19,11 +19,11 @@ def fresh_parameters(model: torch.nn.Module, loading_info: dict) -> set[str]:
 
 
 def parameter_groups(model: torch.nn.Module, fresh: Iterable[str] = (), **dense_options) -> list[dict]:
-    """Param groups for ID3AdamW: what was pre-trained competes for the budget, `fresh` is a `dense=True`
-    group.
+    """Param groups for ID3AdamW: pre-trained parameters share the budget, fresh ones are trained whole.
 
-    dense_options: settings of the dense group alone, such as `lr`. Frozen parameters are left out.
-    Raises ValueError for a fresh name that the model has not.
+    fresh: names of the parameters of a `dense=True` group. dense_options: settings of that group alone, such
+    as `lr`. Parameters with `requires_grad=False` are left out.
+    Raises ValueError for a fresh name that is not in the model.
     """
     fresh = set(fresh)
     named = dict(model.named_parameters())

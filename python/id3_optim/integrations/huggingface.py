@@ -5,9 +5,10 @@
     trainer = Trainer(model, args, optimizer_cls_and_kwargs=pair, callbacks=[ID3Callback()], …)
     report_first(trainer)  # for W&B, TensorBoard, MLflow, …
 
-or `optimizers=(ID3AdamW(parameter_groups(model, fresh), …), None)`. Give TrainingArguments
-`max_grad_norm=0` and the optimizer its own `max_grad_norm`: the Trainer clips by the norm of all N
-gradients, so that how far an active entry moves would depend on entries that never train.
+An optimizer that exists goes in by `optimizers=(ID3AdamW(parameter_groups(model, fresh), …), None)`. Set
+`max_grad_norm=0` in TrainingArguments and give the optimizer its own `max_grad_norm`: the Trainer clips by
+the norm of all N gradients, so that the update of an active entry would depend on gradients of frozen
+entries.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from transformers import Trainer
 
 DELTA_NAME = "delta.safetensors"
-# What ID3AdamW takes from the arguments, and where it stands there.
+# Argument of ID3AdamW: the fields of TrainingArguments that set it.
 _FROM_ARGUMENTS = {
     "lr": "learning_rate",
     "betas": "adam_beta1 and adam_beta2",
@@ -52,28 +53,29 @@ def id3_optimizer(
 ) -> tuple[Callable, dict[str, Any]]:
     """The pair for the Trainer's `optimizer_cls_and_kwargs`.
 
-    The Trainer builds the optimizer when training begins, from the model as it is then: one that
-    `model_init` made, or that SFTTrainer has put an adapter on. Learning rate, betas, eps and weight decay
-    (of active entries, biases and norms too) come from `args`; `total_steps` from the run, by ID3Callback.
+    The Trainer builds the optimizer when training begins, from the model of that moment: the result of
+    `model_init`, or a model with SFTTrainer's adapter. Learning rate, betas, eps and weight decay (of active
+    entries, biases and norms too) come from `args`, and `total_steps` from the run, by ID3Callback.
 
     fresh: names of parameters to train whole. groups: (model, fresh) → param groups; `adapter_groups` for
-    PEFT. options: ID3AdamW's other arguments, `budget` among them.
-    Raises TypeError for an option that ID3AdamW has not; ValueError for one that contradicts `args` or is
-    out of range.
+    PEFT. options: ID3AdamW's further arguments, `budget` among them.
+    Raises TypeError for an option that ID3AdamW does not have, ValueError for an option that contradicts
+    `args` or is out of range.
     """
     for name, argument in _FROM_ARGUMENTS.items():
         if name in options:
-            raise ValueError(f"{name}: expected TrainingArguments' {argument} to say it, got {options[name]}")
+            raise ValueError(f"{name}: expected it in TrainingArguments ({argument}), got {options[name]}")
     if options.get("max_grad_norm") is not None and args.max_grad_norm > 0:
-        both = f"got {args.max_grad_norm} beside the optimizer's {options['max_grad_norm']}"
-        raise ValueError(f"max_grad_norm: expected TrainingArguments(max_grad_norm=0), {both}: both clip")
+        both = f"{args.max_grad_norm} there and {options['max_grad_norm']} for the optimizer"
+        raise ValueError(f"max_grad_norm: expected TrainingArguments(max_grad_norm=0), got {both}: both clip")
     if args.optim not in _DEFAULT_OPTIMIZERS:
         raise ValueError(
             f"optim: expected TrainingArguments' default beside ID3AdamW, got {args.optim.value}"
         )
     options |= {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2)}
     options |= {"eps": args.adam_epsilon, "weight_decay": args.weight_decay}
-    ID3AdamW([("checked", torch.nn.Parameter(torch.zeros(1)))], **options)  # refuses now what it would later
+    # The Trainer builds the optimizer late; this one checks the options now.
+    ID3AdamW([("checked", torch.nn.Parameter(torch.zeros(1)))], **options)
 
     def build(model: torch.nn.Module, **kwargs: Any) -> ID3AdamW:
         return ID3AdamW(groups(model, fresh), **kwargs)
@@ -82,18 +84,18 @@ def id3_optimizer(
 
 
 class ID3Callback(TrainerCallback, ExportableState):
-    """Tells the optimizer how many steps the Trainer will take, adds its numbers to the Trainer's logs, and
-    saves the delta in every checkpoint.
+    """Sets the optimizer's `total_steps`, logs its numbers, and saves a delta in every checkpoint.
 
-    The number of steps is the Trainer's own (epochs, accumulation, the last partial batch), taken when
-    training begins; an optimizer that already has a `total_steps` keeps it. A run resumed with another
-    number of steps is refused (ValueError), since its budget was being spent over the first.
+    The number of steps is the Trainer's own (epochs, accumulation, the last partial batch), read when
+    training begins. An optimizer that already has a `total_steps` keeps it. A run resumed with a different
+    number of steps is refused (ValueError), since its budget was spent over the first number.
 
-    Logged: `run.numbers_to_log`, in the Trainer's history; what `report_to` names gets them too after
-    `report_first(trainer)`, and a warning says so where that is missing.
+    The Trainer's history gets `run.numbers_to_log`. The reporters of `report_to` get these numbers after
+    `report_first(trainer)`; without that call a warning is given.
 
     save_deltas: write `delta.safetensors` into each checkpoint folder, once per run or node as the Trainer
-    saves; not in a hyper-parameter search. delta_options: `save_delta`'s own, such as `originals=True`.
+    saves; not in a hyper-parameter search. delta_options: arguments for `save_delta`, such as
+    `originals=True`.
     """
 
     def __init__(self, save_deltas: bool = True, **delta_options: Any) -> None:
@@ -102,12 +104,12 @@ class ID3Callback(TrainerCallback, ExportableState):
         self.reports_first = False  # see `report_first`
 
     def state(self) -> dict:
-        """What the Trainer keeps in its checkpoints."""
+        """The callback's state in the Trainer's checkpoints."""
         arguments = {"save_deltas": self.save_deltas, **self.delta_options}
         return {"args": arguments, "attributes": {"total_steps_from_run": self.total_steps_from_run}}
 
     def on_init_end(self, args, state, control, **kwargs):
-        self.total_steps_from_run = False  # no other Trainer's, if it had this callback before
+        self.total_steps_from_run = False  # a value from an earlier Trainer is void
 
     def on_train_begin(self, args, state, control, optimizer=None, **kwargs):
         if args.report_to and not self.reports_first and state.is_world_process_zero:
@@ -115,7 +117,7 @@ class ID3Callback(TrainerCallback, ExportableState):
                 f"ID3Callback: its numbers do not reach {args.report_to} without report_first(trainer)",
                 stacklevel=2,
             )
-        # A checkpoint written without this callback has no state of it, and the Trainer needs one to save.
+        # A checkpoint written without this callback lacks its state, which the Trainer needs to save.
         saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
         from_run = saved["attributes"]["total_steps_from_run"]
         self.total_steps_from_run = take_total_steps(unwrapped(optimizer), state.max_steps, from_run)
@@ -137,8 +139,8 @@ class ID3Callback(TrainerCallback, ExportableState):
 def report_first(trainer: Trainer) -> None:
     """Moves the Trainer's ID3Callback before its other callbacks; call it before training.
 
-    The Trainer puts what `report_to` names before the callbacks that it is given, and a callback can not
-    reach the others: reporters would send a log before ID3's numbers are in it.
+    The Trainer puts the reporters of `report_to` before the callbacks of `callbacks=`, so that they would
+    send a log before it has ID3's numbers. A callback cannot change that order.
     Raises ValueError where the Trainer has no ID3Callback.
     """
     callbacks = trainer.callback_handler.callbacks
@@ -151,9 +153,9 @@ def report_first(trainer: Trainer) -> None:
 
 
 class StepClock(TrainerCallback):
-    """Host seconds of every step: the whole of it (without loading the batch), and the optimizer's share.
+    """Host seconds of every training step, without loading the batch, and of its optimizer step.
 
-    On a GPU the host runs ahead: the sum over a run is right, a single step is not.
+    On a GPU the host runs ahead of the device: the sum over a run is right, the time of a single step is not.
     """
 
     def __init__(self) -> None:

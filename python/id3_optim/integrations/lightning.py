@@ -1,4 +1,4 @@
-"""ID3AdamW inside Lightning's Trainer: `configure_optimizers` gives the optimizer, the callback the rest.
+"""ID3AdamW inside Lightning's Trainer: `configure_optimizers` returns it, `ID3Callback` does the rest.
 
 def configure_optimizers(self):
     return ID3AdamW(self.named_parameters(), lr=1e-3, budget=0.005, max_grad_norm=1.0)
@@ -27,7 +27,7 @@ from .run import numbers_to_log, take_total_steps
 
 
 def id3_of(trainer: pl.Trainer) -> ID3AdamW:
-    """The run's ID3AdamW. Raises ValueError where there is none, or more than one."""
+    """The run's ID3AdamW. Raises ValueError unless the Trainer has exactly one."""
     found = [optimizer for optimizer in trainer.optimizers if isinstance(optimizer, ID3AdamW)]
     if len(found) != 1:
         raise ValueError(f"configure_optimizers: expected one ID3AdamW, got {len(found)}")
@@ -35,20 +35,19 @@ def id3_of(trainer: pl.Trainer) -> ID3AdamW:
 
 
 class ID3Callback(pl.Callback):
-    """Tells the optimizer how many steps the Trainer will take, logs its numbers, and saves the delta beside
-    each checkpoint.
+    """Sets the optimizer's `total_steps`, logs its numbers, and saves a delta beside each checkpoint.
 
     The number of steps is `trainer.estimated_stepping_batches` when training begins, after a checkpoint has
-    been loaded, less those that an earlier `fit` of the same Trainer has taken; an optimizer that has a
-    `total_steps` keeps it. ValueError where the Trainer can not tell (no max_epochs and no max_steps), or a
-    resumed run has another number than the one that it continues.
+    been loaded, less the steps that an earlier `fit` of the same Trainer has taken. An optimizer that has a
+    `total_steps` keeps it. Raises ValueError where the Trainer has neither max_epochs nor max_steps, or where
+    a resumed run has a different number of steps from its first part.
 
-    Every `log_every_n_steps`: `run.numbers_to_log`, for loggers.
+    Loggers get `run.numbers_to_log` every `log_every_n_steps`.
 
-    save_deltas: write `<name>.delta.safetensors` beside each `<name>.ckpt`, and remove it with it; rank 0
-    alone, on local disks. submodule: whose parameters the delta names, "" for the whole LightningModule;
-    every trained parameter must be in it (ValueError when training begins). delta_options: `save_delta`'s
-    own, such as `originals=True`.
+    save_deltas: write `<name>.delta.safetensors` beside each `<name>.ckpt`, and remove both together; on rank
+    0, to local disks. submodule: the module whose parameter names the delta has, "" for the whole
+    LightningModule; every trained parameter must be in it (ValueError when training begins). delta_options:
+    arguments for `save_delta`, such as `originals=True`.
     """
 
     def __init__(self, save_deltas: bool = True, submodule: str = "", **delta_options: Any) -> None:
@@ -56,7 +55,7 @@ class ID3Callback(pl.Callback):
         self.total_steps_from_run, self.begun_at = False, 0
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self.total_steps_from_run, self.begun_at = False, 0  # no earlier fit's; then a checkpoint is loaded
+        self.total_steps_from_run, self.begun_at = False, 0  # a checkpoint is loaded after this
         inner = trainer.strategy.checkpoint_io
         if stage == "fit" and self.save_deltas and not isinstance(inner, DeltaBeside):
             trainer.strategy.checkpoint_io = DeltaBeside(inner, trainer, self)
@@ -66,12 +65,12 @@ class ID3Callback(pl.Callback):
         if self.save_deltas:
             check_model(self._saved_module(pl_module), optimizer)
         if optimizer.steps_done == 0:
-            self.begun_at = trainer.global_step  # which goes on counting in a second fit
+            self.begun_at = trainer.global_step  # a second fit does not begin at 0
         steps = trainer.estimated_stepping_batches - self.begun_at
         if 0 < steps < float("inf"):
             self.total_steps_from_run = take_total_steps(optimizer, int(steps), self.total_steps_from_run)
         elif optimizer.total_steps is None:
-            raise ValueError(f"max_steps: expected a number of steps, or max_epochs, got {trainer.max_steps}")
+            raise ValueError(f"max_steps: expected a limit, or one in max_epochs, got {trainer.max_steps}")
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
         if trainer.log_every_n_steps and trainer.global_step % trainer.log_every_n_steps == 0:
@@ -82,10 +81,10 @@ class ID3Callback(pl.Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.total_steps_from_run = state_dict["total_steps_from_run"]
-        self.begun_at = state_dict.get("begun_at", 0)  # which older checkpoints lack
+        self.begun_at = state_dict.get("begun_at", 0)  # absent in older checkpoints
 
     def save_beside(self, trainer: pl.Trainer, path: Path) -> None:
-        """Writes the delta of what training has changed so far."""
+        """Writes the delta of the entries that training has changed so far."""
         model = self._saved_module(trainer.lightning_module)
         save_delta(path, model, id3_of(trainer), **self.delta_options)
 
@@ -98,7 +97,7 @@ class ID3Callback(pl.Callback):
 
 
 class DeltaBeside(CheckpointIO):
-    """Writes and removes a delta with each checkpoint: no hook of a callback knows a checkpoint's path."""
+    """Writes and removes a delta with each checkpoint, since hooks of callbacks do not get its path."""
 
     def __init__(self, inner: CheckpointIO, trainer: pl.Trainer, callback: ID3Callback) -> None:
         self.inner, self.trainer, self.callback = inner, trainer, callback

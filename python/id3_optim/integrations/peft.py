@@ -1,12 +1,12 @@
 """ID3AdamW over a PEFT adapter: the budget counts over the adapter's own parameters.
 
     model = get_peft_model(base, LoraConfig(…))
-    model.save_pretrained("initial")  # a delta of the adapter is over this one
+    model.save_pretrained("initial")  # the base of the adapter's delta
     optimizer = ID3AdamW(adapter_groups(model), lr=1e-3, budget=0.24)  # 76 % sparse
 
-The trained adapter is saved whole by `model.save_pretrained`, and as a delta by `save_delta`. To apply the
-delta, the same initial adapter must be on the model: LoRA's A starts random, and the delta's fingerprint
-covers the entries that it changes, so that a delta of B alone can not tell one A from another.
+`model.save_pretrained` saves the trained adapter whole, `save_delta` as a delta. Apply the delta to the same
+initial adapter: LoRA's A starts from random numbers, and the delta's fingerprint covers only the entries that
+it changes, so that a delta of B alone fits any A.
 """
 
 from collections.abc import Iterable
@@ -22,19 +22,23 @@ def adapter_groups(
 ) -> list[dict]:
     """Param groups for ID3AdamW: the adapter's trainable parameters compete for the budget.
 
-    Any PEFT method will do, and any model of which only an adapter is left trainable. Copies that PEFT
-    trains in full (`modules_to_save`, such as a classification head) and `fresh` are a `dense=True` group.
+    The model may have an adapter of any PEFT method, or of another kind if only the adapter is trainable.
+    Copies that PEFT trains in full (`modules_to_save`, such as a classification head) and `fresh` are a
+    `dense=True` group.
 
-    only: parts of names, such as "lora_B": adapter parameters with none of them are left out and keep their
-    bits (freeze them to spare their gradients). dense_options: settings of the dense group alone, as `lr`.
-    Raises ValueError where no adapter parameter is trainable, or for a part that occurs in none's name.
+    only: parts of names, such as "lora_B". Adapter parameters whose name has none of these parts are left out
+    and keep their bits; freeze them to save the memory of their gradients. dense_options: settings of the
+    dense group alone, such as `lr`.
+    Raises ValueError where no adapter parameter is trainable, or where a part occurs in no parameter's name.
     """
     fresh = set(fresh) | _modules_to_save(model)
     groups = parameter_groups(model, fresh, **dense_options)
     adapter = groups[0]["params"]
     if not adapter:
-        trained = "parameters with requires_grad (PeftModel.from_pretrained(…, is_trainable=True))"
-        raise ValueError(f"model: expected an adapter of {trained}, got none")
+        raise ValueError(
+            "model: expected an adapter with trainable parameters, got none; load it by "
+            "PeftModel.from_pretrained(…, is_trainable=True)"
+        )
     for part in only:
         if not any(part in name for name, _ in adapter):
             raise ValueError(f"only: expected parts of the adapter's parameter names, got {part!r}")

@@ -1,4 +1,4 @@
-"""What every trainer's callback does with an ID3AdamW: the number of steps, and the numbers to log."""
+"""The parts of a trainer's callback that no trainer changes: the number of steps, and the numbers to log."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from ..optimizer import ID3AdamW
 
 
 def take_total_steps(optimizer: ID3AdamW, steps: int, from_run: bool) -> bool:
-    """Sets the optimizer's `total_steps` to the run's `steps` where none are set; says whether they are the
-    run's.
+    """Sets the optimizer's `total_steps` to the run's `steps` where none are set.
 
-    Call it after a checkpoint has been loaded, before the first step. from_run: what this gave when the run
-    that is continued, or tried again, began. Raises ValueError
-    if that run spends its budget over another number of steps.
+    Returns True where `total_steps` comes from the run, False where it was set by hand. Call this function
+    after a checkpoint has been loaded, before the first step.
+    from_run: the return value at the start of the run that is resumed or restarted; False for a new run.
+    Raises ValueError if the resumed run spends its budget over a different number of steps.
     """
     if optimizer.steps_done == 0:
         if optimizer.total_steps is not None and not from_run:
@@ -20,18 +20,18 @@ def take_total_steps(optimizer: ID3AdamW, steps: int, from_run: bool) -> bool:
         optimizer.set_total_steps(steps)
         return True
     if from_run and optimizer.total_steps != steps:
-        begun = f"{optimizer.total_steps}, over which the run that is continued spends its budget"
+        begun = f"{optimizer.total_steps}, over which the resumed run spends its budget"
         raise ValueError(f"max_steps: expected {begun}, got {steps}")
     return from_run
 
 
 def numbers_to_log(optimizer: ID3AdamW) -> dict[str, float]:
-    """Where the budget is, in O(|Λ|).
+    """Numbers about the active set, in O(|Λ|).
 
     `n_active` (|Λ|), `n_changed` (entries that differ from the pre-trained model; only where originals are
-    kept), `tensor_sparsity` and `sparsity_entropy` (see `id3_optim.analysis`); and of the newest selection's
-    scores, if it found any, the smallest as `threshold` and the 10th, 50th and 90th percentile (nearest rank)
-    as `score_q10`, `score_q50`, `score_q90`.
+    kept), `tensor_sparsity` and `sparsity_entropy` (see `id3_optim.analysis`). Of the newest selection's
+    scores, if it found any: the smallest as `threshold`, and the 10th, 50th and 90th percentile (nearest
+    rank) as `score_q10`, `score_q50`, `score_q90`.
     """
     numbers = {
         "n_active": optimizer.n_active,
