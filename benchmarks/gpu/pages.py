@@ -95,7 +95,7 @@ def readme_block(results: dict | None, picture: str = "") -> str:
         over, faster = found.over_floor("step", backend, model), found.faster(ADAMW, backend, model)
         if over is not None:
             text += f"a step of {model} takes {number(over)} × the read of θ and g at the copy's rate"
-            text += f", {number(faster)} times less than {ADAMW}. " if faster else ". "
+            text += f", {ADAMW} {number(faster)} times as long as the step. " if faster else ". "
             break
     return text + missed(results["bars"])
 
