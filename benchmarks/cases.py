@@ -9,11 +9,11 @@ from benchmarks.gate import check_selection, check_update
 from benchmarks.measure import Timed
 from benchmarks.ours import Ours
 from benchmarks.rivals import DenseAdamW, DenseMasking, Toolkit
-from benchmarks.shapes import MODELS, Inputs
+from benchmarks.shapes import KNOWN, MODELS, Inputs
 
 # A budget is spent in this many steps, so k = B / 3000.
 SPREAD = 3000
-EVERYONE = ("dense", "dense_plain", "toolkit", "adamw")
+ALL_RIVALS = ("dense", "dense_plain", "toolkit", "adamw")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -35,7 +35,7 @@ class Case:
 
     def counts(self) -> tuple[int, int, int, int]:
         """N, B, |Λ| and k."""
-        n_entries = MODELS[self.model][2]
+        n_entries = KNOWN[self.model][2]
         budget = int(n_entries * self.budget)
         return n_entries, budget, int(budget * self.active), self.selects * max(1, round(budget / SPREAD))
 
@@ -43,11 +43,11 @@ class Case:
 def step_cases(quick: bool) -> list[Case]:
     """Whole steps; `quick`: the base case and bf16, on the small model."""
     if quick:
-        return [Case("MiniLM-L6", rivals=EVERYONE), Case("MiniLM-L6", dtype="bfloat16")]
+        return [Case("MiniLM-L6", rivals=ALL_RIVALS), Case("MiniLM-L6", dtype="bfloat16")]
     cases = []
     for model in MODELS:
         plain = Case(model)
-        cases += [Case(model, rivals=EVERYONE), replace(plain, active=1.0), replace(plain, selects=False)]
+        cases += [Case(model, rivals=ALL_RIVALS), replace(plain, active=1.0), replace(plain, selects=False)]
         cases += [replace(plain, exp=exp) for exp in (0.0, 2.0, 0.7)]
         cases += [replace(plain, budget=share) for share in (0.0005, 0.01, 0.05)]
         cases += [replace(plain, budget=0.05, active=1.0)]
@@ -61,7 +61,7 @@ def part_cases(quick: bool) -> list[Case]:
         return [Case("MiniLM-L6")]
     cases = []
     for model in MODELS:
-        cases += [Case(model, rivals=EVERYONE)]
+        cases += [Case(model, rivals=ALL_RIVALS)]
         cases += [Case(model, budget=share) for share in (0.0005, 0.01, 0.05)]
     return cases
 
@@ -74,8 +74,8 @@ def reads(ours: Ours, inputs: Inputs) -> dict[str, Timed]:
     }
 
 
-def start_everyone(case: Case, inputs: Inputs) -> dict[str, object]:
-    """Every method of the case after two steps and past the gate: |Λ| is the case's, plus k."""
+def start_methods(case: Case, inputs: Inputs) -> dict[str, object]:
+    """Every method of the case after two steps and past the gate; |Λ| is the case's plus k."""
     _, _, start, k = case.counts()
     ours = Ours(inputs, start, k, case.exp)
     ours.step()
@@ -102,13 +102,15 @@ def _start_rival(rival, case: Case, inputs: Inputs, first: torch.Tensor, joined:
     rival.prepare()
     if "dense_plain" in case.rivals and isinstance(rival, DenseMasking):
         winners = torch.cat([first, rival.select_plain()]).sort().values
-        assert torch.equal(winners, joined), "plain dense masking selects otherwise"
+        assert torch.equal(winners, joined), "plain dense masking: selection differs from the gate's"
     rival.step()
-    # A rival takes the power of exp 0.7 in float32, so near ties may fall otherwise; in bf16 its moments
-    # are bf16 too.
+    # A rival computes the power of exp 0.7 in float32, which orders near ties differently; in bf16 its
+    # moments are bf16 too.
     exact = case.exp in (0.0, 1.0, 2.0)
     same = torch.isin(rival.active(), joined).sum()
-    assert same == len(joined) if exact else same > 0.999 * len(joined), "a rival selects otherwise"
+    assert same == len(joined) if exact else same > 0.999 * len(joined), (
+        "a rival: selection differs from the gate's"
+    )
     if exact and inputs.dtype == torch.float32:
         check_update(inputs, first, rival)
 
@@ -119,7 +121,7 @@ def slow_rounds(case: Case) -> int:
 
 
 def timed_steps(case: Case, inputs: Inputs) -> dict[str, Timed]:
-    methods = start_everyone(case, inputs)
+    methods = start_methods(case, inputs)
     timed = {name: Timed(method.step, method.prepare) for name, method in methods.items()}
     slow = slow_rounds(case)
     if "toolkit" in methods:

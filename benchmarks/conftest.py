@@ -1,4 +1,4 @@
-"""Options and fixtures of the benchmark cases; `pytest benchmarks` runs them, `pytest` alone does not."""
+"""Options and fixtures of the benchmark cases; `pytest benchmarks` runs them, plain `pytest` does not."""
 
 import gc
 
@@ -11,7 +11,7 @@ from benchmarks.shapes import make_inputs
 
 def pytest_addoption(parser):
     parser.addoption("--quick", action="store_true", help="the small model and one case of each kind")
-    parser.addoption("--threads", type=int, default=2, help="threads for every method (the bars mean two)")
+    parser.addoption("--threads", type=int, default=2, help="threads for every method (the bars are for two)")
     parser.addoption("--rounds", type=int, default=None, help="rounds per case (15, or 3 with --quick)")
 
 
@@ -26,7 +26,7 @@ def pytest_generate_tests(metafunc):
 
 @pytest.fixture(scope="session")
 def inputs_of():
-    """make_inputs, remembering the newest only: two sets of the large model would crowd out the methods."""
+    """make_inputs with a cache of one set: two sets of the large model leave too little for the methods."""
     newest: dict = {}
 
     def get(model: str, dtype: torch.dtype):
@@ -42,8 +42,8 @@ def inputs_of():
 def measure(benchmark, request):
     """measure(methods, subject, **about): each round's set-up times every method but the subject.
 
-    pytest-benchmark times the subject itself. All medians land in `extra_info["methods"]`, beside what
-    `about` says of the case.
+    pytest-benchmark times the subject itself. `extra_info` gets `about`, which describes the case, and all
+    medians as "methods".
     """
 
     def run(methods: dict[str, Timed], subject: str, **about) -> None:

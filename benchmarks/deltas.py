@@ -1,5 +1,6 @@
-"""A delta put on a model and taken off again, once its file is read."""
+"""A delta put on a model and taken off, once its file is read."""
 
+import copy
 import tempfile
 from pathlib import Path
 
@@ -7,10 +8,8 @@ import torch
 from torch import nn
 
 from benchmarks.measure import Timed
-from benchmarks.shapes import MODELS, Inputs
-from id3_optim import Delta, load_delta
-from id3_optim.delta import Change
-from id3_optim.delta.fingerprint import fingerprint, same_bits
+from benchmarks.shapes import KNOWN, Inputs
+from id3_optim import Delta, diff, load_delta
 
 ENTRIES = 320_000
 
@@ -18,32 +17,36 @@ ENTRIES = 320_000
 def model_of(inputs: Inputs) -> nn.Module:
     """Modules as deep as the names say, with copies of the weights."""
     root = nn.Module()
-    for (name, _), weight in zip(MODELS[inputs.model][0](), inputs.weights, strict=True):
+    for (name, _), weight in zip(KNOWN[inputs.model][0](), inputs.weights, strict=True):
         *path, last = name.split(".")
-        at = root
+        module = root
         for part in path:
-            if not hasattr(at, part):
-                at.add_module(part, nn.Module())
-            at = getattr(at, part)
-        at.register_parameter(last, nn.Parameter(weight.clone()))
+            if not hasattr(module, part):
+                module.add_module(part, nn.Module())
+            module = getattr(module, part)
+        module.register_parameter(last, nn.Parameter(weight.clone()))
     return root
 
 
 def delta_of(model: nn.Module, seed: int = 0) -> Delta:
     """About `ENTRIES` random entries, the same share of every parameter, moved by one."""
-    generator, changes, rows = torch.Generator().manual_seed(seed), {}, {}
+    generator, tuned = torch.Generator().manual_seed(seed), copy.deepcopy(model)
     n_entries = sum(param.numel() for param in model.parameters())
-    for name, param in model.named_parameters():
-        count = max(1, round(ENTRIES * param.numel() / n_entries))
-        indices = torch.randint(param.numel(), (count,), generator=generator).unique()
-        originals = param.detach().view(-1)[indices]
-        changes[name] = Change(tuple(param.shape), param.dtype, indices.int(), originals + 1, None)
-        rows[name] = (indices.int(), originals)
-    return Delta(changes, fingerprint(rows), {"method": "benchmark"})
+    with torch.no_grad():
+        for param in tuned.parameters():
+            count = max(1, round(ENTRIES * param.numel() / n_entries))
+            indices = torch.randint(param.numel(), (count,), generator=generator).unique()
+            param.view(-1)[indices] += 1
+    return diff(model, tuned, originals=False)
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    words = torch.int32 if a.dtype == torch.float32 else torch.int16
+    return a.dtype == b.dtype and torch.equal(a.view(words), b.view(words))
 
 
 class Swap:
-    """The model with the delta on or off; `on` and `off` do nothing where it is so already."""
+    """The model with the delta on or off; `on` and `off` do nothing where that is its state already."""
 
     def __init__(self, inputs: Inputs):
         self.model, self._undo = model_of(inputs), None
@@ -73,8 +76,7 @@ class Swap:
             assert same_bits(param.detach(), weight), "revert left something else"
 
 
-def timed_delta(inputs: Inputs) -> tuple[dict[str, Timed], int]:
+def timed_delta(swap: Swap) -> tuple[dict[str, Timed], int]:
     """apply and revert, each from where the other ends, and the number of entries."""
-    swap = Swap(inputs)
     timed = {"apply": Timed(swap.on, swap.off), "revert": Timed(swap.off, swap.on)}
     return timed, swap.delta.inspect()["entries"]

@@ -17,7 +17,7 @@ struct Chunk {
   int64_t count;
 };
 
-// The hardware prefetcher stops at every 4 KiB page, so ask ahead: 2 KiB was the fastest distance tried.
+// The hardware prefetcher stops at every 4 KiB page. Of the distances tried, 2 KiB ahead was the fastest.
 constexpr int64_t kLineWords = 16;
 constexpr int64_t kAheadWords = 512;
 

@@ -11,7 +11,7 @@ from torch.utils.cpp_extension import load
 
 @cache
 def _load() -> None:
-    # ninja may stand beside this Python without being on the PATH.
+    # ninja may lie beside this Python and not be on the PATH.
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     load(
         name="id3_bench_floor",

@@ -5,7 +5,7 @@ import torch
 from benchmarks.ours import EPS, LEARNING_RATE
 from benchmarks.shapes import Inputs
 
-# Up to here all scores are sorted; beyond, a count proves the same without the minutes a sort takes.
+# Up to this many entries all scores are sorted; beyond, a count proves the same without a sort of minutes.
 _SORT_LIMIT = 32_000_000
 
 

@@ -1,13 +1,15 @@
-"""Where the numbers come from."""
+"""Where the numbers come from: the machine, the software and the commit."""
 
 import datetime
+import os
 import platform
 import re
 import subprocess
 from pathlib import Path
 
-import psutil
 import torch
+
+from id3_kernels.backend import native
 
 
 def _cpu_model() -> str:
@@ -16,43 +18,44 @@ def _cpu_model() -> str:
     return found[1].strip() if found else platform.processor() or platform.machine()
 
 
-def _commit() -> str:
-    here = Path(__file__).parent
+def commit(tree: Path = Path(__file__).parent) -> str:
+    """`git describe` of the checkout that holds `tree`, "unknown" without git."""
+    command = ["git", "describe", "--always", "--dirty"]
     try:
-        command = ["git", "describe", "--always", "--dirty"]
-        done = subprocess.run(command, cwd=here, capture_output=True, text=True)
+        done = subprocess.run(command, cwd=tree, capture_output=True, text=True)
     except FileNotFoundError:
         return "unknown"
     return done.stdout.strip() or "unknown"
 
 
-def _build_info() -> dict[str, object]:
-    try:
-        from id3_kernels import _C
-    except ImportError:
-        return {"compiler": "none: pure Python"}
-    return dict(_C.build_info())
-
-
-def describe(threads: int) -> dict[str, object]:
-    cores = psutil.cpu_count(logical=False) or psutil.cpu_count()
+def software() -> dict[str, str]:
+    """The end of every machine's description; the variable COMMIT names the commit where git cannot."""
     return {
-        "cpu": _cpu_model(),
-        "cores": cores,
-        "threads": threads,
-        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
-        "simd": torch.backends.cpu.get_cpu_capability(),
-        "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "build": _build_info(),
-        "commit": _commit(),
+        "commit": os.environ.get("COMMIT") or commit(),
         "date": datetime.date.today().isoformat(),
     }
 
 
-def slug(machine: dict[str, object]) -> str:
-    """`cpu-amd-epyc-2-cores`: the name of the machine's results."""
-    model = re.sub(r"\((R|TM|r|tm)\)|\bCPU\b|\bProcessor\b|@.*", " ", str(machine["cpu"]))
-    words = re.findall(r"[a-z0-9]+", f"cpu {model} {machine['cores']} cores".lower())
-    return "-".join(words)
+def describe(threads: int) -> dict[str, object]:
+    """The CPU, its memory and the build of the kernels."""
+    import psutil  # of the extra `bench`; a GPU's machine, which takes `commit` and `software`, may lack it
+
+    extension = native()
+    return {
+        "cpu": _cpu_model(),
+        "cores": psutil.cpu_count(logical=False) or psutil.cpu_count(),
+        "threads": threads,
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "simd": torch.backends.cpu.get_cpu_capability(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "build": dict(extension.build_info()) if extension else {"compiler": "none: pure Python"},
+        **software(),
+    }
+
+
+def slug(*words: object) -> str:
+    """`slug("cpu", "AMD EPYC", "2 cores")` is `cpu-amd-epyc-2-cores`: the name of a machine's results."""
+    plain = [re.sub(r"\((R|TM|r|tm)\)|\bCPU\b|\bProcessor\b|@.*", " ", str(word)) for word in words]
+    return "-".join(re.findall(r"[a-z0-9]+", " ".join(plain).lower()))

@@ -1,4 +1,4 @@
-"""Interleaved timing: every method runs once a round, so that a noisy minute hits all of them alike."""
+"""Interleaved timing: every method runs once a round, so that the machine's noise reaches all alike."""
 
 import time
 from collections.abc import Callable
@@ -7,32 +7,46 @@ from statistics import quantiles
 
 import torch
 
-# Twice the last-level cache of most machines: what an earlier method left there helps nobody.
+# Twice the last-level cache of most machines: no method finds there what the method before it left.
 _FLUSH_BYTES = 128 << 20
 
 
 @dataclass
 class Timed:
-    """One method of a case: `run` is timed; `prepare`, untimed, restores what `run` must find as it was."""
+    """One method of a case: `run` is timed; `prepare`, untimed, restores the state that `run` starts from.
+
+    per_run: how often `run` does the measured thing; `seconds` are those of one.
+    """
 
     run: Callable[[], object]
     prepare: Callable[[], object] | None = None
     max_rounds: int | None = None
+    per_run: int = 1
     seconds: list[float] = field(default_factory=list)
 
 
+class Flush:
+    """Calling it writes more bytes than the caches hold."""
+
+    def __init__(self):
+        self._bytes = torch.empty(_FLUSH_BYTES, dtype=torch.uint8)
+
+    def __call__(self) -> None:
+        self._bytes.fill_(1)
+
+
 class Interleaved:
-    """Runs the methods of one case in turns. The subject is timed from outside: `ready()`, then its `run`."""
+    """Runs the methods of one case in turns. The caller times the subject: `ready()`, then its `run`."""
 
     def __init__(self, methods: dict[str, Timed], subject: str):
         self.methods = methods
         self.subject = methods[subject]
-        self._flush = torch.empty(_FLUSH_BYTES, dtype=torch.uint8)
+        self._flush = Flush()
 
     def _prepare(self, method: Timed) -> None:
         if method.prepare is not None:
             method.prepare()
-        self._flush.fill_(1)
+        self._flush()
 
     def ready(self) -> None:
         """Time every method but the subject once, then prepare the subject."""
@@ -43,7 +57,7 @@ class Interleaved:
             self._prepare(method)
             begin = time.perf_counter()
             method.run()
-            method.seconds.append(time.perf_counter() - begin)
+            method.seconds.append((time.perf_counter() - begin) / method.per_run)
         self._prepare(self.subject)
 
     def warm_up(self) -> None:

@@ -5,8 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from benchmarks.shapes import Inputs
-from id3_optim import ID3AdamW
-from id3_optim.heuristics import D3
+from id3_optim import D3, ID3AdamW
 
 EPS = 1.0
 LEARNING_RATE = 1e-3
@@ -25,7 +24,7 @@ class Ramp:
 
 
 class Ours:
-    """`ID3AdamW` on copies of the weights; the gradients are shared, it never writes to them."""
+    """`ID3AdamW` on copies of the weights, with the inputs' own gradients, which a step only reads."""
 
     prepare = None
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import torch
 
-from benchmarks.cases import Case, reads, slow_rounds, start_everyone
+from benchmarks.cases import Case, reads, slow_rounds, start_methods
 from benchmarks.measure import Timed
 from benchmarks.ours import EPS, LEARNING_RATE, Ours
 from benchmarks.shapes import Inputs
@@ -35,7 +35,7 @@ class Update:
 
 
 def wanted(k: int, device: torch.device | str = "cpu") -> tuple[torch.Tensor, int]:
-    """How many entries are wanted, as the kernels take it: on the device, and the room for so many."""
+    """k as the kernels take it: the count on the device, and the capacity of the result."""
     return torch.full((1,), k, dtype=torch.int64, device=device), k
 
 
@@ -44,8 +44,8 @@ def active_entries(ours: Ours) -> Entries:
 
 
 def timed_selections(case: Case, inputs: Inputs) -> dict[str, Timed]:
-    """Selection alone with the active entries excluded; none changes what the next one sees."""
-    methods = start_everyone(case, inputs)
+    """Selection alone with the active entries excluded; no method changes the inputs of the next."""
+    methods = start_methods(case, inputs)
     ours = methods["id3"]
     weights, entries, k = [p.detach() for p in ours.params], active_entries(ours), case.counts()[3]
     arguments = (weights, inputs.grads, *entries, *wanted(k), EPS, case.exp)
@@ -64,7 +64,7 @@ def timed_selections(case: Case, inputs: Inputs) -> dict[str, Timed]:
 def timed_updates(case: Case, inputs: Inputs) -> dict[str, Timed]:
     """The update alone; for the rivals with a mask it includes zeroing the gradient outside."""
     rivals = tuple(rival for rival in case.rivals if rival != "dense_plain")
-    methods = start_everyone(replace(case, rivals=rivals), inputs)
+    methods = start_methods(replace(case, rivals=rivals), inputs)
     ours = methods["id3"]
     update = Update([p.detach() for p in ours.params], inputs.grads, active_entries(ours))
     timed = {"id3": Timed(update.run)}

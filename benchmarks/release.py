@@ -20,7 +20,8 @@ from transformers import BertConfig, DebertaV2Config, LlamaConfig
 from transformers.models.auto import AutoModel, AutoModelForCausalLM
 
 from benchmarks.machine import describe, slug
-from benchmarks.memory import _status_bytes
+from benchmarks.memory import EAGER_FREE, forget_peak, resident_bytes
+from benchmarks.render import RESULTS, table
 from id3_optim import D3, ID3AdamW
 
 METHODS = ("released", "dense", "adamw")
@@ -58,7 +59,7 @@ def _model(options: argparse.Namespace) -> torch.nn.Module:
         model = auto.from_config(config, dtype=torch.bfloat16 if on_gpu else torch.float32)
     if on_gpu:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        return model.train()  # checkpoints are made in training alone; none of these models drops out
+        return model.train()  # checkpoints need training mode; none of these models has dropout
     return model.eval()
 
 
@@ -104,19 +105,19 @@ def _wait(device: str) -> None:
 def _resident(device: str, peak: bool) -> int:
     if device != "cpu":
         return torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()
-    return _status_bytes("VmHWM" if peak else "VmRSS")
+    return resident_bytes(peak)
 
 
 def _forget_peak(device: str) -> None:
+    if device == "cpu":
+        forget_peak()
+        return
     gc.collect()
-    if device != "cpu":
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        Path("/proc/self/clear_refs").write_text("5")
+    torch.cuda.reset_peak_memory_stats()
 
 
-def measure_here(options: argparse.Namespace) -> dict[str, object]:
-    """Bytes above the process before the model was built, over five steps."""
+def memory_in_process(options: argparse.Namespace) -> dict[str, object]:
+    """Bytes of five steps above those of the process before the model was built."""
     torch.nn.Linear(64, 64)(torch.ones(4, 64)).sum().backward()  # threads and libraries
     start = _resident(options.device, peak=False)
     model = _model(options)
@@ -144,7 +145,7 @@ def measure_here(options: argparse.Namespace) -> dict[str, object]:
     }
 
 
-def time_here(options: argparse.Namespace) -> dict[str, object]:
+def times_in_process(options: argparse.Namespace) -> dict[str, object]:
     """Milliseconds of backward and step, dense and released in turns; their parameters must agree."""
     model = _model(options)
     pairs = {name: (copy.deepcopy(model), name) for name in ("dense", "released")}
@@ -163,28 +164,35 @@ def time_here(options: argparse.Namespace) -> dict[str, object]:
 
 
 def _fresh(options: argparse.Namespace, *more: str) -> dict[str, object]:
-    """The measurement in a process of its own; where memory counts, what is freed goes back at once."""
+    """The measurement in a process of its own; one of memory returns freed blocks to the system at once."""
     env = os.environ | {"OMP_NUM_THREADS": str(options.threads)}
-    if any(more_option.startswith("--method") for more_option in more):
-        env |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
-    command = [sys.executable, "-m", "benchmarks.release", "--here", f"--device={options.device}", *more]
+    if any(option.startswith("--method") for option in more):
+        env |= EAGER_FREE
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.release",
+        "--in-process",
+        f"--device={options.device}",
+        *more,
+    ]
     command += [f"--batch={options.batch}", f"--length={options.length}", f"--rounds={options.rounds}"]
     done = subprocess.run(command, env=env, check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def table(results: dict[str, object]) -> str:
-    lines = ["| model | method | peak, MB | bound for released, MB |", "| --- | --- | ---: | ---: |"]
+def tables(results: dict[str, object]) -> str:
+    memory = []
     for row in results["memory"]:
         bound = f"{row['bound_bytes'] / 1e6:,.0f}" if row["method"] == "released" else ""
-        lines.append(f"| {row['model']} | {row['method']} | {row['peak_bytes'] / 1e6:,.0f} | {bound} |")
-    lines += ["", "| model | dense, ms | released, ms | ratio |", "| --- | ---: | ---: | ---: |"]
-    for row in results["times"]:
-        lines.append(f"| {row['model']} | {row['dense_ms']} | {row['released_ms']} | {row['ratio']} |")
-    return "\n".join(lines)
+        memory.append([row["model"], row["method"], f"{row['peak_bytes'] / 1e6:,.0f}", bound])
+    fields = ("model", "dense_ms", "released_ms", "ratio")
+    times = [[str(row[field]) for field in fields] for row in results["times"]]
+    memory_table = table(["model", "method", "peak, MB", "bound for released, MB"], memory)
+    return memory_table + "\n\n" + table(["model", "dense, ms", "released, ms", "ratio"], times)
 
 
-def _parse() -> argparse.Namespace:
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.release", description=__doc__)
     parser.add_argument("--model", action="append", help="MiniLM-L6, DeBERTa-v3-base or Llama-2-7B")
     parser.add_argument("--device", default="cpu")
@@ -192,17 +200,17 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=16)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "release")
-    parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--output", type=Path, default=RESULTS / "release")
+    parser.add_argument("--in-process", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--method", choices=METHODS, help=argparse.SUPPRESS)
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
-def main() -> None:
-    options = _parse()
-    if options.here:
+def main(arguments: list[str] | None = None) -> None:
+    options = _parse(arguments)
+    if options.in_process:
         options.model = options.model[0]
-        print(json.dumps(measure_here(options) if options.method else time_here(options)))
+        print(json.dumps(memory_in_process(options) if options.method else times_in_process(options)))
         return
     results: dict[str, object] = {"machine": describe(options.threads), "memory": [], "times": []}
     for model in options.model or ["MiniLM-L6", "DeBERTa-v3-base"]:
@@ -211,9 +219,11 @@ def main() -> None:
         if options.device == "cpu":
             results["times"].append(_fresh(options, f"--model={model}"))
     options.output.mkdir(parents=True, exist_ok=True)
-    path = options.output / f"{slug(results['machine'])}.json"
+    machine = results["machine"]
+    name = slug("cpu", machine["cpu"], f"{machine['cores']} cores")
+    path = options.output / f"{name}.json"
     path.write_text(json.dumps(results, indent=1) + "\n")
-    print(table(results))
+    print(tables(results))
 
 
 if __name__ == "__main__":

@@ -58,12 +58,19 @@ def deberta() -> list[tuple[str, Shape]]:
     ]
 
 
+def tiny() -> list[tuple[str, Shape]]:
+    """Fits every test: 4 tensors."""
+    return [("embeddings.word_embeddings.weight", (1000, 32)), *_norm("norm", 32), ("head.weight", (64, 32))]
+
+
+# Name → the shapes, the number of tensors M and of entries N.
 MODELS = {"MiniLM-L6": (minilm, 103, 22_713_216), "DeBERTa-v3-base": (deberta, 198, 183_831_552)}
+KNOWN = MODELS | {"tiny": (tiny, 4, 34_112)}
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """Weights and gradients of one model. Nobody writes to them: methods that do work on copies."""
+    """Weights and gradients of one model. They never change: methods that write work on copies."""
 
     model: str
     weights: list[torch.Tensor]
@@ -71,7 +78,7 @@ class Inputs:
 
     @cached_property
     def starts(self) -> list[int]:
-        """M + 1 numbers: the position of each tensor's first entry when all are laid end to end, and N."""
+        """M + 1 numbers: the position of each tensor's first entry, all tensors laid end to end, and N."""
         return [0, *accumulate(weight.numel() for weight in self.weights)]
 
     @property
@@ -84,8 +91,8 @@ class Inputs:
 
 
 def make_inputs(model: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Inputs:
-    """The model's tensors, from a fixed seed. model: a key of `MODELS`; dtype: of weights and gradients."""
-    build, count, total = MODELS[model]
+    """The model's tensors, from a fixed seed. model: a key of `KNOWN`; dtype: of weights and gradients."""
+    build, count, total = KNOWN[model]
     shapes = build()
     inputs = Inputs(model, [], [])
     generator = torch.Generator().manual_seed(seed)

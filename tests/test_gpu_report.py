@@ -1,19 +1,18 @@
-"""`make gpu-check`: its bars, its report, and that no part stops another. Every number here is made up."""
+"""`make gpu-check`: its bars, its report, and that no part stops another. Every number is made up."""
 
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-from benchmarks.gpu import report
-from benchmarks.gpu.bars import ADAMW, measured_bars, with_ratios
+from benchmarks.gpu import pages
+from benchmarks.gpu.bars import ADAMW, bars_of, with_ratios
 from benchmarks.gpu.device import BACKENDS
 from benchmarks.gpu.processes import stream, together
 from benchmarks.gpu.tables import summary_table
+from benchmarks.render import GPU, PAGE, README, RESULTS, ROOT, Pages, block
 
-ROOT = Path(__file__).parent.parent
 DENSE = "dense masking done well"
 COPY = 4e9  # bytes per millisecond
 # Made-up multiples of the floor. Every bar is met by them, some narrowly.
@@ -68,7 +67,7 @@ def raw(rows):
 
 
 def test_every_bar_finds_its_number(rows):
-    bars = measured_bars(rows)
+    bars = bars_of(rows)
     assert len(bars) > 30
     assert [bar["what"] for bar in bars if not bar["met"]] == []
 
@@ -86,11 +85,11 @@ def test_what_is_too_slow_misses_its_bar_alone(rows, measure, method, model, sha
     wanted = {"measure": measure, "method": method, "model": model, "share": share}
     (row,) = [row for row in rows if wanted.items() <= row.items()]
     row["median_ms"] *= slower
-    assert [bar["what"] for bar in measured_bars(rows) if not bar["met"]] == [f"cuda: {missed}"]
+    assert [bar["what"] for bar in bars_of(rows) if not bar["met"]] == [f"cuda: {missed}"]
 
 
 def test_what_was_not_measured_is_not_run():
-    assert {bar["met"] for bar in measured_bars([])} == {None}
+    assert {bar["met"] for bar in bars_of([])} == {None}
 
 
 def test_ratios(rows):
@@ -102,21 +101,42 @@ def test_ratios(rows):
 # --- the report ---------------------------------------------------------------------------------------
 
 
-def test_a_result_goes_into_the_readme(raw, tmp_path):
+@pytest.fixture
+def report():
     pytest.importorskip("matplotlib")
-    readme = tmp_path / "README.md"
-    readme.write_text("before\n" + "\n".join((report.MARKERS[0], "old", report.MARKERS[1])) + "\nafter\n")
-    path = report.publish(raw, tmp_path / "results", readme, commit="fedcba9")
+    from benchmarks.gpu import report
+
+    return report
+
+
+@pytest.fixture
+def empty_pages(tmp_path):
+    """A README and a page with nothing but old blocks."""
+    (tmp_path / "docs").mkdir()
+    made = Pages(GPU, pages.readme_block, pages.page_block, tmp_path / "README.md", tmp_path / "docs/page.md")
+    for page in (made.readme, made.page):
+        page.write_text("before\n" + "\nold\n".join(GPU) + "\nafter\n")
+    return made
+
+
+def test_a_result_goes_into_both_pages(raw, tmp_path, report, empty_pages):
+    path = report.publish(raw, tmp_path / "results", empty_pages, commit="fedcba9")
     assert path.name == "gpu-nvidia-h200.json" and path.with_suffix(".png").stat().st_size > 10_000
-    shown = readme.read_text()
-    assert shown.startswith("before\n") and shown.endswith("\nafter\n") and "old" not in shown
-    assert "(results/gpu-nvidia-h200.png)" in shown and "commit fedcba9" in shown
+    for page in (empty_pages.readme, empty_pages.page):
+        text = page.read_text()
+        assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
+    assert block(empty_pages.readme, GPU) == (
+        "NVIDIA H200, commit fedcba9: a step of 1.3B bfloat16 takes 1.15 × the read of θ and g at the copy's "
+        "rate, AdamW(fused=True) 3.13 times as long as the step. 35 of 35 bars are met."
+    )
+    shown = block(empty_pages.page, GPU)
+    assert "(gpu-nvidia-h200.png)" in shown and "commit fedcba9" in shown
     assert "| 1.3B bfloat16, B = 0.1% | ID3AdamW, cuda | 1.541 (1.510 – 1.587) | 1.15 | 3478 |" in shown
     assert "| cuda: step / floor, 1.3B bfloat16 | ≤ 1.2 | 1.15 | met |" in shown
     assert "| full | 21,000 | 31.00 GB | 4.0% |" in shown
     kept = json.loads(path.read_text())
     assert kept["machine"]["commit"] == "fedcba9" and "tail" not in kept["tests"]["cuda"]
-    assert report.markdown(kept, "results/gpu-nvidia-h200.png") in shown
+    assert pages.page_block(kept, "gpu-nvidia-h200.png") == shown
 
 
 @pytest.mark.parametrize(
@@ -127,28 +147,35 @@ def test_a_result_goes_into_the_readme(raw, tmp_path):
         (lambda raw: raw["bench"].update(rows=[]), "got none"),
     ],
 )  # fmt: skip
-def test_what_is_no_gpu_result_is_refused(raw, tmp_path, change, why):
+def test_what_is_no_gpu_result_is_refused(raw, tmp_path, report, change, why):
     change(raw)
     with pytest.raises(ValueError, match=why):
         report.publish(raw, tmp_path, None)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_readme_shows_what_is_committed():
-    text = (ROOT / "README.md").read_text()
-    shown = text.split(report.MARKERS[0])[1].split(report.MARKERS[1])[0].strip()
+def test_both_pages_show_what_is_committed():
+    shown = {page: block(page, GPU) for page in (README, PAGE)}
+    files = sorted(RESULTS.glob("gpu-*.json"))
     sections = [
-        report.markdown(json.loads(path.read_text()), str(path.with_suffix(".png").relative_to(ROOT)))
-        for path in report.committed()
+        pages.GPU_PAGES.sections(json.loads(path.read_text()), path.with_suffix(".png")) for path in files
     ]
-    assert shown in (sections or [report.NOTHING_YET])
+    assert shown in (sections or [dict.fromkeys(shown, pages.NOTHING_YET)])
+
+
+def test_a_missed_bar_is_in_both_pages(raw):
+    row = next(row for row in raw["bench"]["rows"] if row.get("measure") == "host")
+    row["median_ms"] *= 2
+    results = pages.evidence(raw)
+    for section in pages.GPU_PAGES.sections(results, RESULTS / "x.png").values():
+        assert "Missed: cuda: host ms of a step, 300 tensors (0.3 vs ≤ 0.2)." in section
 
 
 def test_the_table_at_the_end(raw):
-    shown = summary_table(raw | {"bars": measured_bars(raw["bench"]["rows"])})
+    shown = summary_table(raw | {"bars": bars_of(raw["bench"]["rows"])})
     assert "tests cuda: ok, 9.0 s: 100 passed" in shown
     assert "id3                skipped: out of memory" in shown
-    assert "cuda: step / floor, 1.3B bfloat16" in shown and "MISSED" not in shown
+    assert "cuda: step / floor, 1.3B bfloat16" in shown and "missed" not in shown
 
 
 # --- parts --------------------------------------------------------------------------------------------
@@ -163,16 +190,16 @@ def test_rows_of_a_process_that_hangs_are_kept():
 
 def test_commands_that_fail_hang_or_are_missing():
     commands = {
-        "fine": [sys.executable, "-c", "print('all well')"],
+        "succeeds": [sys.executable, "-c", "print('all well')"],
         "fails": [sys.executable, "-c", "raise SystemExit('no good')"],
         "hangs": [sys.executable, "-c", "import time; time.sleep(60)"],
         "missing": ["id3-no-such-tool"],
     }
     found = together(commands, 3)
     assert {name: one["ok"] for name, one in found.items()} == {
-        "fine": True, "fails": False, "hangs": False, "missing": None,
+        "succeeds": True, "fails": False, "hangs": False, "missing": None,
     }  # fmt: skip
-    assert found["fine"]["last_line"] == "all well" and found["fails"]["last_line"] == "no good"
+    assert found["succeeds"]["last_line"] == "all well" and found["fails"]["last_line"] == "no good"
     assert found["hangs"]["timed_out"] and not found["fails"]["timed_out"]
     assert "id3-no-such-tool" in found["missing"]["skipped"]
 
@@ -186,7 +213,7 @@ def test_a_part_runs_here_and_its_results_are_no_gpu_s(tmp_path):
     assert results["sanitize"]["plain"]["last_line"] == "done", results["sanitize"]
     assert results["quick"] and {bar["met"] for bar in results["bars"]} == {None}
     refused = subprocess.run(
-        [sys.executable, "-m", "benchmarks.gpu.report", str(output), "--update-readme"],
+        [sys.executable, "-m", "benchmarks.gpu.report", str(output), "--update-pages"],
         cwd=ROOT, capture_output=True, text=True,
     )  # fmt: skip
     assert refused.returncode == 2 and "expected a run on a GPU" in refused.stderr

@@ -1,32 +1,49 @@
-"""Every measured number in the README comes from the committed results."""
+"""Every measured number in README and docs/benchmarks.md comes from the committed results."""
 
 import json
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
-RESULTS = sorted((ROOT / "benchmarks/results").glob("cpu-*.json"))
+from benchmarks.bars import bars_of
+from benchmarks.pages import CPU_PAGES
+from benchmarks.render import BENCH, RESULTS, block
+
+FILES = sorted(RESULTS.glob("cpu-*.json"))
+
+
+def read(path: Path) -> dict:
+    return json.loads(path.read_text())
 
 
 def test_there_are_results():
-    assert RESULTS and all(path.with_suffix(".png").is_file() for path in RESULTS)
+    assert FILES and all(path.with_suffix(".png").is_file() for path in FILES)
 
 
-def test_the_readme_shows_them():
-    pytest.importorskip("matplotlib")
-    from benchmarks.report import BEGIN, END, markdown
-
-    shown = (ROOT / "README.md").read_text().split(BEGIN)[1].split(END)[0].strip()
-    sections = [
-        markdown(json.loads(path.read_text()), str(path.with_suffix(".png").relative_to(ROOT)))
-        for path in RESULTS
-    ]
-    assert shown in sections
+def test_both_pages_show_the_same_results():
+    shown = {page: block(page, BENCH) for page in (CPU_PAGES.readme, CPU_PAGES.page)}
+    assert shown in [CPU_PAGES.sections(read(path), path.with_suffix(".png")) for path in FILES]
 
 
-def test_every_bar_is_reported_with_its_number():
-    for path in RESULTS:
-        bars = json.loads(path.read_text())["bars"]
-        assert len(bars) > 15
-        assert all(bar["value"] is not None and bar["met"] == (bar["value"] <= bar["limit"]) for bar in bars)
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_every_bar_is_reported_with_its_number(path):
+    results = read(path)
+    bars = results["bars"]
+    assert len(bars) > 25
+    assert all(bar["value"] is not None and bar["met"] == (bar["value"] <= bar["limit"]) for bar in bars)
+    assert bars == bars_of(results["rows"], results["memory"]), "python -m benchmarks report renews them"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_missed_bars_are_in_both_pages(path):
+    results = read(path)
+    missed = [bar["what"] for bar in results["bars"] if not bar["met"]]
+    for section in CPU_PAGES.sections(results, path.with_suffix(".png")).values():
+        assert missed and all(what in section for what in missed)
+
+
+def test_the_readme_has_one_table_and_the_page_the_rest():
+    sections = CPU_PAGES.sections(read(FILES[0]), FILES[0].with_suffix(".png"))
+    tables = {page: section.count("| --- |") for page, section in sections.items()}
+    assert tables == {CPU_PAGES.readme: 1, CPU_PAGES.page: 6}
+    assert len(sections[CPU_PAGES.readme].splitlines()) < 20

@@ -1,7 +1,7 @@
 """`python -m benchmarks.gpu.bench JOB …`: measures each job and prints its rows, a line of JSON each.
 
-A job that fails ends the process, since a GPU that faulted answers nothing more; `benchmarks.gpu` goes on
-with the next one in a new process.
+A job that fails ends the process, since a GPU that faulted takes no more work; `benchmarks.gpu` continues
+with the next job in a new process.
 """
 
 import argparse
@@ -20,7 +20,7 @@ SMALL, LARGE = ("184M float32", "184M bfloat16"), "1.3B bfloat16"
 
 
 def jobs(quick: bool) -> dict[str, Callable[[int], Iterator[dict]]]:
-    """Every job by name, the most wanted first; each takes the number of rounds."""
+    """Every job by name, the most important first; each takes the number of rounds."""
     small, large = (("tiny float32",), "tiny bfloat16") if quick else (SMALL, LARGE)
     huge = () if quick else (Case("6.7B bfloat16"),)
     share, more = (0.05, 0.1) if quick else (0.001, 0.01)

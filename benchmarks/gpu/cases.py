@@ -13,7 +13,7 @@ from benchmarks.shapes import Inputs, deberta
 from id3_kernels import Entries
 from id3_optim import D3, ID3AdamW
 
-SPREAD = 3000  # a budget is spent in so many steps: k = B / 3000
+SPREAD = 3000  # steps that spend a budget: k = B / 3000
 EXP = 1.0
 _BF16, _F32 = torch.bfloat16, torch.float32
 
@@ -56,7 +56,7 @@ class Case:
         return n, budget, max(1, budget // SPREAD)
 
     def about(self) -> dict[str, object]:
-        """What every row of this case says."""
+        """The fields of every row of this case."""
         n, budget, k = self.counts()
         return {
             "model": self.model,
@@ -72,7 +72,7 @@ class Case:
 
 
 def make_inputs(model: str) -> Inputs:
-    """Weights and gradients on the device, heavy-tailed, without zeros; the newest model's are kept."""
+    """Weights and gradients on the device, heavy-tailed, without zeros; a cache of one model."""
     if _newest.get("model") != model:
         _newest.clear()
         _newest.update(model=model, inputs=_make(model))
@@ -97,7 +97,7 @@ def _make(model: str) -> Inputs:
 class Ours:
     """`ID3AdamW` in the middle of a run: the case's share of the budget is active, k more join at each step.
 
-    Trains the inputs' own weights, hardly: they stay what they are, however many steps are timed.
+    Trains the inputs' own weights at a thousandth of the learning rate, so that all timed steps see alike.
     """
 
     def __init__(self, case: Case, backend: str, **options):
@@ -116,8 +116,8 @@ class Ours:
         first.step()
         state = first.state_dict()
         state["param_groups"][0]["id3"]["step"] = done
-        # A schedule that begins with a jump would ask each step for room for such a jump. Where the budget is
-        # spent, one of twice the size goes on at the same pace.
+        # A schedule that begins with a jump makes every step reserve capacity for such a jump. Where the
+        # budget is spent, one of twice the size goes on at the same pace.
         runs = 2 if case.active == 1.0 else 1
         self.optimizer = ID3AdamW(
             self.params, budget=runs * budget, total_steps=runs * SPREAD, **common, **options
@@ -128,7 +128,7 @@ class Ours:
         self.optimizer.step()
 
     def entries(self) -> Entries:
-        """The active entries now."""
+        """The active entries after the last step."""
         return Entries.from_lists([touched.indices for touched in self.optimizer.touched()])
 
 

@@ -4,22 +4,20 @@ Without a GPU everything runs on the CPU, to see that it runs; such times mean n
 """
 
 import importlib.metadata as metadata
-import os
-import platform
 import subprocess
 import time
 from collections.abc import Callable
 
 import torch
 
-from benchmarks.machine import _commit
+from benchmarks.machine import software
 from benchmarks.measure import summary
 from id3_kernels import available_backends
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 BACKENDS = ("cuda", "triton") if ON_GPU else ("reference" if available_backends()["cpu"] else "cpu",)
-_FLUSHED_BYTES = (256 << 20) if ON_GPU else 1  # more than any L2 cache holds
+_FLUSHED_BYTES = (256 << 20) if ON_GPU else 1  # larger than every L2 cache
 _WARM_UP = 3  # runs that load and compile
 
 
@@ -31,7 +29,7 @@ def wait() -> None:
 def timed(run: Callable[[], object], rounds: int, before: Callable[[], object] = lambda: None) -> dict:
     """p20, median and p80 of `run` in milliseconds, on the device; `before` is not timed.
 
-    The host is not held back between rounds, as in training, where the backward pass is still running.
+    No synchronisation between rounds, as in training, where the backward pass is still running.
     """
     flushed = torch.empty(_FLUSHED_BYTES, dtype=torch.int8, device=DEVICE)
     for _ in range(_WARM_UP):
@@ -63,7 +61,7 @@ def _one(run, before, flushed: torch.Tensor) -> Callable[[], float]:
 
 
 def timed_on_host(run: Callable[[], object], rounds: int, after: Callable[[], object] = lambda: None) -> dict:
-    """The same, of the host alone: how long `run` takes to return while the GPU has nothing else to do."""
+    """p20, median and p80 on the host: the time until `run` returns while the GPU has no other work."""
     seconds = []
     for _ in range(rounds + _WARM_UP):
         wait()
@@ -76,7 +74,7 @@ def timed_on_host(run: Callable[[], object], rounds: int, after: Callable[[], ob
 
 
 def peak_bytes(run: Callable[[], object]) -> int | None:
-    """What `run` takes for a moment beyond what it finds and leaves; None without a GPU."""
+    """Bytes of `run`'s peak above the allocation before and after it; None without a GPU."""
     if not ON_GPU:
         return None
     wait()
@@ -95,14 +93,14 @@ def give_back() -> None:
 def _driver() -> str:
     command = ["nvidia-smi", "--query-gpu=driver_version,clocks.max.sm,power.limit", "--format=csv,noheader"]
     try:
-        told = subprocess.run(command, capture_output=True, text=True, timeout=20).stdout
+        lines = subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.splitlines()
     except (OSError, subprocess.TimeoutExpired):
         return "unknown"
-    return told.splitlines()[0] if told else "unknown"
+    return lines[0] if lines else "unknown"
 
 
 def describe() -> dict[str, object]:
-    """Where the numbers come from."""
+    """The GPU, its driver and the versions of what runs on it."""
     versions = {name: _version(name) for name in ("triton", "transformers", "peft")}
     gpu = torch.cuda.get_device_properties(0) if ON_GPU else None
     return {
@@ -111,12 +109,9 @@ def describe() -> dict[str, object]:
         "memory_gib": round(gpu.total_memory / 2**30, 1) if gpu else None,
         "driver": _driver(),
         "cuda": torch.version.cuda,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
         **versions,
         "backends": available_backends(),
-        "commit": os.environ.get("COMMIT") or _commit(),
-        "date": time.strftime("%Y-%m-%d"),
+        **software(),
     }
 
 

@@ -1,14 +1,9 @@
-"""Time of a step against the number of entries, with the floor, and one bar per method at 1.3B."""
+"""Time of a step against the number of entries, with the floor, and one bar per method at one size."""
 
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
-from benchmarks.gpu.report import label, steps
-from benchmarks.picture import _PLAIN, _milliseconds
+from benchmarks.gpu.pages import label, steps
+from benchmarks.picture import finish, multiples, start
 
 SHARE, DTYPE = 0.001, "bfloat16"
 # Okabe-Ito, as in the CPU's picture; the order is that of the legend and of the bars.
@@ -52,24 +47,10 @@ def _bars(axis, methods: dict[str, list[dict]]) -> None:
     """The size that most methods were measured at, the largest of those."""
     sizes = [row["n"] for rows in methods.values() for row in rows]
     n = max(sizes, key=lambda size: (sizes.count(size), size))
-    at = {name: row for name, rows in methods.items() for row in rows if row["n"] == n}
-    multiples = [row["over_floor"] for row in at.values()]
-    axis.barh(range(len(at)), multiples, color=[STYLES[name][0] for name in at], height=0.66, zorder=2)
-    for place, row in enumerate(at.values()):
-        text = f"{row['over_floor']:.3g}×   {_milliseconds(row['median_ms'])}"
-        axis.text(
-            max(row["over_floor"], 1) * 1.12, place, text, va="center", zorder=4, bbox=_PLAIN, fontsize=9
-        )
-    axis.axvline(1.0, color="black", linestyle="--", linewidth=1.2, zorder=3)
-    axis.set(
-        xscale="log", xlim=(0.5, max(multiples) * 14), xlabel=f"multiples of the floor at {n / 1e9:.2g}B"
-    )
-    axis.set_yticks(range(len(at)), list(at))
-    axis.invert_yaxis()
-    axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}×")
-    axis.grid(axis="x", color="#DDDDDD", zorder=0)
-    axis.spines[["top", "right", "left"]].set_visible(False)
-    axis.tick_params(axis="y", length=0)
+    rows = {name: row for name, found in methods.items() for row in found if row["n"] == n}
+    over_floor, ms = ([row[field] for row in rows.values()] for field in ("over_floor", "median_ms"))
+    multiples(axis, list(rows), over_floor, ms, [STYLES[name][0] for name in rows])
+    axis.set_xlabel(f"multiples of the floor at {n / 1e9:.2g}B")
 
 
 def draw(results: dict, path: Path) -> None:
@@ -77,14 +58,9 @@ def draw(results: dict, path: Path) -> None:
     methods, machine = _shown(results), results["machine"]
     if not methods:
         raise ValueError(f"results: expected steps in {DTYPE} with B = {SHARE:.1%}, got none")
-    plt.rcParams.update({"font.size": 11, "font.family": "DejaVu Sans"})
-    figure, axes = plt.subplots(1, 2, figsize=(12.5, 5.0))
+    figure, axes = start(2, 12.5, 5.0)
     _sizes(axes[0], methods)
     _bars(axes[1], methods)
-    figure.suptitle(f"One optimizer step, {DTYPE}, budget {SHARE:.1%}, half of it active", x=0.01, ha="left")
-    where = f"{machine['gpu']}, torch {machine['torch']}, commit {machine['commit']}; medians, L2 flushed"
-    figure.text(0.01, 0.01, where, fontsize=9, color="#555555")
     figure.legend(*axes[0].get_legend_handles_labels(), ncol=4, loc=(0.08, 0.05), fontsize=9, frameon=False)
-    figure.tight_layout(rect=(0, 0.13, 1, 0.98))
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    where = f"{machine['gpu']}, torch {machine['torch']}, commit {machine['commit']}; medians, L2 flushed"
+    finish(figure, path, f"One optimizer step, {DTYPE}, budget {SHARE:.1%}, half of it active", where, 0.13)

@@ -1,4 +1,4 @@
-"""Processes with a limit: one whose rows are read as they come, or several at once."""
+"""Processes with a limit: one process whose rows are read as they come, or several at once."""
 
 import contextlib
 import json
@@ -10,9 +10,9 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from pathlib import Path
 
-ROOT = Path(__file__).parent.parent.parent
+from benchmarks.render import ROOT
+
 _SILENCE = 100  # seconds without a line after which a process counts as hung
 
 
@@ -37,7 +37,7 @@ def _start(command: list[str], output, more: dict[str, str]) -> subprocess.Popen
 
 
 def _kill(process: subprocess.Popen) -> None:
-    """The process and all that it started."""
+    """The process and all processes that it started."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
 

@@ -1,19 +1,19 @@
 """Plain-text tables of a run, for the end of `make gpu-check`."""
 
-_VERDICT = {True: "met", False: "MISSED", None: "not run"}
+from benchmarks.render import VERDICT, limit, number
 
 
 def summary_table(results: dict) -> str:
     lines = ["", _machine(results.get("machine", {}))]
     if results.get("quick"):
-        lines.append("toy models: these times mean nothing")
+        lines.append("toy models: these times say nothing of a GPU")
     lines += [_commands(part, results[part]) for part in ("build", "tests", "sanitize") if part in results]
     lines += _bench(results.get("bench", {}))
     lines += _end_to_end(results.get("e2e", {}))
     lines += ["", f"{'bar':<64} {'limit':>8} {'measured':>9}"]
     for bar in results.get("bars", []):
-        value = "" if bar["value"] is None else f"{bar['value']:.3g}"
-        lines.append(f"{bar['what']:<64} {bar['sense']} {bar['limit']:>6g} {value:>9} {_VERDICT[bar['met']]}")
+        verdict = VERDICT[bar["met"]].strip("*")
+        lines.append(f"{bar['what']:<64} {limit(bar):>8} {number(bar['value']):>9} {verdict}")
     return "\n".join(lines)
 
 
@@ -27,9 +27,9 @@ def _commands(part: str, found: dict) -> str:
     named = {name: one for name, one in found.items() if isinstance(one, dict)} or {"": found}
     lines = []
     for name, one in named.items():
-        said = one.get("skipped") or one.get("error") or one.get("last_line", "")
+        reason = one.get("skipped") or one.get("error") or one.get("last_line", "")
         state = "timed out" if one.get("timed_out") else {True: "ok", False: "FAILED"}.get(one.get("ok"), "-")
-        lines.append(f"{part} {name}: {state}, {one.get('seconds', 0)} s: {said[:120]}")
+        lines.append(f"{part} {name}: {state}, {one.get('seconds', 0)} s: {reason[:120]}")
     return "\n".join(lines)
 
 

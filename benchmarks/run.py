@@ -1,0 +1,82 @@
+"""`python -m benchmarks`: run every case, then write the results file, its picture and the pages' blocks."""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from benchmarks.bars import bars_of
+from benchmarks.machine import describe, slug
+from benchmarks.memory import measure_memory, supported
+from benchmarks.pages import READS, medians_table
+from benchmarks.render import RESULTS, ROOT
+from benchmarks.report import publish
+from benchmarks.shapes import MODELS
+
+HERE = Path(__file__).parent
+# Kinds of cases, each a file of pytest cases.
+KINDS = ("step", "parts", "growth", "deltas")
+
+
+def _parser(name: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks {name}".strip())
+    parser.add_argument("--quick", action="store_true", help="the small model, one case of each kind")
+    parser.add_argument("--threads", type=int, default=2, help="threads for every method (default: 2)")
+    parser.add_argument("--rounds", type=int, help="rounds per case (default: 15, or 3 with --quick)")
+    return parser
+
+
+def _run_cases(options: argparse.Namespace, kinds: tuple[str, ...], raw: Path) -> None:
+    files = [str(HERE / f"test_{kind}.py") for kind in kinds]
+    command = [sys.executable, "-m", "pytest", *files, "-v", "--benchmark-only", "--benchmark-disable-gc"]
+    command += ["--benchmark-columns=min,median,iqr,rounds", f"--benchmark-json={raw}"]
+    command += [f"--threads={options.threads}", "-p", "no:cacheprovider"]
+    command += ["--quick"] if options.quick else []
+    command += [f"--rounds={options.rounds}"] if options.rounds else []
+    subprocess.run(command, cwd=ROOT, check=True)
+
+
+def _measured(options: argparse.Namespace, kinds: tuple[str, ...], with_memory: bool) -> dict:
+    with tempfile.TemporaryDirectory() as folder:
+        raw = Path(folder) / "pytest.json"
+        _run_cases(options, kinds, raw)
+        models = ["MiniLM-L6"] if options.quick else list(MODELS)
+        memory = measure_memory(models, options.threads) if with_memory and supported() else []
+        rows = [benchmark["extra_info"] for benchmark in json.loads(raw.read_text())["benchmarks"]]
+    for row in rows:
+        _add_ratios(row)
+    machine = describe(options.threads)
+    return {"machine": machine, "rows": rows, "memory": memory, "bars": bars_of(rows, memory)}
+
+
+def _add_ratios(row: dict) -> None:
+    """Every method over the first and over the bare read; the reads' bytes per second."""
+    subject = next(iter(row["methods"]))
+    medians = {name: method["median_ms"] for name, method in row["methods"].items()}
+    for name, method in row["methods"].items():
+        method["over_subject"] = round(medians[name] / medians[subject], 4)
+        if "read_both" in medians:
+            method["over_read"] = round(medians[name] / medians["read_both"], 4)
+        if name in READS:
+            entry_bytes = (4 if row["case"]["dtype"] == "float32" else 2) * (2 if name == "read_both" else 1)
+            method["gb_per_s"] = round(row["n"] * entry_bytes / medians[name] / 1e6, 1)
+
+
+def run_kind(kind: str, arguments: list[str]) -> None:
+    """Measure one kind of cases and print the medians; no results file."""
+    options = _parser(kind).parse_args(arguments)
+    print(medians_table(_measured(options, (kind,), with_memory=False)["rows"]))
+
+
+def run_all(arguments: list[str]) -> None:
+    parser = _parser("")
+    parser.description = __doc__
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
+    parser.add_argument("--update-pages", action="store_true", help="put the tables into the two pages")
+    options = parser.parse_args(arguments)
+    results = _measured(options, KINDS, with_memory=True)
+    machine = results["machine"]
+    name = slug("cpu", machine["cpu"], f"{machine['cores']} cores") + "-quick" * options.quick
+    publish(results, options.output / f"{name}.json", options.update_pages)

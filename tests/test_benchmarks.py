@@ -1,0 +1,201 @@
+"""The benchmarks themselves: what they share, how they are laid out, and that the tiny ones run."""
+
+import ast
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import render
+from benchmarks.__main__ import COMMANDS, main
+from benchmarks.against import slower
+from benchmarks.growth import ArrayJoin, timed_growth
+from benchmarks.measure import Interleaved, Timed
+from benchmarks.shapes import make_inputs
+from benchmarks.worker import digest
+from id3_kernels import available_backends
+
+FILES = sorted((render.ROOT / "benchmarks").rglob("*.py"))
+NATIVE = available_backends()["cpu"] is None
+
+
+# --- layout -------------------------------------------------------------------------------------------
+
+
+def private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__")
+
+
+def reaches(tree: ast.AST) -> list[str]:
+    """Underscored names that a file takes from another file: imported, or as an attribute of not `self`."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom | ast.Import):
+            found += [alias.name for alias in node.names if private(alias.name.rpartition(".")[2])]
+        elif isinstance(node, ast.Attribute) and private(node.attr):
+            owner = node.value.id if isinstance(node.value, ast.Name) else ast.unparse(node.value)
+            found += [f"{owner}.{node.attr}"] if owner not in ("self", "cls") else []
+    return found
+
+
+@pytest.mark.parametrize(
+    "source, expected",
+    [
+        ("from benchmarks.memory import _status_bytes, supported", ["_status_bytes"]),
+        ("import picture\npicture._PLAIN", ["picture._PLAIN"]),
+        ("x.y._z", ["x.y._z"]),
+        ("class A:\n def f(self): return self._x + self.__class__.__name__", []),
+    ],
+)
+def test_reaches(source, expected):
+    assert reaches(ast.parse(source)) == expected
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(render.ROOT)))
+def test_no_file_takes_a_private_name_of_another(path):
+    assert reaches(ast.parse(path.read_text())) == []
+
+
+def length(function: ast.FunctionDef) -> int:
+    """Lines without the docstring."""
+    first = function.body[0]
+    documented = ast.get_docstring(function) is not None
+    docstring = first.end_lineno - first.lineno + 1 if documented else 0
+    return function.end_lineno - function.lineno + 1 - docstring
+
+
+def test_files_and_functions_are_short():
+    texts = {path.name: path.read_text() for path in FILES}
+    assert [name for name, text in texts.items() if len(text.splitlines()) > 300] == []
+    nodes = [node for text in texts.values() for node in ast.walk(ast.parse(text))]
+    functions = [node for node in nodes if isinstance(node, ast.FunctionDef)]
+    assert len(functions) > 100 and [node.name for node in functions if length(node) > 40] == []
+
+
+# --- commands -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_a_help(name, capsys):
+    if name == "release":
+        pytest.importorskip("transformers")
+    if name in ("all", "step", "parts", "growth", "deltas", "report", "gpu-report"):
+        pytest.importorskip("matplotlib")
+    with pytest.raises(SystemExit) as ended:
+        main([name, "--help"])
+    assert ended.value.code == 0 and "usage: python -m benchmarks" in capsys.readouterr().out
+
+
+def test_no_command_is_all(capsys):
+    pytest.importorskip("matplotlib")
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert "--update-pages" in capsys.readouterr().out
+
+
+def test_an_unknown_command_is_refused():
+    with pytest.raises(SystemExit, match=r"command: expected one of all, step, .*, got 'stepp'"):
+        main(["stepp"])
+
+
+# --- rendering ----------------------------------------------------------------------------------------
+
+
+def test_a_bar_is_met_on_its_side():
+    assert render.Bar("at most", 0.5, 0.5).met and not render.Bar("at most", 0.5, 0.51).met
+    assert render.Bar("at least", 3, 3, sense="≥").met and not render.Bar("at least", 3, 2.9, sense="≥").met
+    assert render.Bar("not measured", 3, None).met is None
+
+
+def test_missed_bars_are_named_with_measured_and_bar():
+    bars = [render.Bar("fast", 1, 0.5), render.Bar("slow", 0.55, 0.598), render.Bar("rate", 3, None)]
+    assert render.missed(render.bar_rows(bars)) == (
+        "1 of 3 bars are met. Missed: slow (0.598 vs ≤ 0.55). Not run: rate."
+    )
+    assert render.missed(render.bar_rows(bars[:1])) == "1 of 1 bars are met."
+
+
+def test_the_last_column_exists_where_a_bar_has_two_numbers():
+    bars = [render.Bar("x |Λ|", 1, 2.0), render.Bar("y", 1, 0.5, at_full=0.0625)]
+    assert (
+        render.bars_table(render.bar_rows(bars[:1])).splitlines()[2] == "| x \\|Λ\\| | ≤ 1 | 2 | **missed** |"
+    )
+    assert render.bars_table(render.bar_rows(bars)).splitlines()[3] == "| y | ≤ 1 | 0.5 | met | 0.062 |"
+
+
+def test_bars_of_older_results_have_no_sense():
+    assert render.limit({"limit": 1.25}) == "≤ 1.25"
+
+
+def test_a_block_is_replaced_and_the_rest_of_the_page_stays(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("before\n" + "\nold\n".join(render.BENCH) + "\nafter\n")
+    render.replace_block(page, render.BENCH, "new")
+    assert page.read_text() == "before\n" + "\nnew\n".join(render.BENCH) + "\nafter\n"
+    assert render.block(page, render.BENCH) == "new"
+    with pytest.raises(ValueError, match="expected the markers <!-- gpu:begin -->"):
+        render.replace_block(page, render.GPU, "new")
+
+
+def test_links_are_relative_to_the_page():
+    picture = render.RESULTS / "x.png"
+    assert render.link(picture, render.README) == "benchmarks/results/x.png"
+    assert render.link(picture, render.PAGE) == "../benchmarks/results/x.png"
+    assert render.link(Path("/elsewhere/x.png"), render.README) == "x.png"
+
+
+# --- growth and other checkouts -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("window", [1, 5])
+def test_a_growing_run_times_windows_of_joins(window):
+    timed, budget = timed_growth(make_inputs("tiny"), 3, share=0.05, window=window)
+    assert budget == 1705 and [timed[f"join_{i}"].per_run for i in range(8)] == [window] * 8
+    assert timed["update_0"].per_run == 1
+
+
+def test_a_join_that_loses_an_entry_is_not_timed():
+    class Loses(ArrayJoin):
+        def run(self):
+            super().run()
+            self._indices[3] = self._indices[4]
+
+    with pytest.raises(AssertionError, match="join_: indices"):
+        timed_growth(make_inputs("tiny"), 3, share=0.05, make_join=Loses)
+
+
+def test_the_time_of_a_window_is_divided():
+    ticks = []
+    methods = {"subject": Timed(lambda: None), "window": Timed(lambda: ticks.append(1), per_run=1_000_000)}
+    Interleaved(methods, "subject").ready()
+    assert len(ticks) == 1 and methods["window"].seconds[0] < 1e-6
+
+
+@pytest.mark.skipif(not NATIVE, reason="the C++ extension is not built")
+def test_a_checkout_beside_itself_computes_the_same_bits(tmp_path, capfd):
+    output = tmp_path / "against.json"
+    words = ("--tiny", "--rounds=2", "--threads=1", "--limit=0", f"--output={output}")
+    with pytest.raises(SystemExit) as ended:
+        main(["against", str(render.ROOT), *words])
+    assert ended.value.code == 1  # every ratio is above 0
+    rows = json.loads(output.read_text())["rows"]
+    assert [row["method"] for row in rows] == ["id3"] * 3 + ["apply", "revert"] * 2
+    assert all(row["same_bits"] and row["this"]["rounds"] == row["other"]["rounds"] == 2 for row in rows)
+    printed = capfd.readouterr().out
+    assert printed.count("**slower**") == len(rows) and "differ" not in printed
+
+
+def test_slower_is_above_the_limit():
+    rows = [{"case": str(ratio), "ratio": ratio} for ratio in (0.5, 1.03, 1.04)]
+    assert [row["case"] for row in slower(rows, 1.03)] == ["1.04"]
+
+
+def test_a_folder_that_is_no_checkout_is_refused(tmp_path):
+    with pytest.raises(SystemExit, match=f"tree: expected a checkout of the project, got {tmp_path}"):
+        main(["against", str(tmp_path)])
+
+
+def test_digests_see_one_bit():
+    x = torch.zeros(4)
+    assert digest([x]) == digest([x.clone()]) != digest([torch.tensor([0.0, 0, 0, -0.0])])
