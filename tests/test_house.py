@@ -63,7 +63,9 @@ def reaches(tree):
 
 
 def test_no_module_reaches_into_another_ones_private_members():
-    found = [f"{name}:{line} {member}" for name, (_, tree) in modules().items() for line, member in reaches(tree)]
+    found = [
+        f"{name}:{line} {member}" for name, (_, tree) in modules().items() for line, member in reaches(tree)
+    ]
     assert not found, found
 
 
@@ -97,7 +99,14 @@ def circles(graph):
         for name in graph:
             if middle in reached[name]:
                 reached[name] |= reached[middle]
-    return sorted({frozenset(n for n in reached[name] if name in reached[n]) for name in graph if name in reached[name]}, key=sorted)
+    return sorted(
+        {
+            frozenset(n for n in reached[name] if name in reached[n])
+            for name in graph
+            if name in reached[name]
+        },
+        key=sorted,
+    )
 
 
 def test_no_import_circles():
@@ -115,14 +124,18 @@ def test_kernels_know_nothing_of_the_optimizer():
     known = modules()
     for name, (path, tree) in known.items():
         if name.startswith("id3_kernels"):
-            assert not [target for target in imports(name, path, tree, known) if target.startswith("id3_optim")]
+            assert not [
+                target for target in imports(name, path, tree, known) if target.startswith("id3_optim")
+            ]
 
 
 def body_lines(function):
     """The lines of a function without its docstring and decorators."""
     first = function.body[0]
     docstring = ast.get_docstring(function) is not None
-    return function.end_lineno - function.lineno + 1 - (first.end_lineno - first.lineno + 1 if docstring else 0)
+    return (
+        function.end_lineno - function.lineno + 1 - (first.end_lineno - first.lineno + 1 if docstring else 0)
+    )
 
 
 def test_functions_and_files_stay_small():

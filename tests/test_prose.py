@@ -113,10 +113,11 @@ def test_the_search_for_words_finds_them():
 # `argument: expected X, got VALUE`, then perhaps a remedy; `argument: needs X`, `argument: does not apply to
 # X: reason` for arguments that exclude each other. The argument may be several (`params[3]`, `heuristic
 # Fisher`, `a: b`).
-SUBJECT = r"[\w{}.\[\]' ()/-]+(?:: [\w{}.\[\]']+)?"
+SUBJECT = r"[\w{}.\[\]' ()/-]+(?:: ?[\w{}.\[\]']+){0,2}"
 FORMS = (
     rf"{SUBJECT}: expected (?:.|\n)+[,:;] (?:but )?got \S(?:.|\n)*",
     rf"{SUBJECT}: (?:\{{\}} )?needs \S(?:.|\n)*",
+    r"[{}.: ]+",  # another error's own text, with what it concerns
     rf"{SUBJECT}: (?:\{{\}} )?does not apply to \S.*: \S(?:.|\n)*",
 )
 ERRORS = ("ValueError", "TypeError", "DeltaError")

@@ -6,9 +6,9 @@ from .delta.merge import merge
 from .delta.series import DeltaSeries
 from .delta.stream import WeightPatch, weight_patches
 from .delta.toolkit import load_toolkit_summary
-from .step.grad_scaler import GradScaler
 from .heuristics import D3, Bias, Fisher, Magnitude, Random, fisher_scores
 from .optimizer import ID3AdamW
+from .step.grad_scaler import GradScaler
 
 __all__ = [
     "D3",

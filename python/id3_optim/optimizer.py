@@ -27,7 +27,7 @@ class ID3AdamW(torch.optim.Optimizer):
     """AdamW on a growing set of entries: ID3, "Step-by-Step Unmasking" (arXiv 2408.14470, algorithm 1).
 
     At each step the best entries by `heuristic` that are not active yet join the active set, and AdamW
-    (decoupled weight decay included) runs on active entries alone. All others keep their bits. State is
+    (decoupled weight decay included) runs on active entries alone. All other entries keep their bits. State is
     kept for active entries only: at most 24 bytes each.
 
     params: as for torch.optim.AdamW: parameters, named parameters or groups with their own lr,

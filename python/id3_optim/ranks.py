@@ -1,4 +1,4 @@
-"""What one rank has to learn from the others. One process holds every entry, so it answers alone.
+"""What one rank has to learn from the other ranks. One process holds every entry, so it answers alone.
 
 Selection, clipping, checkpoints and deltas go through this module and through nothing else that spans ranks:
 parameters that are sharded over ranks need another class with these methods, and no other change there.

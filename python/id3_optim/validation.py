@@ -30,7 +30,7 @@ _NOT_APPLICABLE = {
 def refuse_not_applicable(not_applicable: dict[str, Any]) -> None:
     for name, value in not_applicable.items():
         if name not in _NOT_APPLICABLE:
-            raise TypeError(f"ID3AdamW got an unexpected argument {name!r}")
+            raise TypeError(f"{name}: expected an argument of ID3AdamW, got {name}={value!r}")
         if value:
             raise ValueError(f"{name}: does not apply to ID3AdamW: {_NOT_APPLICABLE[name]}")
 
@@ -64,7 +64,7 @@ def _check_release(release_gradients: bool, select_from: str, strategy: str) -> 
         return
     if strategy == "repeat":
         raise ValueError(
-            "release_gradients: does not go with strategy 'repeat': entries that come back would need "
+            "release_gradients: does not apply to strategy 'repeat': entries that come back would need "
             "gradients that are gone"
         )
     check_one_process()
@@ -73,10 +73,10 @@ def _check_release(release_gradients: bool, select_from: str, strategy: str) -> 
 def _check_capturable(capturable: bool, strategy: str, release_gradients: bool) -> None:
     if capturable and strategy == "repeat":
         raise ValueError(
-            "capturable: does not go with strategy 'repeat', which has to know how many entries stay"
+            "capturable: does not apply to strategy 'repeat': the host has to know how many entries stay"
         )
     if capturable and release_gradients:
-        raise ValueError("capturable: does not go with release_gradients, whose hooks no graph replays")
+        raise ValueError("capturable: does not apply to release_gradients: no graph replays its hooks")
 
 
 def check_devices(layout: Layout, tensors: Iterable[torch.Tensor], dense: bool = False) -> None:
@@ -136,14 +136,16 @@ def check_group(group: dict[str, Any], i: int) -> None:
     for j, p in enumerate(group["params"]):
         name = group["param_names"][j] if "param_names" in group else f"{where}['params'][{j}]"
         if hasattr(p, "ds_id"):
-            raise ValueError(f"{name}: parameters partitioned by DeepSpeed ZeRO are not supported")
+            raise ValueError(
+                f"{name}: expected a whole parameter, got one partitioned by DeepSpeed ZeRO, which is not supported"
+            )
         checks.plain(name, p)
 
 
 def check_names(heuristic: Heuristic, group: dict[str, Any]) -> None:
     if isinstance(heuristic, Bias) and "param_names" not in group:
         raise ValueError(
-            "params: heuristic Bias needs model.named_parameters(), got parameters without names"
+            "params: expected model.named_parameters() for the heuristic Bias, got parameters without names"
         )
 
 

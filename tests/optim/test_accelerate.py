@@ -85,5 +85,7 @@ def test_the_wrapped_pair_saves_its_delta(tmp_path):
 
 def test_another_budget_is_refused(tmp_path):
     run(tmp_path)
-    with pytest.raises(ValueError, match="budget: the optimizer has 50, the saved state has 60"):
+    with pytest.raises(
+        ValueError, match="budget: expected 50 as in the optimizer, got 60 in the saved state"
+    ):
         run(tmp_path, tmp_path / "epoch-1", budget=50)

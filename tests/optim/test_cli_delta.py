@@ -199,7 +199,7 @@ MISTAKES = [
     ),
     (
         "merge one two --output {}/out",
-        "two/delta.safetensors: classifier.weight, stored whole: expected 0.",
+        "two/delta.safetensors: classifier.weight: expected 0.",
     ),
     (
         "merge one {}/bare --output {}/out",

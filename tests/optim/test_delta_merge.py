@@ -213,11 +213,11 @@ HEAD_ENTRIES = delta_of("head", shape=(3,), indices=[1], values=[1.0], originals
         ),
         (
             [whole(1.0), delta_of(**A), whole(2.0)],
-            r"deltas\[2\]: head, stored whole: expected 1.0 at index 0 as in deltas\[0\], got 2.0",
+            r"deltas\[2\]: head: expected 1.0 at index 0 as in deltas\[0\], got 2.0",
         ),
         (
             [whole(0.0), whole(-0.0)],
-            r"deltas\[1\]: head, stored whole: expected 0.0 .* got -0.0; pass whole='first'",
+            r"deltas\[1\]: head: expected 0.0 .* got -0.0; .* with whole='first'",
         ),
         (
             [whole(1.0), HEAD_ENTRIES],

@@ -22,9 +22,21 @@ from id3_optim import Bias, ID3AdamW, Random
             ValueError,
             "strategy: expected one of increment, static, repeat, got 'decrement'",
         ),
-        ({"strategy": "repeat", "heuristic": Random(0)}, ValueError, "strategy: expected 'static' with Random, .*, got 'repeat'"),
-        ({"strategy": "repeat", "heuristic": Bias()}, ValueError, "strategy: expected 'static' with Bias, .*, got 'repeat'"),
-        ({"heuristic": Bias()}, ValueError, "heuristic Bias needs model.named_parameters"),
+        (
+            {"strategy": "repeat", "heuristic": Random(0)},
+            ValueError,
+            "strategy: expected 'static' with Random, .*, got 'repeat'",
+        ),
+        (
+            {"strategy": "repeat", "heuristic": Bias()},
+            ValueError,
+            "strategy: expected 'static' with Bias, .*, got 'repeat'",
+        ),
+        (
+            {"heuristic": Bias()},
+            ValueError,
+            r"params: expected model.named_parameters\(\) for the heuristic Bias",
+        ),
         ({"heuristic": 3}, TypeError, "heuristic: expected D3"),
         (
             {"bias_correction": "none"},

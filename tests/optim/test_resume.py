@@ -124,11 +124,17 @@ def test_deepcopy_and_pickle_go_on_alike(model, make, train):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"total_steps": 9}, "total_steps: the optimizer has 9, the saved state has 40"),
-        ({"budget": 50}, "budget: the optimizer has 50, the saved state has 180"),
-        ({"heuristic": D3(1.0, 1.0)}, "heuristic: the optimizer has .*'exp': 1.0.*, the saved .*'exp': 2.0"),
-        ({"schedule": cosine}, "schedule: the optimizer has .*cosine.*, the saved state has .*uniform"),
-        ({"strategy": "static"}, "strategy: the optimizer has static, the saved state has increment"),
+        ({"total_steps": 9}, "total_steps: expected 9 as in the optimizer, got 40 in the saved state"),
+        ({"budget": 50}, "budget: expected 50 as in the optimizer, got 180 in the saved state"),
+        (
+            {"heuristic": D3(1.0, 1.0)},
+            "heuristic: expected .*'exp': 1.0.* in the optimizer, got .*'exp': 2.0",
+        ),
+        ({"schedule": cosine}, "schedule: expected .*cosine.* in the optimizer, got .*uniform"),
+        (
+            {"strategy": "static"},
+            "strategy: expected static as in the optimizer, got increment in the saved state",
+        ),
     ],
 )
 def test_another_setting_is_refused_with_both_values(model, make, train, change, message):
@@ -150,17 +156,20 @@ def test_another_model_is_refused(model, make, train):
     narrow = torch.nn.Sequential(torch.nn.Linear(41, 60), torch.nn.LayerNorm(60), torch.nn.Linear(60, 17))
     _, second = make(narrow, budget=180)
     with pytest.raises(
-        ValueError, match=r"state\[0\]: the parameter has shape \[60, 41\], the saved state has \[60, 40\]"
+        ValueError,
+        match=r"state\[0\]: shape: expected \[60, 41\] as in the optimizer, got \[60, 40\] in the saved state",
     ):
         second.load_state_dict(first.state_dict())
     _, third = make(model[0], budget=180)
     with pytest.raises(
-        ValueError, match=r"param_groups\[0\]: the optimizer has 2 parameters, the saved state has 6"
+        ValueError,
+        match=r"param_groups\[0\]: expected 2 parameters as in the optimizer, got 6 parameters in the saved",
     ):
         third.load_state_dict(first.state_dict())
     renamed = ID3AdamW([("other." + n, p) for n, p in model.named_parameters()], budget=180, total_steps=40)
     with pytest.raises(
-        ValueError, match=r"the optimizer has 'other.0.weight' where the saved state has '0.weight'"
+        ValueError,
+        match=r"param_groups\[0\]: expected 'other.0.weight' as in the optimizer, got '0.weight' in",
     ):
         renamed.load_state_dict(first.state_dict())
     plain = torch.optim.AdamW(model.parameters())

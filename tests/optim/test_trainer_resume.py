@@ -130,5 +130,5 @@ def test_another_budget_is_refused_with_both(tmp_path):
     build(arguments(tmp_path)).train()
     model = tiny_bert()
     other = build(arguments(tmp_path), model, optimizers=(id3(model, budget=7), None))
-    with pytest.raises(ValueError, match="budget: the optimizer has 7, the saved state has"):
+    with pytest.raises(ValueError, match="budget: expected 7 as in the optimizer, got"):
         other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))

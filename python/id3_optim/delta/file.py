@@ -164,7 +164,7 @@ def read(path: str | os.PathLike) -> Contents:
     try:
         tensors = safetensors.torch.load(struct.pack("<Q", len(raw_header)) + raw_header + body)
     except SafetensorError as error:
-        raise DeltaError(f"delta file: expected a safetensors file, got: {error}") from error
+        raise DeltaError(f"delta file: expected a safetensors file, got {error}") from error
     changes = {name: _change(name, layout[name], shape, tensors) for name, shape in shapes.items()}
     fingerprint = head["fingerprint"]
     return Contents(changes, None if fingerprint is None else int(fingerprint, 16), head["settings"])
@@ -202,7 +202,7 @@ def _json(text: str, what: str) -> Any:
     except DeltaError:
         raise
     except (ValueError, RecursionError) as error:
-        raise DeltaError(f"{what}: expected JSON, got: {error}") from error
+        raise DeltaError(f"{what}: expected JSON, got {error}") from error
 
 
 def _head(stored: Any) -> dict[str, Any]:
@@ -286,7 +286,7 @@ def _change(name: str, parts: Parts, shape: tuple[int, ...], tensors: dict[str, 
         try:
             indices = gaps.decode(tensors[f"{name}.gaps"], values.numel())
         except ValueError as error:
-            raise DeltaError(f"{name}.gaps: {error}") from error
+            raise DeltaError(f"{name}: {error}") from error
     else:
         indices = tensors[f"{name}.indices"]
         falls = (indices[1:] <= indices[:-1]).nonzero()[:1].flatten().tolist()

@@ -37,16 +37,16 @@ def decode(coded: Tensor, count: int) -> Tensor:
         block = stored[at : at + _BLOCK_BYTES]
         ends = np.flatnonzero(block < 0x80)
         if not len(ends):
-            raise ValueError("expected gaps that end, got a gap without a last byte")
+            raise ValueError("gaps: expected gaps that end, got a gap without a last byte")
         if done + len(ends) > count:
-            raise ValueError(f"expected {count} gaps, got at least {done + len(ends)}")
+            raise ValueError(f"gaps: expected {count} gaps, got at least {done + len(ends)}")
         found = last + np.cumsum(_gaps(block, ends) + 1)
         if found[-1] >= 1 << 31:
-            raise ValueError(f"expected indices below 2^31, got {found[-1]}")
+            raise ValueError(f"gaps: expected indices below 2^31, got {found[-1]}")
         indices[done : done + len(ends)] = found
         at, done, last = at + int(ends[-1]) + 1, done + len(ends), int(found[-1])
     if done != count:
-        raise ValueError(f"expected {count} gaps, got {done}")
+        raise ValueError(f"gaps: expected {count} gaps, got {done}")
     return torch.from_numpy(indices)
 
 
@@ -54,9 +54,9 @@ def _gaps(block: np.ndarray, ends: np.ndarray) -> np.ndarray:
     """int64 [n]: the gaps whose last bytes are at `ends`; at most 2^35 each."""
     lengths = np.diff(ends, prepend=-1)
     if lengths.max() > LONGEST_BYTES:
-        raise ValueError(f"expected gaps of at most {LONGEST_BYTES} bytes, got {lengths.max()}")
+        raise ValueError(f"gaps: expected gaps of at most {LONGEST_BYTES} bytes, got {lengths.max()}")
     if ((lengths > 1) & (block[ends] == 0)).any():
-        raise ValueError("expected gaps in as few bytes as they need, got a zero as last byte")
+        raise ValueError("gaps: expected gaps in as few bytes as they need, got a zero as last byte")
     gaps = np.zeros(len(ends), dtype=np.int64)
     for k in range(int(lengths.max())):
         longer = lengths > k

@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import nn
 
+from ..param_groups import trainable_entries
 from ..ranks import writes_files
 from ..schedules import resolve_budget
-from ..param_groups import trainable_entries
 from ..wrappers import check_holds, plain_names, unwrapped
 from .delta import save_delta
 
@@ -62,7 +62,10 @@ class DeltaSeries:
 
     def _after_step(self, optimizer: Any, args: tuple, kwargs: dict) -> None:
         n_active = optimizer.n_active
-        if not any(self._n_active_before < budget <= n_active for budget in self.budgets) or not writes_files():
+        if (
+            not any(self._n_active_before < budget <= n_active for budget in self.budgets)
+            or not writes_files()
+        ):
             return
         path = self.directory / f"delta-{n_active}.safetensors"
         save_delta(path, self.model, optimizer, **self.options)

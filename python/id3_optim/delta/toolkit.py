@@ -71,7 +71,7 @@ def _read(path: str | os.PathLike) -> _Summary:
             summary = torch.load(path, map_location="cpu", weights_only=True)
         except _BROKEN as error:
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-            raise DeltaError(f"summary: expected a file of the toolkit, got: {reason}") from error
+            raise DeltaError(f"summary: expected a file of the toolkit, got {reason}") from error
     fields = vars(summary) if isinstance(summary, _Summary) else {}
     missing = [field for field in _FIELDS if field not in fields]
     if missing:

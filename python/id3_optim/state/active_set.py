@@ -72,11 +72,11 @@ class ActiveSet:
         return self.shards[-1]
 
     def reserve(self, budget: int) -> None:
-        """Capacity for all that may ever be active, where growing would have to ask a GPU for the count."""
+        """Capacity for all that may ever be active, where growing would have to read the count from a GPU."""
         for shard in self.shards:
             shard.limit = min(budget, shard.numel)
-            asks = shard.device.type != "cpu" or shard.layout.capturable
-            if asks or len(self.shards) == 1:
+            synchronises = shard.device.type != "cpu" or shard.layout.capturable
+            if synchronises or len(self.shards) == 1:
                 shard.reserve(shard.limit)
 
     def locate(self, p: Tensor) -> tuple[int, int] | None:

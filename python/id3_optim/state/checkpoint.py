@@ -47,7 +47,9 @@ class Restored(NamedTuple):
 
 def sparse_state(active: ActiveSet) -> dict[Tensor, dict[str, Any]]:
     """Every parameter's own state: copies, so that later steps leave what was saved alone."""
-    return {p: _cut(active, i, j) for i, shard in enumerate(active.shards) for j, p in enumerate(shard.params)}
+    return {
+        p: _cut(active, i, j) for i, shard in enumerate(active.shards) for j, p in enumerate(shard.params)
+    }
 
 
 def _cut(active: ActiveSet, i: int, j: int) -> dict[str, Any]:
@@ -123,11 +125,13 @@ def _check_settings(own: dict[str, Any], saved: dict[str, Any]) -> None:
     for key in _MUST_AGREE:
         unset = key == "total_steps" and None in (own[key], saved[key])
         if own[key] != saved[key] and not unset:
-            raise ValueError(f"{key}: the optimizer has {own[key]}, the saved state has {saved[key]}")
+            raise _differs(key, own[key], saved[key])
     if not _same_budget(own["budget_given"], saved):
-        raise ValueError(
-            f"budget: the optimizer has {own['budget_given']}, the saved state has {saved['budget']}"
-        )
+        raise _differs("budget", own["budget_given"], saved["budget"])
+
+
+def _differs(what: str, own: Any, saved: Any) -> ValueError:
+    return ValueError(f"{what}: expected {own} as in the optimizer, got {saved} in the saved state")
 
 
 def _same_budget(given: int | float, saved: dict[str, Any]) -> bool:
@@ -143,21 +147,16 @@ def _same_budget(given: int | float, saved: dict[str, Any]) -> bool:
 
 def _check_groups(own: list[dict[str, Any]], saved: list[dict[str, Any]]) -> None:
     if len(own) != len(saved):
-        raise ValueError(f"param_groups: the optimizer has {len(own)}, the saved state has {len(saved)}")
+        raise _differs("param_groups", f"{len(own)} groups", f"{len(saved)} groups")
     for i, (ours, theirs) in enumerate(zip(own, saved, strict=True)):
         if len(ours["params"]) != len(theirs["params"]):
-            raise ValueError(
-                f"param_groups[{i}]: the optimizer has {len(ours['params'])} parameters, "
-                f"the saved state has {len(theirs['params'])}"
-            )
+            count = [f"{len(group['params'])} parameters" for group in (ours, theirs)]
+            raise _differs(f"param_groups[{i}]", *count)
         if ours["dense"] != theirs["dense"]:
-            have = f"the optimizer has {ours['dense']}, the saved state has {theirs['dense']}"
-            raise ValueError(f"param_groups[{i}]: dense: {have}")
+            raise _differs(f"param_groups[{i}]: dense", ours["dense"], theirs["dense"])
         for name, other in zip(ours.get("param_names", []), theirs.get("param_names", []), strict=False):
             if name != other:
-                raise ValueError(
-                    f"param_groups[{i}]: the optimizer has {name!r} where the saved state has {other!r}"
-                )
+                raise _differs(f"param_groups[{i}]", repr(name), repr(other))
 
 
 def _sparse_states(groups: list[dict], state: dict[int, dict], layout: Layout) -> dict[int, dict[str, Any]]:
@@ -179,7 +178,7 @@ def _check_dense_states(groups: list[dict], state: dict[int, dict]) -> None:
 
 def _check_shape(where: str, saved: list[int], p: Tensor) -> None:
     if saved != list(p.shape):
-        raise ValueError(f"{where}: the parameter has shape {list(p.shape)}, the saved state has {saved}")
+        raise _differs(f"{where}: shape", list(p.shape), saved)
 
 
 def _checked(member: Member, state: dict[str, Any], layout: Layout) -> dict[str, Any]:

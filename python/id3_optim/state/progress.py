@@ -16,7 +16,7 @@ from .active_set import ActiveSet
 class Wanted(NamedTuple):
     """How many entries should join: k int64 [1] on the first shard's device, at most `capacity`.
 
-    step: the number of the step that wants them, the first being 0; later steps leave it unchanged.
+    step: the number of the step that they join in, the first being 0; later steps leave it unchanged.
     """
 
     k: Tensor
@@ -93,8 +93,8 @@ class Progress:
         """The schedule's increment, and what earlier steps could not give; None where that is known to be 0.
         With the strategy "repeat" the whole budget, at every step.
 
-        On the CPU the number is at hand and the capacity exact. A GPU is not asked for the number of active
-        entries: what it reported of earlier steps is a lower bound, since the active set only grows.
+        On the CPU the number is at hand and the capacity exact. The number of active entries is not read from
+        a GPU: what it reported of earlier steps is a lower bound, since the active set only grows.
         """
         if not active.shards:
             return None

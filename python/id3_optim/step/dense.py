@@ -22,9 +22,7 @@ def make_moments(state: MutableMapping[Tensor, dict], group: dict[str, Any]) -> 
             state[p] = {"step": step, "exp_avg": moments[0], "exp_avg_sq": moments[1]}
 
 
-def update_dense(
-    state: MutableMapping[Tensor, dict], group: dict[str, Any], scaling: Scaling
-) -> None:
+def update_dense(state: MutableMapping[Tensor, dict], group: dict[str, Any], scaling: Scaling) -> None:
     """One AdamW step on every entry of the group's parameters that have a gradient.
 
     Nothing changes where the scaling's `found_inf` is given and not 0. Mutates the parameters and their

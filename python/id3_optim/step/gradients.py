@@ -93,9 +93,7 @@ def _adamw(op, shard: Shard, first: int, last: int, gradient, arguments: tuple) 
     torch.autograd.graph.increment_version(shard.params[first:last])
 
 
-def count(
-    gradients: Whole | Kept, shard: Shard, number: int | Tensor, not_overflowed: Tensor | None
-) -> None:
+def count(gradients: Whole | Kept, shard: Shard, number: int | Tensor, not_overflowed: Tensor | None) -> None:
     """Counts the optimizer's step `number` (the first is 1) for every tensor of the shard with a gradient.
 
     not_overflowed: bool [1], False where an overflow stops the step; None for no overflow.

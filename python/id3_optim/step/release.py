@@ -31,7 +31,7 @@ Begin = Callable[[], tuple[ActiveSet, Wanted | None]]
 class Release:
     """The hooks of an optimizer, and what they have taken since its last step.
 
-    begin: a bound method that gives the active set and how many entries the coming step wants. It is held
+    begin: a bound method that gives the active set and how many entries are to join in the coming step. It is held
     weakly, and called where a backward pass begins.
     """
 
@@ -93,9 +93,7 @@ class Release:
             )
         self._collect(param)
 
-    def gradients(
-        self, groups: list[dict[str, Any]], active: ActiveSet, wanted: Wanted | None
-    ) -> list[Kept]:
+    def gradients(self, groups: list[dict[str, Any]], active: ActiveSet, wanted: Wanted | None) -> list[Kept]:
         """At a step: what was kept, with the gradients that no hook has taken (assigned by hand, unfrozen
         since)."""
         if self._passes.unfinished:
@@ -138,7 +136,7 @@ class Release:
             self.candidates.forget()
 
     def _prepare(self, active: ActiveSet, wanted: Wanted | None) -> None:
-        """Makes room for all shards; the first call after a step says how many entries the next one wants."""
+        """Makes room for all shards; the first call after a step sets how many entries join in the next one."""
         self._active = active
         shards = self._active.shards
         self.attach(p for shard in shards for p in shard.params)
