@@ -4,8 +4,17 @@ The schemas are the internal forms, made so that nobody has to ask a GPU for a n
 wanted is a tensor `k` (int64, one element) and at most `capacity`; results are capacity-sized and their true
 length is `offsets[-1]`; behind it selections hold zeros, and others anything. Offsets begin at 0 but in
 `select_topk`, `select_topk_by_score`, `collect_`, `squared_norm`, `adamw_` and `adamw_compact_`, where they
-are places in `indices` and its companions: a part of the offsets names a part of the tensors. The public
-functions check their arguments and return exact sizes.
+are places in `indices` and its companions: a part of the offsets names a part of the tensors.
+
+These six read an active set as one run of entries, offsets [M + 1], or as R runs, offsets [R, M + 1]: row r
+says where tensor j's entries of run r stand, indices[offsets[r, j] : offsets[r, j + 1]], ascending. Rows may
+be rows of a wider tensor (stride 1 inside a row); no entry is in two runs; what stands between runs is no
+entry, and is neither read nor changed. No result depends on how a set is split into runs. On the CPU R is
+at most 8. `squared_norm` has the same bits for every order and grouping of entries, number of threads and
+backend; NaN at an entry makes it NaN, else an infinity makes it infinite (csrc/formulas/norm.h: how it is
+summed, the error bound).
+
+The public functions take one run, check their arguments and return exact sizes.
 """
 
 from __future__ import annotations
@@ -51,7 +60,7 @@ SCHEMAS = {
 
 def _selection_fake(offsets: Tensor, capacity: int, dtype: torch.dtype):
     return (
-        torch.empty_like(offsets),
+        offsets.new_empty(offsets.shape[-1]),
         offsets.new_empty(capacity, dtype=torch.int32),
         offsets.new_empty(capacity, dtype=dtype),
     )

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .entries import Entries, sort_keys
+from .entries import Entries, runs, sort_keys
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -72,26 +72,28 @@ def select_topk(params, grads, offsets, indices, k, capacity, eps, exp):
         return None if grads[j] is None else d3_score(params[j], grads[j], eps, exp)
 
     dtype = wide_dtype(params[0].dtype) if params else torch.float32
-    return _select(score, len(params), Entries(offsets, indices), k, capacity, dtype)
+    return _select(score, len(params), offsets, indices, k, capacity, dtype)
 
 
 def select_topk_by_score(scores, offsets, indices, k, capacity):
     dtype = next((s.dtype for s in scores if s is not None), torch.float32)
-    return _select(scores.__getitem__, len(scores), Entries(offsets, indices), k, capacity, dtype)
+    return _select(scores.__getitem__, len(scores), offsets, indices, k, capacity, dtype)
 
 
-def _select(score_of, n_tensors: int, active: Entries, k: Tensor, capacity: int, dtype: torch.dtype):
-    device, k = active.offsets.device, _wanted(k, capacity)
+def _select(score_of, n_tensors: int, offsets, indices, k: Tensor, capacity: int, dtype: torch.dtype):
+    device, k = offsets.device, _wanted(k, capacity)
+    active = [Entries(run, indices).lists() for run in runs(offsets)]
     integer = torch.int64 if dtype == torch.float64 else torch.int32
     keys = torch.empty(0, dtype=integer, device=device)  # of the best k so far, in entry order
     index = torch.empty(0, dtype=torch.int64, device=device)
     owner = torch.empty(0, dtype=torch.int64, device=device)
-    for j, taken in enumerate(active.lists() if k else []):
+    for j in range(n_tensors if k else 0):
         score = score_of(j)
         if score is None or score.numel() == 0:
             continue
         key = _order_key(score).reshape(-1)
-        key[taken.to(torch.int64)] = 0
+        for run in active:
+            key[run[j].to(torch.int64)] = 0
         here = _best(key, k)
         keys, index = torch.cat([keys, key[here]]), torch.cat([index, here])
         owner = torch.cat([owner, torch.full_like(here, j)])
@@ -129,7 +131,7 @@ def collect_(
 ):  # fmt: skip
     """Keeps what a step needs of one tensor's gradient, so that the gradient can go.
 
-    offsets [2]: which of `indices` and `values` are the tensor's. These values (float32, float64 for float64)
+    offsets [2] or [R, 2]: which of `indices` and `values` are the tensor's. These values (float32, float64 for float64)
     become, or with `add` grow by, the gradient at their indices. best_score, best_place
     (position << 32 | flat index), best_grad [room] hold candidates, in any order, among them the best k of
     all tensors so far (ties to the lowest place); nobody: 0, -1, 0. Scores are D3's, or `score`. `again`:
@@ -137,15 +139,16 @@ def collect_(
     candidates are forgotten. state: int64, the backend's
     own, zeros while there are no candidates (`backend.candidate_room` says how long, and how much room).
     """
-    begin, end = offsets.tolist()
-    here = slice(begin, end)
-    gradient = _read(grad, indices[here]).to(values.dtype)
-    values[here].add_(gradient) if add else values[here].copy_(gradient)
+    rows = [slice(*run.tolist()) for run in runs(offsets)]
+    for row in rows:
+        gradient = _read(grad, indices[row]).to(values.dtype)
+        values[row].add_(gradient) if add else values[row].copy_(gradient)
     k = _wanted(k, best_score.numel())
     if k == 0:
         return
     key = _order_key(d3_score(param, grad, eps, exp) if score is None else score).reshape(-1)
-    key[indices[here].to(torch.int64)] = 0
+    for row in rows:
+        key[indices[row].to(torch.int64)] = 0
     index = _best(key, k)
     keep_best_(grad, position, index, key[index].view(values.dtype), best_score, best_place, best_grad, again)
 
@@ -215,12 +218,38 @@ def scatter_(tensors, offsets, indices, values):
 
 
 def squared_norm(tensors, offsets, indices):
-    block = 4096  # fixed blocks, so that the sum does not depend on how many threads share it
-    lists = Entries(offsets, indices).lists()
-    parts = [_read(t, i).double() for t, i in zip(tensors, lists, strict=True) if t is not None]
-    values = torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64, device=indices.device)
-    blocks = _padded(values, -(-values.numel() // block) * block).view(-1, block)
-    return (blocks * blocks).sum(1).cumsum(0)[-1] if len(blocks) else values.sum()
+    values = [torch.zeros(1, dtype=torch.float64, device=indices.device)]
+    for run in runs(offsets):
+        rows = zip(tensors, Entries(run, indices).lists(), strict=True)
+        values += [_read(t, i).double() for t, i in rows if t is not None]
+    values = torch.cat(values).abs()
+    largest = values.max()  # NaN where there is one
+    scale = norm_scale(largest)
+    high, low = square_units(torch.where(largest.isfinite(), values, 0) / scale)
+    return norm_total(largest, high.sum(), low.sum(), scale)
+
+
+def norm_scale(largest: Tensor) -> Tensor:
+    """The largest power of two up to `largest` (float64), at least 2^-1022."""
+    power = (largest.view(torch.int64) & (0x7FF << 52)).view(torch.float64)
+    return power.clamp(min=torch.finfo(torch.float64).tiny)
+
+
+def square_units(scaled: Tensor) -> tuple[Tensor, Tensor]:
+    """int64: the squares of numbers below 2 in units of 2^-29, and what is left in units of 2^-60.
+
+    The sums of such integers depend on no order, and so neither do the bits of the norm: `formulas/norm.h`
+    has the error bound.
+    """
+    units = scaled * scaled * 2.0**29
+    high = units.to(torch.int64)
+    return high, ((units - high) * 2.0**31).to(torch.int64)
+
+
+def norm_total(largest: Tensor, high: Tensor, low: Tensor, scale: Tensor) -> Tensor:
+    """The sum of squares; NaN where a value is NaN, else infinite where one is."""
+    total = (high.double() + low.double() * 2.0**-31) * 2.0**-29 * scale * scale
+    return torch.where(largest.isfinite(), total, torch.where(largest.isnan(), math.nan, math.inf))
 
 
 def _read(tensor: Tensor, index: Tensor) -> Tensor:
@@ -242,18 +271,19 @@ def _write(tensor: Tensor, index: Tensor, values: Tensor) -> None:
 
 
 def adamw_(params, grads, offsets, indices, exp_avg, exp_avg_sq, master, age, step, *rest):
-    rows = Entries(offsets, indices).lists()
-    values = [
-        None if g is None else _read(g, i).to(wide_dtype(p.dtype))
-        for p, g, i in zip(params, grads, rows, strict=True)
-    ]
-    _adamw(params, values, offsets, indices, exp_avg, exp_avg_sq, master, age, step, *rest)
+    for run in runs(offsets):
+        values = [
+            None if g is None else _read(g, i).to(wide_dtype(p.dtype))
+            for p, g, i in zip(params, grads, Entries(run, indices).lists(), strict=True)
+        ]
+        _adamw(params, values, run, indices, exp_avg, exp_avg_sq, master, age, step, *rest)
 
 
 def adamw_compact_(params, values, offsets, indices, exp_avg, exp_avg_sq, master, age, step, *rest):
-    bounds = offsets.tolist()
-    wide = [values[bounds[j] : bounds[j + 1]].to(wide_dtype(p.dtype)) for j, p in enumerate(params)]
-    _adamw(params, wide, offsets, indices, exp_avg, exp_avg_sq, master, age, step, *rest)
+    for run in runs(offsets):
+        bounds = run.tolist()
+        wide = [values[bounds[j] : bounds[j + 1]].to(wide_dtype(p.dtype)) for j, p in enumerate(params)]
+        _adamw(params, wide, run, indices, exp_avg, exp_avg_sq, master, age, step, *rest)
 
 
 def _adamw(
