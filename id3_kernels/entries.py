@@ -53,6 +53,11 @@ class Entries(NamedTuple):
         return Entries(self.offsets, self.indices[: int(self.offsets[-1])])
 
 
+def runs(offsets: Tensor) -> list[Tensor]:
+    """The rows [M + 1] of offsets [R, M + 1]; of [M + 1] that row alone."""
+    return list(offsets) if offsets.dim() == 2 else [offsets]
+
+
 def owners(entries: Entries, n: int) -> Tensor:
     """int64 [n]: the tensor that owns each of the n entries."""
     positions = torch.arange(n, device=entries.offsets.device)

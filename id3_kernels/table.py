@@ -8,9 +8,13 @@ of its arguments, and the padding of a result may hold any value unless the cont
 
 In every op M is the number of tensors, `offsets` is int64 [M + 1] and does not decrease, and entry i of
 tensor j is `indices[offsets[j] + i]`: int32, flat and row-major, ascending within the tensor. Offsets begin
-at 0 unless the contract says that they may begin later; a part of the offsets, with the whole of `indices`
-and of the tensors parallel to it, then names the entries of a part of the tensors. `position` is the number
+at 0 unless the contract says that they may be an active set's. `position` is the number
 of a tensor among all tensors, and an entry's place in the order of entries is `position << 32 | flat index`.
+
+The offsets of an active set are those of one run of entries, [M + 1], or of R runs, [R, M + 1] (R <= 8 on the
+CPU): row r says which of `indices` and of the tensors parallel to it are run r's. A row has stride 1, may begin
+later than at 0, and may be a part of a longer row, which then names the entries of a part of the tensors. No
+entry is in two runs; elements that belong to no run are padding. No result depends on the split into runs.
 """
 
 from __future__ import annotations
@@ -45,7 +49,7 @@ def _no_result(*_) -> None:
 def _selection(offsets: Tensor, capacity: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Offsets, indices and scores of a selection."""
     indices, scores = (offsets.new_empty(capacity, dtype=d) for d in (torch.int32, dtype))
-    return torch.empty_like(offsets), indices, scores
+    return offsets.new_empty(offsets.shape[-1]), indices, scores
 
 
 def _union(a_offsets, a_indices, b_offsets, b_indices) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -57,7 +61,7 @@ def _union(a_offsets, a_indices, b_offsets, b_indices) -> tuple[Tensor, Tensor, 
 _ADAMW_SCHEMA = """Tensor offsets, Tensor indices, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!)?
     master, Tensor(e!)? age, Tensor step, float lr, float beta1, float beta2, float eps, float weight_decay,
     bool maximize, Tensor? grad_scale, Tensor? found_inf, Tensor? clip, Tensor? tensor_lr) -> ()"""
-_ADAMW_CONTRACT = """The offsets may begin later; exp_avg, exp_avg_sq, master and age are parallel to
+_ADAMW_CONTRACT = """The offsets may be an active set's; exp_avg, exp_avg_sq, master and age are parallel to
     `indices`. exp_avg, exp_avg_sq: the moments, float32 (float64 for float64). master: float32 weights of
     bfloat16 and float16 params, or None: the param itself; where a param is not its master's rounding, the
     param replaces the master. age: int32, steps since the entry joined, or None; it grows by 1 and then
@@ -86,7 +90,7 @@ OPS = {
         ),
         """The k entries of the largest `d3_score` (of eps, exp) among all entries that are not active.
         params, grads: M tensors as for `d3_score`; a tensor whose grad is None takes no part. offsets,
-        indices: the active entries; the offsets may begin later. k is clamped to 0 … capacity. Returns
+        indices: the active set. k is clamped to 0 … capacity. Returns
         (offsets from 0, indices [capacity], scores [capacity], float32 or float64) in entry order, padded
         with zeros. Only finite scores above 0 are selected, so there may be fewer than k; ties go to the
         lowest (tensor, flat index). With exp = 0 params are not read. Mutates nothing.""",
@@ -99,7 +103,7 @@ OPS = {
         ),
         """`select_topk` of given scores. scores: M tensors of any shape, all float32 or all float64; a
         tensor whose score is None takes no part, but may have active entries. offsets, indices, k, capacity
-        and the result: as for `select_topk`; the offsets may begin later. Subnormal, negative, infinite and
+        and the result: as for `select_topk`. Subnormal, negative, infinite and
         NaN scores are not selected. Mutates nothing.""",
     ),
     "collect_": Op(
@@ -108,8 +112,7 @@ OPS = {
         Tensor(e!) state, Tensor k, bool may_hold, float eps, float exp) -> ()""",
         _no_result,
         """Takes from the grad of one tensor what a step needs, so that grad can be freed. param, grad: as
-        for `d3_score`. offsets [2], indices: the active entries of the tensor; the offsets may begin later.
-        values (parallel to indices, float32, float64 for float64) become the gradient at these entries, or
+        for `d3_score`. offsets [2] or [R, 2], indices: the active set of the tensor. values (parallel to indices, float32, float64 for float64) become the gradient at these entries, or
         grow by it with add. best_score, best_place (position << 32 | flat index) and best_grad hold
         candidates: the best k entries of all tensors so far are among them, in any order, with ties to the
         lowest place; an empty slot holds 0, -1, 0. Scores are those of `d3_score` (of eps, exp), or score
@@ -152,9 +155,10 @@ OPS = {
         "(Tensor?[] tensors, Tensor offsets, Tensor indices) -> Tensor",
         lambda tensors, offsets, indices: offsets.new_empty((), dtype=torch.float64),
         """The sum, a float64 scalar, of the squares of tensors (M of any strides and dtypes) at the entries
-        (offsets, indices); the entries of a tensor that is None count as zeros. The offsets may begin
-        later. The order of summation depends on the entries alone: blocks of 4096 entries counted from the
-        first, then the blocks. Mutates nothing.""",
+        (offsets, indices), which may be an active set; the entries of a tensor that is None count as
+        zeros. The bits are the same in every order and grouping of the entries, number of threads and
+        backend. A NaN at an entry makes the sum NaN, else an infinity makes it infinite;
+        `csrc/formulas/norm.h` says how it is summed, and the error bound. Mutates nothing.""",
     ),
     "adamw_": Op(
         "(Tensor(a!)[] params, Tensor?[] grads, " + _ADAMW_SCHEMA,

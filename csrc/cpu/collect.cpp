@@ -28,18 +28,19 @@ constexpr int64_t kTogether = 32;  // tiles between two looks at active entries:
 template <class Value>
 class Collector {
  public:
-  Collector(ScoredTensor<Value> scored, Strided grad, Value* values, bool add)
-      : scored_(scored), magnitude_(scored), grad_(grad), values_(values), add_(add) {
+  Collector(ScoredTensor<Value> scored, const RunsView& active, Strided grad, Value* values, bool add)
+      : scored_(scored), magnitude_(scored), active_(active), grad_(grad), values_(values), add_(add) {
     const Exponent exponent = scored.rule.exponent;
     bounded_ = !scored.rule.given &&
                (exponent == Exponent::half || exponent == Exponent::one || exponent == Exponent::two);
     magnitude_.rule.exponent = Exponent::zero;
-    magnitude_.active = magnitude_.active_end;
+    magnitude_.active.count = 0;
   }
 
   void gather_all() const {
-    at::parallel_for(0, scored_.active_end - scored_.active, kEntryGrain,
-                     [&](int64_t begin, int64_t end) { gather(begin, end); });
+    at::parallel_for(0, active_.count(), kEntryGrain, [&](int64_t begin, int64_t end) {
+      active_.for_each_segment(begin, end, [&](int64_t, int64_t first, int64_t last) { gather(first, last); });
+    });
   }
 
   // The k best entries from `floor` on, in no order; gathers on its way.
@@ -59,7 +60,8 @@ class Collector {
     Key<Value> maxima[kTogether];
     const size_t capacity = k + std::max<int64_t>(k / 2, 1024);
     bool by_gradient = bounded_;
-    int64_t from = active_from(tile * kTile);
+    int64_t from[kMostRuns];
+    for (int64_t run = 0; run < scored_.active.count; ++run) from[run] = active_from(run, tile * kTile);
     for (; tile < end; tile += kTogether) {
       const int64_t together = std::min(kTogether, end - tile);
       by_gradient = mark(tile, together, floor, by_gradient && floor > 1, maxima);
@@ -71,9 +73,11 @@ class Collector {
         // What comes later stands at higher indices and loses every tie.
         floor = std::max_element(found.begin(), found.end(), precedes<Value>)->key + 1;
       }
-      const int64_t to = active_from((tile + together) * kTile);
-      gather(from, to);
-      from = to;
+      for (int64_t run = 0; run < scored_.active.count; ++run) {
+        const int64_t to = active_from(run, (tile + together) * kTile);
+        gather(from[run], to);
+        from[run] = to;
+      }
     }
   }
 
@@ -102,9 +106,11 @@ class Collector {
     return d3_unflushed<Exponent::two>(Value(0), grad, rule.eps, 0);
   }
 
-  int64_t active_from(int64_t index) const {
-    if (index >= scored_.numel) return scored_.active_end - scored_.active;
-    return first_active(scored_, index) - scored_.active;
+  // The position of the first active entry of a run from `index` on; behind the tensor's end that of the end.
+  int64_t active_from(int64_t run, int64_t index) const {
+    const ActiveEntries& active = scored_.active;
+    const int32_t* at = index >= scored_.numel ? active.end(run) : first_active(active, run, index);
+    return at - active_.indices;
   }
 
   void look(int64_t first, Key<Value> floor, std::vector<Found<Value>>& found) const {
@@ -126,14 +132,14 @@ class Collector {
     found.resize(k);
   }
 
-  // values = or += the gradient at the active entries first .. last.
+  // values = or += the gradient at the active entries at the positions first .. last.
   void gather(int64_t first, int64_t last) const {
     visit_dtype<Value>(grad_.dtype, [&](auto stored) {
       const auto* grads = static_cast<const decltype(stored)*>(grad_.data);
       for (; first < last; first += kBlock) {
         const int64_t count = std::min(kBlock, last - first);
-        check_index_range(scored_.active + first, count, grad_.numel, 0);
-        with_places(grad_, scored_.active + first, count, [&](const auto* places) {
+        check_index_range(active_.indices + first, count, grad_.numel, 0);
+        with_places(grad_, active_.indices + first, count, [&](const auto* places) {
           Value* out = values_ + first;
           for (int64_t i = 0; i < count; ++i) {
             const Value here = widen(grads[places[i]]);
@@ -146,6 +152,7 @@ class Collector {
 
   ScoredTensor<Value> scored_, magnitude_;
   bool bounded_;  // whether |g| alone bounds a score
+  const RunsView& active_;
   Strided grad_;
   Value* values_;
   bool add_;
@@ -165,9 +172,9 @@ struct Arguments {
 template <class Value>
 void collect(const Arguments& a) {
   const auto dtype = at::CppTypeToScalarType<Value>::value;
-  const EntriesView entries = view_entries("", a.offsets, a.indices, 1);
+  const RunsView active = view_runs("", a.offsets, a.indices, 1);
   const int64_t room = a.best_score.numel(), k = wanted(a.k, room);
-  check_vector("values", a.values, dtype, entries.end());
+  check_vector("values", a.values, dtype, active.end());
   check_vector("best_score", a.best_score, dtype, room);
   check_vector("best_place", a.best_place, at::kLong, room);
   check_vector("best_grad", a.best_grad, dtype, room);
@@ -176,10 +183,9 @@ void collect(const Arguments& a) {
   scored.grad = Strided(a.score ? *a.score : a.grad);
   scored.rule = {exponent_of(a.exp), static_cast<Value>(a.eps), a.exp, a.score.has_value()};
   scored.numel = a.grad.numel();
-  scored.active = entries.indices + entries.begin();
-  scored.active_end = entries.indices + entries.end();
-  const Collector<Value> collector(scored, Strided(a.grad),
-                                   a.values.template mutable_data_ptr<Value>() + entries.begin(), a.add);
+  scored.active = {active.runs.data(), static_cast<int64_t>(active.runs.size()), 0};
+  const Collector<Value> collector(scored, active, Strided(a.grad),
+                                   a.values.template mutable_data_ptr<Value>(), a.add);
   if (k == 0) return collector.gather_all();
   Best<Value> best{a.best_score.template mutable_data_ptr<Value>(), a.best_place.mutable_data_ptr<int64_t>(),
                    a.best_grad.template mutable_data_ptr<Value>(), k, room};

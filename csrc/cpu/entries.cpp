@@ -7,7 +7,6 @@
 #include <vector>
 
 #include "checks.h"
-#include "cpu/convert.h"
 #include "cpu/entries.h"
 #include "cpu/join.h"
 #include "cpu/strided.h"
@@ -16,8 +15,6 @@ namespace id3::cpu {
 namespace {
 
 constexpr int64_t kGrain = 4096;  // entries per thread below which starting a thread costs more
-constexpr int64_t kSumBlock =
-    4096;  // entries summed in sequence: fixed, so that threads do not change the sum
 
 // One walk through two ascending lists of a tensor. Writes the union from `out` on and where the entries of
 // both stand in it, or nothing where `out` is null. Returns the size of the union.
@@ -167,50 +164,6 @@ void scatter_cpu(at::TensorList tensors, const at::Tensor& offsets, const at::Te
   });
 }
 
-// The squares of one tensor's entries [first, last), added in order.
-template <class Value>
-double add_squares(double sum, const Strided& tensor, const EntriesView& entries, int64_t j, int64_t first,
-                   int64_t last) {
-  for (; first < last; first += kBlock) {
-    const int64_t count = std::min(kBlock, last - first);
-    const int32_t* indices = entries.indices + first;
-    check_index_range(indices, count, tensor.numel, j);
-    visit_dtype<Value>(tensor.dtype, [&](auto stored) {
-      const auto* values = static_cast<const decltype(stored)*>(tensor.data);
-      with_places(tensor, indices, count, [&](const auto* places) {
-        for (int64_t i = 0; i < count; ++i) {
-          const double value = widen(values[places[i]]);
-          sum += value * value;
-        }
-      });
-    });
-  }
-  return sum;
-}
-
-at::Tensor squared_norm_cpu(const OptionalTensors& tensors, const at::Tensor& offsets,
-                            const at::Tensor& indices) {
-  const EntriesView entries = view_entries("", offsets, indices, tensors.size());
-  for (size_t j = 0; j < tensors.size(); ++j) {
-    const std::optional<at::Tensor> tensor = tensors.get(j);
-    if (tensor) check_float_tensor(item_name("tensors", j), *tensor);
-  }
-  std::vector<double> sums((entries.end() - entries.begin() + kSumBlock - 1) / kSumBlock);
-  at::parallel_for(0, sums.size(), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t block = begin; block < end; ++block) {
-      const int64_t from = entries.begin() + block * kSumBlock;
-      const int64_t to = std::min(from + kSumBlock, entries.end());
-      entries.for_each_segment(from, to, [&](int64_t j, int64_t first, int64_t last) {
-        const std::optional<at::Tensor> tensor = tensors.get(j);
-        if (!tensor) return;
-        const auto add = tensor->scalar_type() == at::kDouble ? add_squares<double> : add_squares<float>;
-        sums[block] = add(sums[block], Strided(*tensor), entries, j, first, last);
-      });
-    }
-  });
-  return at::scalar_tensor(std::accumulate(sums.begin(), sums.end(), 0.0), at::kDouble);
-}
-
 }  // namespace
 
 TORCH_LIBRARY_IMPL(id3, CPU, m) {
@@ -218,7 +171,6 @@ TORCH_LIBRARY_IMPL(id3, CPU, m) {
   m.impl("join_", &join_cpu);
   m.impl("gather", &gather_cpu);
   m.impl("scatter_", &scatter_cpu);
-  m.impl("squared_norm", &squared_norm_cpu);
 }
 
 }  // namespace id3::cpu

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <limits>
+#include <vector>
 
 #include "checks.h"
 
@@ -30,6 +31,52 @@ struct EntriesView {
   }
 };
 
+// An active set: runs of entries, each in order, of which no two hold the same entry. What lies in `indices`
+// between them is no entry.
+struct RunsView {
+  const int32_t* indices;
+  int64_t tensors;
+  std::vector<EntriesView> runs;
+
+  int64_t count() const {
+    int64_t count = 0;
+    for (const EntriesView& run : runs) count += run.end() - run.begin();
+    return count;
+  }
+
+  // How far the runs reach: what `indices` and the arrays beside it must hold.
+  int64_t end() const {
+    int64_t end = 0;
+    for (const EntriesView& run : runs) end = std::max(end, run.end());
+    return end;
+  }
+
+  // visit(tensor, first, last) for stretches of positions that lie in one tensor: those of the entries
+  // [begin, end), counted through all runs.
+  template <class Visit>
+  void for_each_segment(int64_t begin, int64_t end, const Visit& visit) const {
+    int64_t before = 0;
+    for (const EntriesView& run : runs) {
+      const int64_t shift = run.begin() - before, stop = before + run.end() - run.begin();
+      const int64_t first = std::max(begin, before), last = std::min(end, stop);
+      if (first < last) run.for_each_segment(first + shift, last + shift, visit);
+      before = stop;
+    }
+  }
+};
+
+constexpr int64_t kMostRuns = 8;  // as many cursors stand in the loops that leave out active entries
+
+// The active entries of one tensor: [begin(run), end(run)) for each run.
+struct ActiveEntries {
+  const EntriesView* runs = nullptr;
+  int64_t count = 0;
+  int64_t tensor = 0;
+
+  const int32_t* begin(int64_t run) const { return runs[run].indices + runs[run].offsets[tensor]; }
+  const int32_t* end(int64_t run) const { return runs[run].indices + runs[run].offsets[tensor + 1]; }
+};
+
 inline EntriesView view_entries(const char* name, const at::Tensor& offsets, const at::Tensor& indices,
                                 int64_t tensors) {
   const std::string prefix(name);
@@ -40,6 +87,23 @@ inline EntriesView view_entries(const char* name, const at::Tensor& offsets, con
   TORCH_CHECK_VALUE(view.begin() >= 0 && std::is_sorted(view.offsets, view.offsets + tensors + 1), prefix,
                     "offsets: expected at least 0 and no decrease");
   check_vector(prefix + "indices", indices, at::kInt, view.end());
+  return view;
+}
+
+// offsets: [tensors + 1], one run, or [runs, tensors + 1], whose rows may lie apart.
+inline RunsView view_runs(const char* name, const at::Tensor& offsets, const at::Tensor& indices,
+                          int64_t tensors) {
+  RunsView view{nullptr, tensors, {}};
+  if (offsets.dim() != 2) {
+    view.runs.push_back(view_entries(name, offsets, indices, tensors));
+  } else {
+    TORCH_CHECK_VALUE(offsets.size(0) <= kMostRuns, name, "offsets: expected at most ", kMostRuns,
+                      " runs, got ", offsets.size(0));
+    check_vector(std::string(name) + "indices", indices, at::kInt, 0);
+    for (int64_t run = 0; run < offsets.size(0); ++run)
+      view.runs.push_back(view_entries(name, offsets.select(0, run), indices, tensors));
+  }
+  view.indices = indices.const_data_ptr<int32_t>();
   return view;
 }
 

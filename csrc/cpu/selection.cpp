@@ -26,7 +26,8 @@ using Selection = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 template <class Value>
 class Candidates {
  public:
-  Candidates(at::TensorList params, const OptionalTensors& grads, EntriesView active, ScoreRule<Value> rule)
+  Candidates(at::TensorList params, const OptionalTensors& grads, const RunsView& active,
+             ScoreRule<Value> rule)
       : params_(params), grads_(grads), active_(active), rule_(rule), tile_begin_(grads.size() + 1) {
     for (size_t j = 0; j < grads.size(); ++j) {
       const std::optional<at::Tensor> grad = grads.get(j);
@@ -49,15 +50,14 @@ class Candidates {
     t.grad = Strided(grad);
     t.rule = rule_;
     t.numel = t.grad.numel;
-    t.active = active_.indices + active_.offsets[j];
-    t.active_end = active_.indices + active_.offsets[j + 1];
+    t.active = {active_.runs.data(), static_cast<int64_t>(active_.runs.size()), j};
     return t;
   }
 
  private:
   at::TensorList params_;
   const OptionalTensors& grads_;
-  EntriesView active_;
+  const RunsView& active_;
   ScoreRule<Value> rule_;
   std::vector<int64_t> tile_begin_;
 };
@@ -230,14 +230,14 @@ Selection select(const Candidates<Value>& candidates, const at::Tensor& k_tensor
 }
 
 template <class Value>
-Selection select_by_d3(at::TensorList params, const OptionalTensors& grads, EntriesView active,
+Selection select_by_d3(at::TensorList params, const OptionalTensors& grads, const RunsView& active,
                        const at::Tensor& k, int64_t capacity, double eps, double exp) {
   const ScoreRule<Value> rule{exponent_of(exp), static_cast<Value>(eps), exp};
   return select(Candidates<Value>(params, grads, active, rule), k, capacity);
 }
 
 template <class Value>
-Selection select_by_given(const OptionalTensors& scores, EntriesView active, const at::Tensor& k,
+Selection select_by_given(const OptionalTensors& scores, const RunsView& active, const at::Tensor& k,
                           int64_t capacity) {
   const ScoreRule<Value> rule{Exponent::zero, 0, 0, true};
   return select(Candidates<Value>({}, scores, active, rule), k, capacity);
@@ -248,7 +248,7 @@ Selection select_topk_cpu(at::TensorList params, const OptionalTensors& grads, c
                           double exp) {
   check_params(params);
   check_grads(grads, params);
-  const EntriesView active = view_entries("active.", offsets, indices, params.size());
+  const RunsView active = view_runs("active.", offsets, indices, params.size());
   if (!params.empty() && params[0].scalar_type() == at::kDouble)
     return select_by_d3<double>(params, grads, active, k, capacity, eps, exp);
   return select_by_d3<float>(params, grads, active, k, capacity, eps, exp);
@@ -256,7 +256,7 @@ Selection select_topk_cpu(at::TensorList params, const OptionalTensors& grads, c
 
 Selection select_topk_by_score_cpu(const OptionalTensors& scores, const at::Tensor& offsets,
                                    const at::Tensor& indices, const at::Tensor& k, int64_t capacity) {
-  const EntriesView active = view_entries("active.", offsets, indices, scores.size());
+  const RunsView active = view_runs("active.", offsets, indices, scores.size());
   std::optional<at::ScalarType> dtype;
   for (size_t j = 0; j < scores.size(); ++j) {
     const std::optional<at::Tensor> score = scores.get(j);

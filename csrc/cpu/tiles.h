@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "cpu/convert.h"
+#include "cpu/entries.h"
 #include "cpu/simd.h"
 #include "cpu/strided.h"
 #include "formulas/order.h"
@@ -31,8 +32,7 @@ struct ScoredTensor {
   Strided param, grad;
   ScoreRule<Value> rule;
   int64_t numel = 0;
-  const int32_t* active = nullptr;  // ascending indices that can not be selected
-  const int32_t* active_end = nullptr;
+  ActiveEntries active;  // entries that cannot be selected
 };
 
 template <class T, class Value>
@@ -124,19 +124,34 @@ ID3_INLINE void tile_scores(const ScoredTensor<Value>& t, int64_t first, Value* 
   }
 }
 
-template <class Value>
-const int32_t* first_active(const ScoredTensor<Value>& t, int64_t first) {
-  return std::lower_bound(t.active, t.active_end, first);
+inline const int32_t* first_active(const ActiveEntries& active, int64_t run, int64_t first) {
+  return std::lower_bound(active.begin(run), active.end(run), first);
 }
 
-// Stores 0 for the active among the `count` entries from `first` on. `active` stands at the first of them and
-// is moved behind the last.
+// Per run of the active entries: the next of them.
+struct ActiveCursors {
+  const int32_t *next[kMostRuns], *end[kMostRuns];
+  int64_t count;
+
+  ActiveCursors(const ActiveEntries& active, int64_t first) : count(active.count) {
+    for (int64_t run = 0; run < count; ++run) {
+      next[run] = first_active(active, run, first);
+      end[run] = active.end(run);
+    }
+  }
+};
+
+// Stores 0 for the active among the `count` entries from `first` on. The cursors stand at the first of them
+// and are moved behind the last.
 template <class Value>
-ID3_INLINE void exclude_active(const ScoredTensor<Value>& t, int64_t first, int64_t count,
-                               const int32_t*& active, Value* scores) {
-  for (; active < t.active_end && *active < first + count; ++active) {
-    const uint64_t i = static_cast<uint64_t>(*active - first);
-    if (i < static_cast<uint64_t>(count)) scores[i] = 0;  // indices out of order must not write elsewhere
+ID3_INLINE void exclude_active(ActiveCursors& active, int64_t first, int64_t count, Value* scores) {
+  for (int64_t run = 0; run < active.count; ++run) {
+    const int32_t *next = active.next[run], *end = active.end[run];
+    for (; next < end && *next < first + count; ++next) {
+      const uint64_t i = static_cast<uint64_t>(*next - first);
+      if (i < static_cast<uint64_t>(count)) scores[i] = 0;  // indices out of order must not write elsewhere
+    }
+    active.next[run] = next;
   }
 }
 
@@ -152,9 +167,9 @@ struct TileKeys {
   template <class Value>
   ID3_INLINE static void run(const ScoredTensor<Value>& t, int64_t first, Key<Value>* keys) {
     alignas(64) Value scores[kTile];
-    const int32_t* active = first_active(t, first);
+    ActiveCursors active(t.active, first);
     tile_scores<Form::ordered>(t, first, scores);
-    exclude_active(t, first, kTile, active, scores);
+    exclude_active(active, first, kTile, scores);
     for (int64_t i = 0; i < kTile; ++i) keys[i] = key_of(scores[i]);
   }
 };
@@ -167,7 +182,7 @@ struct TileMaxima {
     // vector load of a zero just stored stalls.
     constexpr int64_t kTogether = 4;
     alignas(64) Value scores[kTogether * kTile];
-    const int32_t* active = first_active(t, first);
+    ActiveCursors active(t.active, first);
     const bool reads_param = !t.rule.given && t.rule.exponent != Exponent::zero;
     for (int64_t tile = 0; tile < count; tile += kTogether, first += kTogether * kTile) {
       const int64_t together = std::min(kTogether, count - tile);
@@ -175,7 +190,7 @@ struct TileMaxima {
         if (!reads_param) prefetch_ahead(t.grad, first + i * kTile);
         tile_scores<Form::ordered>(t, first + i * kTile, scores + i * kTile);
       }
-      exclude_active(t, first, together * kTile, active, scores);
+      exclude_active(active, first, together * kTile, scores);
       for (int64_t i = 0; i < together; ++i) maxima[tile + i] = largest_key(scores + i * kTile);
     }
   }

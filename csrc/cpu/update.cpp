@@ -70,7 +70,7 @@ template <class Value>
 class Update {
  public:
   explicit Update(const Arguments& a)
-      : a_(a), entries_(view_entries("", a.offsets, a.indices, a.params.size())) {
+      : a_(a), entries_(view_runs("", a.offsets, a.indices, a.params.size())) {
     const int64_t n = entries_.end();
     const auto dtype = at::CppTypeToScalarType<Value>::value;
     check_vector("exp_avg", a.exp_avg, dtype, n);
@@ -93,7 +93,7 @@ class Update {
   // their positions. Nothing: the tensor has none.
   template <class Gradient>
   void run(bool gathered, const Gradient& gradient) const {
-    at::parallel_for(entries_.begin(), entries_.end(), kGrain, [&](int64_t begin, int64_t end) {
+    at::parallel_for(0, entries_.count(), kGrain, [&](int64_t begin, int64_t end) {
       entries_.for_each_segment(begin, end, [&](int64_t j, int64_t first, int64_t last) {
         const std::optional<Strided> grad = gradient(j);
         if (grad) update_segment(*grad, gathered, j, first, last);
@@ -101,7 +101,7 @@ class Update {
     });
   }
 
-  const EntriesView& entries() const { return entries_; }
+  const RunsView& entries() const { return entries_; }
 
  private:
   void update_segment(const Strided& grad, bool gathered, int64_t j, int64_t first, int64_t last) const {
@@ -157,8 +157,7 @@ class Update {
   void tabulate_ages() {
     if (!age_ || entries_.tensors == 0) return;
     const int64_t oldest = *std::max_element(step_, step_ + entries_.tensors);
-    const int64_t count = entries_.end() - entries_.begin();
-    const int64_t length = std::min({oldest + 1, kLongestAge, count / 4});
+    const int64_t length = std::min({oldest + 1, kLongestAge, entries_.count() / 4});
     for (int64_t age = 0; age < length; ++age) by_age_.push_back(correction(age));
   }
 
@@ -193,7 +192,7 @@ class Update {
   }
 
   const Arguments& a_;
-  EntriesView entries_;
+  RunsView entries_;
   AdamWScalars<Value> scalars_;
   Value *exp_avg_, *exp_avg_sq_, *master_ = nullptr;
   int32_t* age_ = nullptr;

@@ -11,15 +11,22 @@ constexpr int kTilesTogether = 8;  // whose maxima a warp reads at once
 
 // --- the values at active entries --------------------------------------------------------------------------
 
+__device__ __forceinline__ int64_t chunk_length_at(const Collect& c, int64_t offset) {
+  return min(static_cast<int64_t>(kShortChunk), c.row.numel - offset);
+}
+
 __global__ void take_kernel(Collect c, int32_t chunks) {
-  const int64_t begin = c.active.first(), end = c.active.end();
-  for (int64_t at = begin + thread_in_grid(); at < end; at += threads_in_grid()) {
-    const float value = load_as_float(c.grad, c.grad_dtype, c.active.indices[at]);
-    c.values[at] = c.add ? c.values[at] + value : value;
+  const bool spans = chunks > 0 && c.wanted.count() > 0;
+  for (int32_t run = 0; run < c.active.runs; ++run) {
+    const EntriesView own = c.active.run(run);
+    const int64_t end = own.end();
+    for (int64_t at = own.first() + thread_in_grid(); at < end; at += threads_in_grid()) {
+      const float value = load_as_float(c.grad, c.grad_dtype, own.indices[at]);
+      c.values[at] = c.add ? c.values[at] + value : value;
+    }
+    for (int64_t i = thread_in_grid(); spans && i < chunks; i += threads_in_grid())
+      c.spans[i * c.active.runs + run] = span_at(own, 0, i * kShortChunk, chunk_length_at(c, i * kShortChunk));
   }
-  if (chunks == 0 || c.wanted.count() == 0) return;
-  for (int64_t i = thread_in_grid(); i <= chunks; i += threads_in_grid())
-    c.chunk_active[i] = lower_bound(c.active.indices, begin, end, i * kShortChunk);
 }
 
 // --- one pass over the tensor: tile maxima, and the floor --------------------------------------------------
@@ -36,8 +43,7 @@ struct Tally {
 
 __device__ __forceinline__ Chunk chunk_in(const Collect& c, int32_t number) {
   const int64_t offset = static_cast<int64_t>(number) * kShortChunk;
-  const int64_t length = min(static_cast<int64_t>(kShortChunk), c.row.numel - offset);
-  return {offset, 0, static_cast<int32_t>(length), c.chunk_active[number], c.chunk_active[number + 1]};
+  return {offset, 0, static_cast<int32_t>(chunk_length_at(c, offset))};
 }
 
 // Raises the floor to the highest bin edge that k entries reach. Every thread of one block must call it.
@@ -67,7 +73,7 @@ __global__ void __launch_bounds__(kThreads, 4) stream_kernel(Collect c, int32_t 
   __syncthreads();
   const Tally tally{c.state->floor, bins};
   for (int32_t number = blockIdx.x; number < chunks; number += static_cast<int32_t>(gridDim.x)) {
-    tile_maxima<E>(c.rule, c.row, chunk_in(c, number), c.active.indices, kShortChunk, bitmap,
+    tile_maxima<E>(c.rule, c.row, chunk_in(c, number), c.active_in(number), kShortChunk, bitmap,
                    c.maxima + static_cast<int64_t>(number) * (kShortChunk / kTile), tally);
     __syncthreads();  // the bitmap is the next chunk's now
   }
@@ -87,8 +93,7 @@ template <Exponent E>
 __device__ __forceinline__ int32_t admitted_key(const Collect& c, const Floor& floor, int64_t index) {
   const int32_t key = key_in<E>(c.row, c.rule, index);
   if (!floor.admits(key, place_of(c, index))) return 0;
-  const int64_t* active = c.chunk_active + index / kShortChunk;
-  return holds(c.active.indices, active[0], active[1], index) ? 0 : key;
+  return c.active_in(index / kShortChunk).hold(index) ? 0 : key;
 }
 
 __device__ __forceinline__ void put(const Collect& c, int64_t slot, float score, int64_t place, float grad) {
@@ -252,7 +257,7 @@ void collect(const Collect& c, cudaStream_t stream) {
   const int32_t chunks = c.state ? chunks_of(c.row.numel) : 0;
   const int64_t tiles = static_cast<int64_t>(chunks) * (kShortChunk / kTile);
   const int64_t active = std::min<int64_t>(c.most_active, c.row.numel);
-  launch(take_kernel, blocks_for(std::max<int64_t>(active, chunks + 1)), kThreads, stream, c, chunks);
+  launch(take_kernel, blocks_for(std::max<int64_t>(active, chunks)), kThreads, stream, c, chunks);
   if (chunks == 0) return;
   with_exponent(c.rule.given ? Exponent::zero : exponent_of(c.rule.exp), [&](auto e) {
     launch(stream_kernel<e.value>, blocks_for(chunks, 1), kThreads, stream, c, chunks);

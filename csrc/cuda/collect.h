@@ -39,7 +39,7 @@ struct Collect {
   const void* grad;  // the gradient itself
   DType grad_dtype;
   ScoreRule rule;
-  EntriesView active;  // of this tensor alone
+  RunsView active;  // of this tensor alone
   float* values;       // at the active entries: their gradient, or with `add` more by it
   bool add;
   int64_t most_active;  // room in active.indices
@@ -50,8 +50,14 @@ struct Collect {
   Wanted wanted;          // of at most half the room
   int64_t room;           // 0: nothing but the values is taken
   CollectState* state;    // null: as above
-  int64_t* chunk_active;  // [chunks + 1]: where in active.indices each chunk begins
+  Span* spans;            // [chunks][active.runs]
   int32_t* maxima;        // [chunks · tiles of a chunk]
+
+#if defined(__CUDACC__) || defined(ID3_EMULATED_CUDA)
+  __device__ ActiveSpans active_in(int64_t chunk) const {
+    return {spans + chunk * active.runs, active.indices, active.runs};
+  }
+#endif
 };
 
 // How much memory holds the best k entries: slots for candidates, and int64 elements of the state.

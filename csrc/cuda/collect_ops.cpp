@@ -32,8 +32,8 @@ void collect_op(const at::Tensor& param, const at::Tensor& grad, const OptionalT
                 double eps, double exp) {
   const c10::cuda::CUDAGuard guard(grad.device());
   check_row_major(values, grad);
-  TORCH_CHECK_VALUE(offsets.numel() == 2 && values.numel() >= indices.numel(),
-                    "collect_: expected 2 offsets and ", indices.numel(), " values, got ", offsets.numel(),
+  TORCH_CHECK_VALUE(offsets.size(-1) == 2 && values.numel() >= indices.numel(),
+                    "collect_: expected 2 offsets and ", indices.numel(), " values, got ", offsets.size(-1),
                     " and ", values.numel());
   TORCH_CHECK_VALUE((score ? *score : param).numel() == grad.numel(), "grad: expected ",
                     (score ? *score : param).numel(), " entries, got ", grad.numel());
@@ -43,7 +43,7 @@ void collect_op(const at::Tensor& param, const at::Tensor& grad, const OptionalT
   c.grad = own.grad;
   c.grad_dtype = own.grad_dtype;
   c.rule = {static_cast<float>(eps), exp, score.has_value()};
-  c.active = view(offsets, indices);
+  c.active = view_runs(offsets, indices);
   c.most_active = indices.numel();
   c.values = values.mutable_data_ptr<float>();
   c.add = add;
@@ -53,9 +53,10 @@ void collect_op(const at::Tensor& param, const at::Tensor& grad, const OptionalT
   if (!again && state.numel() > 0 && best_score.numel() > 0) {
     set_candidates(c, best_score, best_place, best_grad, state, grad);
     const int64_t chunks = chunks_of(c.row.numel), tiles = chunks * (kShortChunk / kTile);
-    workspace = empty<int64_t>(chunks + 1 + (tiles + 1) / 2, grad);
-    c.chunk_active = data<int64_t>(workspace);
-    c.maxima = reinterpret_cast<int32_t*>(c.chunk_active + chunks + 1);
+    const int64_t spans = chunks * c.active.runs;
+    workspace = empty<int64_t>(2 * spans + (tiles + 1) / 2, grad);
+    c.spans = data<Span>(workspace);
+    c.maxima = reinterpret_cast<int32_t*>(c.spans + spans);
   }
   collect(c, c10::cuda::getCurrentCUDAStream());
   C10_CUDA_KERNEL_LAUNCH_CHECK();

@@ -24,42 +24,6 @@ void with_bits(int item_bytes, const Visit& visit) {
   visit(uint64_t());
 }
 
-__device__ __forceinline__ double square_at(const TensorRow* rows, const EntriesView& entries, int64_t at) {
-  const TensorRow row = rows[entries.owner(at)];
-  if (row.grad == nullptr) return 0;
-  const double value = load_as_float(row.grad, row.grad_dtype, entries.indices[at]);
-  return value * value;
-}
-
-__device__ __forceinline__ int64_t sum_blocks(const EntriesView& entries) {
-  return (entries.count() + kSumBlock - 1) / kSumBlock;
-}
-
-__global__ void squares_kernel(const TensorRow* rows, EntriesView entries, double* sums) {
-  __shared__ double partial[kThreads];
-  const int me = threadIdx.x;
-  for (int64_t block = blockIdx.x; block < sum_blocks(entries); block += gridDim.x) {
-    const int64_t first = entries.first() + block * kSumBlock, end = min(first + kSumBlock, entries.end());
-    double mine = 0;
-    for (int64_t at = first + me; at < end; at += kThreads) mine += square_at(rows, entries, at);
-    partial[me] = mine;
-    __syncthreads();
-    for (int half = kThreads / 2; half > 0; half /= 2) {
-      if (me < half) partial[me] += partial[me + half];
-      __syncthreads();
-    }
-    if (me == 0) sums[block] = partial[0];
-    __syncthreads();
-  }
-}
-
-__global__ void total_kernel(const double* sums, EntriesView entries, double* total) {
-  if (thread_in_grid() != 0) return;
-  double sum = 0;
-  for (int64_t i = 0; i < sum_blocks(entries); ++i) sum += sums[i];
-  *total = sum;
-}
-
 // --- join --------------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ int64_t held_count(const Join& j) { return j.offsets[j.added.tensors]; }
@@ -146,12 +110,6 @@ void scatter(const TensorRow* rows, EntriesView entries, int64_t n, int item_byt
     launch(scatter_kernel<Bits>, blocks_for(n), kThreads, stream, rows, entries,
            static_cast<const Bits*>(values));
   });
-}
-
-void squared_norm(const TensorRow* rows, EntriesView entries, int64_t n, double* block_sums, double* sum,
-                  cudaStream_t stream) {
-  launch(squares_kernel, blocks_for(n, kSumBlock), kThreads, stream, rows, entries, block_sums);
-  launch(total_kernel, 1, 1, stream, block_sums, entries, sum);
 }
 
 void join(const Join& join, cudaStream_t stream) {

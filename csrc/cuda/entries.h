@@ -13,13 +13,6 @@ void gather(const TensorRow* rows, EntriesView entries, int64_t n, int item_byte
 void scatter(const TensorRow* rows, EntriesView entries, int64_t n, int item_bytes, const void* values,
              cudaStream_t stream);
 
-constexpr int kSumBlock = 4096;  // entries summed by one block: fixed, so that the sum has one order
-
-// The sum of squares of the rows' gradients at the entries, of which there are at most n, in blocks that
-// count from the first; block_sums: [(n + kSumBlock - 1) / kSumBlock].
-void squared_norm(const TensorRow* rows, EntriesView entries, int64_t n, double* block_sums, double* sum,
-                  cudaStream_t stream);
-
 constexpr int kMostArrays = 16;
 
 // One array of a sorted set of entries.

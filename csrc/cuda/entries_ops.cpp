@@ -27,19 +27,6 @@ void scatter_op(at::TensorList tensors, const at::Tensor& offsets, const at::Ten
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
-at::Tensor squared_norm_op(const OptionalTensors& tensors, const at::Tensor& offsets,
-                           const at::Tensor& indices) {
-  const c10::cuda::CUDAGuard guard(offsets.device());
-  const at::Tensor rows = stored(rows_of({}, tensors, offsets), offsets),
-                   sum = at::empty({}, offsets.options().dtype(at::kDouble));
-  const int64_t n = indices.numel();
-  const at::Tensor sums = empty<double>((n + kSumBlock - 1) / kSumBlock, offsets);
-  squared_norm(data<TensorRow>(rows), view(offsets, indices), n, data<double>(sums), data<double>(sum),
-               c10::cuda::getCurrentCUDAStream());
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
-  return sum;
-}
-
 void join_op(at::TensorList arrays, const at::Tensor& offsets, const at::Tensor& b_offsets,
              const at::Tensor& b_indices, const OptionalTensors& b_values) {
   const c10::cuda::CUDAGuard guard(offsets.device());
@@ -80,7 +67,6 @@ void join_op(at::TensorList arrays, const at::Tensor& offsets, const at::Tensor&
 TORCH_LIBRARY_IMPL(id3_cuda, CUDA, m) {
   m.impl("gather", &gather_op);
   m.impl("scatter_", &scatter_op);
-  m.impl("squared_norm", &squared_norm_op);
   m.impl("join_", &join_op);
 }
 

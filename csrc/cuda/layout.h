@@ -18,8 +18,12 @@ constexpr int kShortChunk = 8192;  // for small models, whose last wave of block
 struct Chunk {
   int64_t offset;  // flat index of its first entry
   int32_t tensor;
-  int32_t length;                    // entries; less than a whole chunk at the end of a tensor
-  int64_t active_begin, active_end;  // where its own active entries stand among all
+  int32_t length;  // entries; less than a whole chunk at the end of a tensor
+};
+
+// Where the active entries of a chunk stand in one run: [begin, end).
+struct Span {
+  int64_t begin, end;
 };
 
 struct Layout {
@@ -44,10 +48,39 @@ inline Layout cut_into_chunks(std::vector<TensorRow>& rows) {
 
 #if defined(__CUDACC__) || defined(ID3_EMULATED_CUDA)
 
-// What the rows say of chunk `number`, and which of the active entries lie in it.
-__device__ inline Chunk chunk_at(const TensorRow* rows, const EntriesView& active, int32_t chunk_length,
+// The active entries of one chunk.
+struct ActiveSpans {
+  const Span* spans;  // [runs]
+  const int32_t* indices;
+  int32_t runs;
+
+  __device__ bool none() const {
+    for (int32_t run = 0; run < runs; ++run)
+      if (spans[run].begin != spans[run].end) return false;
+    return true;
+  }
+
+  __device__ bool hold(int64_t index) const {
+    for (int32_t run = 0; run < runs; ++run) {
+      const Span span = spans[run];
+      const int64_t at = lower_bound(indices, span.begin, span.end, index);
+      if (at < span.end && indices[at] == index) return true;
+    }
+    return false;
+  }
+};
+
+// The entries of a run in the chunk of `tensor` that begins at `offset`.
+__device__ inline Span span_at(const EntriesView& run, int32_t tensor, int64_t offset, int64_t length) {
+  const int64_t* own = run.offsets + tensor;
+  const int64_t begin = lower_bound(run.indices, own[0], own[1], offset);
+  return {begin, lower_bound(run.indices, begin, own[1], offset + length)};
+}
+
+// What the rows, of which there are `tensors`, say of chunk `number`.
+__device__ inline Chunk chunk_at(const TensorRow* rows, int32_t tensors, int32_t chunk_length,
                                  int64_t number) {
-  int32_t tensor = 0, after = active.tensors;  // the last row that begins at or before this chunk has it
+  int32_t tensor = 0, after = tensors;  // the last row that begins at or before this chunk has it
   while (after - tensor > 1) {
     const int32_t middle = (tensor + after) / 2;
     if (rows[middle].first_chunk <= number)
@@ -57,10 +90,7 @@ __device__ inline Chunk chunk_at(const TensorRow* rows, const EntriesView& activ
   }
   const int64_t offset = (number - rows[tensor].first_chunk) * chunk_length;
   const int64_t length = min(static_cast<int64_t>(chunk_length), rows[tensor].numel - offset);
-  const int64_t* own = active.offsets + tensor;
-  const int64_t begin = lower_bound(active.indices, own[0], own[1], offset);
-  return {offset, tensor, static_cast<int32_t>(length), begin,
-          lower_bound(active.indices, begin, own[1], offset + length)};
+  return {offset, tensor, static_cast<int32_t>(length)};
 }
 
 #endif

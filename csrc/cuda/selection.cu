@@ -9,8 +9,13 @@ namespace {
 
 __global__ void chunks_kernel(Candidates c, Wanted wanted) {
   if (wanted.count() == 0) return;
-  for (int64_t i = thread_in_grid(); i < c.n_chunks; i += threads_in_grid())
-    c.chunks[i] = chunk_at(c.rows, c.active, c.chunk_length, i);
+  for (int64_t i = thread_in_grid(); i < c.n_chunks; i += threads_in_grid()) {
+    const Chunk chunk = chunk_at(c.rows, c.active.tensors, c.chunk_length, i);
+    c.chunks[i] = chunk;
+    for (int32_t run = 0; run < c.active.runs; ++run)
+      c.spans[i * c.active.runs + run] =
+          span_at(c.active.run(run), chunk.tensor, chunk.offset, chunk.length);
+  }
 }
 
 // First look: the largest key of each tile.
@@ -20,7 +25,7 @@ __global__ void __launch_bounds__(kThreads, 4)
   if (wanted.count() == 0) return;
   __shared__ uint32_t bitmap[kLongChunk / 32];
   const Chunk chunk = c.chunks[blockIdx.x];
-  tile_maxima<E>(c.rule, c.rows[chunk.tensor], chunk, c.active.indices, c.chunk_length, bitmap,
+  tile_maxima<E>(c.rule, c.rows[chunk.tensor], chunk, c.active_in(blockIdx.x), c.chunk_length, bitmap,
                  maxima + static_cast<int64_t>(blockIdx.x) * (c.chunk_length / kTile), NoTally());
 }
 
@@ -33,10 +38,11 @@ struct SlotKeys {
 
   __device__ int32_t operator()(int64_t slot) const {
     const int32_t at = static_cast<int32_t>(slot % c.chunk_length);
-    const Chunk chunk = c.chunks[slot / c.chunk_length];
+    const int64_t number = slot / c.chunk_length;
+    const Chunk chunk = c.chunks[number];
     if (at >= chunk.length) return 0;
     const int32_t key = key_in<E>(c.rows[chunk.tensor], c.rule, chunk.offset + at);
-    return key && !holds(c.active.indices, chunk.active_begin, chunk.active_end, chunk.offset + at) ? key : 0;
+    return key && !c.active_in(number).hold(chunk.offset + at) ? key : 0;
   }
 };
 

@@ -11,9 +11,16 @@ namespace id3::cuda {
 struct Candidates {
   const TensorRow* rows;
   Chunk* chunks;  // [n_chunks]; written here
+  Span* spans;    // [n_chunks][active.runs]; written here
   int32_t n_chunks, chunk_length;
-  EntriesView active;
+  RunsView active;
   ScoreRule rule;
+
+#if defined(__CUDACC__) || defined(ID3_EMULATED_CUDA)
+  __device__ ActiveSpans active_in(int64_t chunk) const {
+    return {spans + chunk * active.runs, active.indices, active.runs};
+  }
+#endif
 };
 
 // The result, in the form of the op table: offsets [tensors + 1]; indices and scores [capacity].

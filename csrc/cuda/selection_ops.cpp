@@ -21,13 +21,15 @@ using Selection = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 Selection select(std::vector<TensorRow> rows, const at::Tensor& offsets, const at::Tensor& indices,
                  const at::Tensor& k, int64_t capacity, const ScoreRule& rule) {
   const int64_t* wanted = count_at(k, offsets);
-  const at::Tensor out_offsets = at::empty_like(offsets),
+  const RunsView active = view_runs(offsets, indices);
+  const at::Tensor out_offsets = at::empty({offsets.size(-1)}, offsets.options()),
                    out_indices = at::empty({capacity}, indices.options()),
                    scores = at::empty({capacity}, indices.options().dtype(at::kFloat));
   const Layout layout = cut_into_chunks(rows);
   if (capacity == 0 || layout.n_chunks == 0)
     return {out_offsets.zero_(), out_indices.zero_(), scores.zero_()};
-  const at::Tensor device_rows = stored(rows, offsets), chunks = empty<Chunk>(layout.n_chunks, offsets);
+  const at::Tensor device_rows = stored(rows, offsets), chunks = empty<Chunk>(layout.n_chunks, offsets),
+                   spans = empty<Span>(static_cast<int64_t>(layout.n_chunks) * active.runs, offsets);
   const int64_t tiles = layout.tiles();
   const bool few = few_winners(capacity, tiles);
   const int64_t keys_ranked = few ? std::max(tiles, capacity * kTile) : layout.slots();
@@ -38,8 +40,13 @@ Selection select(std::vector<TensorRow> rows, const at::Tensor& offsets, const a
                    maxima = empty<int32_t>(few ? tiles : 0, offsets),
                    listed = empty<int32_t>(few ? capacity : 0, offsets),
                    keys = empty<int32_t>(few ? capacity * kTile : 0, offsets);
-  const Candidates candidates{data<TensorRow>(device_rows), data<Chunk>(chunks),    layout.n_chunks,
-                              layout.chunk_length,          view(offsets, indices), rule};
+  const Candidates candidates{data<TensorRow>(device_rows),
+                              data<Chunk>(chunks),
+                              data<Span>(spans),
+                              layout.n_chunks,
+                              layout.chunk_length,
+                              active,
+                              rule};
   const SelectionWorkspace workspace{
       {data<TopkState>(state), data<unsigned>(histogram), data<BlockCount>(blocks)},
       data<int32_t>(maxima),

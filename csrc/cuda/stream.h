@@ -31,12 +31,6 @@ __device__ __forceinline__ int32_t key_in(const TensorRow& row, const ScoreRule&
   return key_at<E>(rule, p, g);
 }
 
-// Whether the ascending indices[begin, end) hold `index`.
-__device__ __forceinline__ bool holds(const int32_t* indices, int64_t begin, int64_t end, int64_t index) {
-  const int64_t at = lower_bound(indices, begin, end, index);
-  return at < end && indices[at] == index;
-}
-
 // Sees no key; see stream_chunk.
 struct NoTally {
   __device__ __forceinline__ bool wants(int32_t) const { return false; }
@@ -153,14 +147,17 @@ __device__ __forceinline__ void walk_chunk(const ScoreRule& rule, const TensorRo
 }
 
 // Sets a bit per active entry of the chunk; null where there is none.
-__device__ __forceinline__ const uint32_t* mark_taken(const int32_t* active, const Chunk& chunk,
+__device__ __forceinline__ const uint32_t* mark_taken(const ActiveSpans& active, const Chunk& chunk,
                                                       int chunk_length, uint32_t* bitmap) {
-  if (chunk.active_begin == chunk.active_end) return nullptr;
+  if (active.none()) return nullptr;
   for (int i = threadIdx.x; i < chunk_length / 32; i += kThreads) bitmap[i] = 0;
   __syncthreads();
-  for (int64_t i = chunk.active_begin + threadIdx.x; i < chunk.active_end; i += kThreads) {
-    const int at = static_cast<int>(active[i] - chunk.offset);
-    atomicOr(&bitmap[at / 32], 1u << at % 32);
+  for (int32_t run = 0; run < active.runs; ++run) {
+    const Span span = active.spans[run];
+    for (int64_t i = span.begin + threadIdx.x; i < span.end; i += kThreads) {
+      const int at = static_cast<int>(active.indices[i] - chunk.offset);
+      atomicOr(&bitmap[at / 32], 1u << at % 32);
+    }
   }
   __syncthreads();
   return bitmap;
@@ -170,7 +167,7 @@ __device__ __forceinline__ const uint32_t* mark_taken(const int32_t* active, con
 // bitmap: [chunk_length / 32], in shared memory. Every thread of the block must call it.
 template <Exponent E, class Tally>
 __device__ __forceinline__ void tile_maxima(const ScoreRule& rule, const TensorRow& row, const Chunk& chunk,
-                                            const int32_t* active, int chunk_length, uint32_t* bitmap,
+                                            const ActiveSpans& active, int chunk_length, uint32_t* bitmap,
                                             int32_t* maxima, const Tally& tally) {
   const uint32_t* taken = mark_taken(active, chunk, chunk_length, bitmap);
   const uint64_t addresses = reinterpret_cast<uint64_t>(row.grad) |

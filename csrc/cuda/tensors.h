@@ -37,6 +37,19 @@ struct EntriesView {
 #endif
 };
 
+// An active set: runs of entries, of which no two hold the same entry. What lies between them in `indices` is
+// no entry.
+struct RunsView {
+  const int64_t* offsets;  // [runs][tensors + 1], rows `stride` apart
+  const int32_t* indices;
+  int64_t stride;
+  int32_t tensors, runs;
+
+#if defined(__CUDACC__) || defined(ID3_EMULATED_CUDA)
+  __device__ EntriesView run(int32_t number) const { return {offsets + number * stride, indices, tensors}; }
+#endif
+};
+
 // Sends rows[0, count) to device memory as kernel parameters: no host memory has to outlive the call, no copy
 // synchronises, and a captured graph contains the rows.
 void store_rows(const TensorRow* rows, int32_t count, TensorRow* device_rows, cudaStream_t stream);

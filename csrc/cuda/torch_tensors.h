@@ -48,6 +48,17 @@ inline EntriesView view(const at::Tensor& offsets, const at::Tensor& indices) {
           static_cast<int32_t>(offsets.numel() - 1)};
 }
 
+// offsets: [tensors + 1], one run, or [runs, tensors + 1], whose rows may lie apart.
+inline RunsView view_runs(const at::Tensor& offsets, const at::Tensor& indices) {
+  TORCH_CHECK_VALUE(offsets.scalar_type() == at::kLong && indices.scalar_type() == at::kInt,
+                    "entries: expected int64 offsets and int32 indices");
+  TORCH_CHECK_VALUE(offsets.dim() > 0 && (offsets.size(-1) < 2 || offsets.stride(-1) == 1),
+                    "offsets: expected rows of stride 1, got strides ", offsets.strides());
+  const bool many = offsets.dim() == 2;
+  return {offsets.const_data_ptr<int64_t>(), indices.const_data_ptr<int32_t>(), many ? offsets.stride(0) : 0,
+          static_cast<int32_t>(offsets.size(-1) - 1), many ? static_cast<int32_t>(offsets.size(0)) : 1};
+}
+
 inline at::Tensor stored(const std::vector<TensorRow>& rows, const at::Tensor& like) {
   const at::Tensor out = empty<TensorRow>(rows.size(), like);
   store_rows(rows.data(), static_cast<int32_t>(rows.size()), data<TensorRow>(out),

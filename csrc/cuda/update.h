@@ -30,7 +30,7 @@ struct Number {
 // device memory throughout.
 struct Update {
   const TensorRow* rows;
-  EntriesView entries;
+  RunsView entries;
   const void* values;  // gradients already gathered, or null: they lie in the rows
   DType values_dtype;
   float *exp_avg, *exp_avg_sq;

@@ -69,7 +69,7 @@ void adamw_with(at::TensorList params, const OptionalTensors& grads, const Optio
   check_row_major(step, offsets);
   Update update{};
   update.rows = data<TensorRow>(rows);
-  update.entries = view(offsets, indices);
+  update.entries = view_runs(offsets, indices);
   if (values) {
     check_row_major(*values, offsets);
     update.values = values->const_data_ptr();

@@ -1,7 +1,8 @@
 """Every op of `table.py` in plain torch: the specification to read, the fallback, the oracle of the tests."""
 
 from .collect import collect_
-from .entries import gather, join_, scatter_, squared_norm, union
+from .entries import gather, join_, scatter_, union
+from .norm import squared_norm
 from .score import d3_score, wide_dtype
 from .selection import select_topk, select_topk_by_score
 from .update import adamw_, adamw_compact_

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ..entries import runs
 from .entries import read
 from .score import d3_score, order_key
 from .selection import best_keys, wanted_count
@@ -13,15 +14,16 @@ def collect_(
     param, grad, score, offsets, indices, values, add, position, best_score, best_place, best_grad, state, k,
     may_hold, eps, exp,
 ):  # fmt: skip
-    begin, end = offsets.tolist()
-    own = slice(begin, end)
-    gradient = read(grad, indices[own]).to(values.dtype)
-    values[own].add_(gradient) if add else values[own].copy_(gradient)
+    rows = [slice(*run.tolist()) for run in runs(offsets)]
+    for row in rows:
+        gradient = read(grad, indices[row]).to(values.dtype)
+        values[row].add_(gradient) if add else values[row].copy_(gradient)
     k = wanted_count(k, best_score.numel())
     if k == 0:
         return
     key = order_key(d3_score(param, grad, eps, exp) if score is None else score).reshape(-1)
-    key[indices[own].to(torch.int64)] = 0
+    for row in rows:
+        key[indices[row].to(torch.int64)] = 0
     index = best_keys(key, k)
     best = best_score, best_place, best_grad
     keep_best_(grad, position, index, key[index].view(values.dtype), *best, may_hold)

@@ -44,15 +44,6 @@ def scatter_(tensors, offsets, indices, values):
         write(t, indices[bounds[j] : bounds[j + 1]], values[bounds[j] : bounds[j + 1]])
 
 
-def squared_norm(tensors, offsets, indices):
-    block = 4096  # fixed blocks, so that the sum does not depend on how many threads share it
-    lists = Entries(offsets, indices).lists()
-    parts = [read(t, i).double() for t, i in zip(tensors, lists, strict=True) if t is not None]
-    values = torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64, device=indices.device)
-    blocks = padded(values, -(-values.numel() // block) * block).view(-1, block)
-    return (blocks * blocks).sum(1).cumsum(0)[-1] if len(blocks) else values.sum()
-
-
 def padded(values: Tensor, length: int) -> Tensor:
     """The values, then zeros up to `length`."""
     out = values.new_zeros(length)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..entries import Entries
+from ..entries import Entries, runs
 from .entries import padded
 from .score import d3_score, order_key, wide_dtype
 
@@ -15,26 +15,28 @@ def select_topk(params, grads, offsets, indices, k, capacity, eps, exp):
         return None if grads[j] is None else d3_score(params[j], grads[j], eps, exp)
 
     dtype = wide_dtype(params[0].dtype) if params else torch.float32
-    return _select(score, len(params), Entries(offsets, indices), k, capacity, dtype)
+    return _select(score, len(params), offsets, indices, k, capacity, dtype)
 
 
 def select_topk_by_score(scores, offsets, indices, k, capacity):
     dtype = next((s.dtype for s in scores if s is not None), torch.float32)
-    return _select(scores.__getitem__, len(scores), Entries(offsets, indices), k, capacity, dtype)
+    return _select(scores.__getitem__, len(scores), offsets, indices, k, capacity, dtype)
 
 
-def _select(score_of, n_tensors: int, active: Entries, k: Tensor, capacity: int, dtype: torch.dtype):
-    device, k = active.offsets.device, wanted_count(k, capacity)
+def _select(score_of, n_tensors: int, offsets, indices, k: Tensor, capacity: int, dtype: torch.dtype):
+    device, k = offsets.device, wanted_count(k, capacity)
+    active = [Entries(run, indices).lists() for run in runs(offsets)]
     integer = torch.int64 if dtype == torch.float64 else torch.int32
     keys = torch.empty(0, dtype=integer, device=device)  # of the best k so far, in entry order
     index = torch.empty(0, dtype=torch.int64, device=device)
     owner = torch.empty(0, dtype=torch.int64, device=device)
-    for j, taken in enumerate(active.lists() if k else []):
+    for j in range(n_tensors if k else 0):
         score = score_of(j)
         if score is None or score.numel() == 0:
             continue
         key = order_key(score).reshape(-1)
-        key[taken.to(torch.int64)] = 0
+        for run in active:
+            key[run[j].to(torch.int64)] = 0
         own = best_keys(key, k)
         keys, index = torch.cat([keys, key[own]]), torch.cat([index, own])
         owner = torch.cat([owner, torch.full_like(own, j)])

@@ -7,24 +7,25 @@ import math
 import torch
 from torch import Tensor
 
-from ..entries import Entries
+from ..entries import Entries, runs
 from .entries import read, write
 from .score import exact_sqrt, wide_dtype
 
 
 def adamw_(params, grads, offsets, indices, exp_avg, exp_avg_sq, master, age, step, *rest):
-    rows = Entries(offsets, indices).lists()
-    values = [
-        None if g is None else read(g, i).to(wide_dtype(p.dtype))
-        for p, g, i in zip(params, grads, rows, strict=True)
-    ]
-    _adamw(params, values, offsets, indices, exp_avg, exp_avg_sq, master, age, step, *rest)
+    for run in runs(offsets):
+        values = [
+            None if g is None else read(g, i).to(wide_dtype(p.dtype))
+            for p, g, i in zip(params, grads, Entries(run, indices).lists(), strict=True)
+        ]
+        _adamw(params, values, run, indices, exp_avg, exp_avg_sq, master, age, step, *rest)
 
 
 def adamw_compact_(params, values, offsets, indices, exp_avg, exp_avg_sq, master, age, step, *rest):
-    bounds = offsets.tolist()
-    wide = [values[bounds[j] : bounds[j + 1]].to(wide_dtype(p.dtype)) for j, p in enumerate(params)]
-    _adamw(params, wide, offsets, indices, exp_avg, exp_avg_sq, master, age, step, *rest)
+    for run in runs(offsets):
+        bounds = run.tolist()
+        wide = [values[bounds[j] : bounds[j + 1]].to(wide_dtype(p.dtype)) for j, p in enumerate(params)]
+        _adamw(params, wide, run, indices, exp_avg, exp_avg_sq, master, age, step, *rest)
 
 
 def _adamw(

@@ -1,7 +1,8 @@
 """The ops of `table.py` on a GPU, through Triton; on CPU tensors with TRITON_INTERPRET=1, for tests."""
 
-from .entries import gather, join_, scatter_, squared_norm, union
+from .entries import gather, join_, scatter_, union
 from .launch import why_unavailable
+from .norm import squared_norm
 from .score import d3_score
 from .selection import collect_, select_topk, select_topk_by_score
 from .update import adamw_, adamw_compact_

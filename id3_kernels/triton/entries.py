@@ -10,11 +10,9 @@ from torch import Tensor
 from .. import reference
 from ..entries import Entries, sort_keys
 from . import launch, tables
-from .launch import load_any
 from .tables import owners
 
 BLOCK = 256
-SUM_BLOCK = 4096  # fixed, so that the sum has one order
 
 union = reference.union
 
@@ -37,19 +35,6 @@ def scatter_kernel(tensors, owner, indices, values, n, n_tensors, BITS: tl.const
     target = tl.load(tensors + j, mask=held, other=0).to(tl.pointer_type(BITS))
     index = tl.load(indices + at, mask=held, other=0)
     tl.store(target + index, tl.load(values + at, mask=held, other=0), mask=held)
-
-
-@triton.jit
-def squares_kernel(tensors, codes, owner, offsets, indices, squares, n, n_tensors, BLOCK: tl.constexpr):
-    """float64 squares; 0 where there is no tensor (address 0) and behind the last entry."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    j = tl.load(owner + at, mask=at < n, other=n_tensors)
-    held = j < n_tensors
-    source = tl.load(tensors + j, mask=held, other=0)
-    held = held & (source != 0)
-    index = tl.load(indices + tl.load(offsets) + at, mask=held, other=0)
-    x = load_any(source, index, held, tl.load(codes + j, mask=held, other=0)).to(tl.float64)
-    tl.store(squares + at, x * x, mask=at < n)
 
 
 def _bits(dtype: torch.dtype) -> tuple[torch.dtype, tl.dtype]:
@@ -84,21 +69,6 @@ def scatter_(tensors, offsets, indices, values):
         indices, values.contiguous().view(as_torch), n, len(rows), as_triton, BLOCK,
     )  # fmt: skip
     launch.carry_back(tensors, rows)
-
-
-def squared_norm(tensors, offsets, indices):
-    """See `table.OPS`. One order of summation: blocks of 4096 entries, then the blocks."""
-    launch.check(*tensors)
-    device, n = offsets.device, tables.most_entries(tensors, indices)
-    rows = [None if t is None else t.contiguous() for t in tensors]
-    squares = torch.zeros(-(-n // SUM_BLOCK) * SUM_BLOCK, dtype=torch.float64, device=device)
-    launch.run(
-        squares_kernel, triton.cdiv(n, BLOCK), 4, device, tables.addresses(rows, device),
-        tables.codes(rows, device), owners(offsets, n), offsets, indices, squares, n, len(rows),
-        BLOCK,
-    )  # fmt: skip
-    sums = squares.view(-1, SUM_BLOCK).sum(1)
-    return sums.cumsum(0)[-1] if n else squares.sum()
 
 
 def join_(arrays, offsets, b_offsets, b_indices, b_values):

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..entries import runs
 from ..reference.collect import best_by_selection_
 from . import launch, tables
 from .launch import TILE, load_wide
@@ -115,10 +116,11 @@ def collect_(
     launch.check(param, grad, values)
     grad, device, block = grad.contiguous(), grad.device, 256
     n = tables.most_entries([grad], indices)
-    launch.run(
-        take_kernel, triton.cdiv(n, block), 4, device, tables.addresses([grad], device), offsets, indices,
-        values, launch.CODES[grad.dtype], add, block,
-    )  # fmt: skip
+    for run in runs(offsets):
+        launch.run(
+            take_kernel, triton.cdiv(n, block), 4, device, tables.addresses([grad], device), run, indices,
+            values, launch.CODES[grad.dtype], add, block,
+        )  # fmt: skip
     best_by_selection_(
         select_topk, select_topk_by_score, param, grad, score, offsets, indices, position, best_score,
         best_place, best_grad, k, best_score.numel(), may_hold, eps, exp,
@@ -135,7 +137,7 @@ def _select(params, grads, offsets, indices, k, capacity, kind, eps, exp):
     cut = tables.layout(tuple(map(_span, params, grads)), device)
     if not capacity or not cut.tiles:
         winners = (torch.zeros(capacity, dtype=t, device=device) for t in (torch.int32, torch.float32))
-        return torch.zeros_like(offsets), *winners
+        return offsets.new_zeros(offsets.shape[-1]), *winners
     wanted = k.reshape(1).clamp(0, capacity)
     active = _bitmap(cut, offsets, indices, tables.most_entries(grads, indices), wanted)
     reading = _reading(cut, params, grads, active, kind, eps, exp)
@@ -162,16 +164,17 @@ def _reading(cut: Layout, params, grads, active: Tensor, kind: str, eps: float, 
 
 
 def _bitmap(cut: Layout, offsets: Tensor, indices: Tensor, n: int, wanted: Tensor) -> Tensor:
-    """uint8: one bit per slot, set for the at most n active entries; of no size where there are none."""
+    """uint8: one bit per slot, set for the at most n active entries of each run; of no size where there are none."""
     device, block = offsets.device, 1024
     words = torch.empty(cut.tiles * TILE.value // 32 if n else 0, dtype=torch.int32, device=device)
     launch.run(
         clear_kernel, triton.cdiv(words.numel(), block), 4, device, words, words.numel(), wanted, block
     )
-    launch.run(
-        mark_active_kernel, triton.cdiv(n, block), 4, device, words, tables.owners(offsets, n), offsets,
-        indices, cut.first_tile, cut.numels, n, offsets.numel() - 1, wanted, block,
-    )  # fmt: skip
+    for run in runs(offsets):
+        launch.run(
+            mark_active_kernel, triton.cdiv(n, block), 4, device, words, tables.owners(run, n), run,
+            indices, cut.first_tile, cut.numels, n, run.numel() - 1, wanted, block,
+        )  # fmt: skip
     return words.view(torch.uint8)
 
 

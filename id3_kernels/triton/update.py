@@ -1,4 +1,4 @@
-"""AdamW at the entries alone, for all tensors in one launch.
+"""AdamW at the entries alone, for all tensors in one launch per run of entries.
 
 torch's order of operations, each rounded once to float32. The bias corrections come from tables over the
 step number, computed in float64 by the host and kept on the device: no step number has to be read back, nor
@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..entries import runs
 from . import launch, tables
 from .launch import bfloat16_bits, load_any
 
@@ -125,14 +126,14 @@ def _adamw(
         lr = tensor_lr.reshape(1).double()
     decay = (1 - lr * weight_decay).float()
     scalars = [None if x is None else x.to(device, torch.float32) for x in (grad_scale, found_inf, clip)]
-    launch.run(
-        adamw_kernel, triton.cdiv(n, block), 4, device,
-        tables.addresses(rows, device), tables.codes(rows, device), tables.addresses(grads, device),
-        tables.codes(grads, device), tables.owners(offsets, n), offsets, indices, exp_avg, exp_avg_sq, master,
-        age, step.to(device), unbiased, roots, roots.numel() - 1, lr, decay, *scalars, n, len(params),
-        1 - beta1, beta2, 1 - beta2, eps,
-        compact, master is not None, age is not None, maximize, *(x is not None for x in scalars), block,
-    )  # fmt: skip
+    columns = [column(ts, device) for ts in (rows, grads) for column in (tables.addresses, tables.codes)]
+    for run in runs(offsets):
+        launch.run(
+            adamw_kernel, triton.cdiv(n, block), 4, device, *columns, tables.owners(run, n), run, indices,
+            exp_avg, exp_avg_sq, master, age, step.to(device), unbiased, roots, roots.numel() - 1, lr, decay,
+            *scalars, n, len(params), 1 - beta1, beta2, 1 - beta2, eps,
+            compact, master is not None, age is not None, maximize, *(x is not None for x in scalars), block,
+        )  # fmt: skip
     launch.carry_back(params, rows)
 
 

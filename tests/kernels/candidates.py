@@ -69,17 +69,21 @@ def padded(entries: Entries, junk: int = 3) -> Entries:
 
 
 def collect(
-    backend, problem, order, held, eps, exp, *, scores=None, again=False, values=None, add=False
+    backend, problem, order, held, eps, exp, *, scores=None, again=False, values=None, add=False, active=None
 ) -> Tensor:
-    """Hands the problem's tensors to collect_ in `order`; returns the values at the active entries."""
-    offsets, indices = backend.here(padded(problem.active or Entries.empty(len(problem.params))))
+    """Hands the problem's tensors to collect_ in `order`; returns the values at the active entries.
+
+    active: offsets [..., M + 1] and indices in place of the problem's.
+    """
+    active = active or padded(problem.active or Entries.empty(len(problem.params)))
+    offsets, indices = (x.to(backend.device) for x in active)
     if values is None:
         values = torch.full(indices.shape, 7.0, dtype=held.score.dtype, device=backend.device)
     for j in order:
         if problem.grads[j] is not None:
             backend.table.collect_(
                 backend.here(problem.params[j]), backend.here(problem.grads[j]),
-                None if scores is None else backend.here(scores[j]), offsets[j : j + 2], indices,
+                None if scores is None else backend.here(scores[j]), offsets[..., j : j + 2], indices,
                 values, add, j, *held.arguments(), again, eps, exp,
             )  # fmt: skip
     return values

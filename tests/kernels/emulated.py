@@ -79,6 +79,14 @@ def entries(offsets, indices):
     return offsets.numel() - 1, address(offsets), address(indices), c_int64(indices.numel())
 
 
+def runs(offsets, indices):
+    """`entries` of offsets [M + 1] or [R, M + 1]: the rows' number and stride come behind M."""
+    stride = offsets.stride(0) if offsets.dim() == 2 else 0
+    n_runs = offsets.shape[0] if offsets.dim() == 2 else 1
+    addresses = address(offsets), address(indices), c_int64(indices.numel())
+    return offsets.shape[-1] - 1, n_runs, c_int64(stride), *addresses
+
+
 def d3_score(param, grad, eps, exp):
     scores = torch.empty(param.shape)
     library().d3_score_emulated(
@@ -89,12 +97,12 @@ def d3_score(param, grad, eps, exp):
 
 def select(params, grads, offsets, indices, k, capacity, eps, exp, given):
     """The result, and whether tiles were listed by their maxima."""
-    out = torch.full_like(offsets, -7)
+    out = torch.full(offsets.shape[-1:], -7)
     picked, scores = torch.full((capacity,), -7, dtype=torch.int32), torch.full((capacity,), float("nan"))
     if capacity == 0 or not sum(g.numel() for g in grads if g is not None):
         return (out.zero_(), picked.zero_(), scores.zero_()), False
     few = library().select_topk_emulated(
-        rows(params, grads), *entries(offsets, indices)[:3], address(k), c_int64(capacity),
+        rows(params, grads), *runs(offsets, indices)[:5], address(k), c_int64(capacity),
         c_float(eps), c_double(exp), int(given), address(out), address(picked), address(scores),
     )  # fmt: skip
     assert few >= 0, "the workspace is not as the next call expects it"
@@ -116,7 +124,7 @@ def collect_(
     fused = not again and state.numel() > 0 and best_score.numel() > 0
     assert not fused or state.numel() >= library().collect_state_length()
     library().collect_emulated(
-        rows([param], [grad]), None if score is None else rows([], [score]), *entries(offsets, indices)[1:],
+        rows([param], [grad]), None if score is None else rows([], [score]), *runs(offsets, indices)[1:],
         address(values), int(add), c_int64(position), *map(address, (best_score, best_place, best_grad)),
         c_int64(best_score.numel()), address(state) if fused else None, address(k), c_float(eps),
         c_double(exp),
@@ -147,7 +155,7 @@ def scatter_(tensors, offsets, indices, values):
 
 
 def squared_norm(tensors, offsets, indices):
-    total = library().squared_norm_emulated(rows([], tensors), *entries(offsets, indices))
+    total = library().squared_norm_emulated(rows([], tensors), *runs(offsets, indices))
     return torch.tensor(total, dtype=torch.float64)
 
 
@@ -175,7 +183,7 @@ def _adamw(
 ):  # fmt: skip
     scalars = [None if t is None else t.float() for t in (grad_scale, found_inf, clip)]
     library().adamw_emulated(
-        rows(params, grads), *entries(offsets, indices), address(values),
+        rows(params, grads), *runs(offsets, indices), address(values),
         0 if values is None else DTYPES.index(values.dtype),
         *map(address, (exp_avg, exp_avg_sq, master, age, step)),
         *map(c_double, (lr, beta1, beta2, eps, weight_decay)), int(maximize), *map(address, scalars),

@@ -6,7 +6,7 @@ import oracle
 import pytest
 import torch
 from candidates import padded
-from cases import F32, F64, NAN
+from cases import F32, F64
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -158,53 +158,6 @@ def test_scatter_is_seen_by_autograd(backend):
     backend.scatter_([tensor], backend.here(Entries.from_lists([[1]])), backend.here(torch.tensor([5.0])))
     assert tensor.tolist() == [0.0, 5.0, 0.0]
     assert tensor._version > before
-
-
-@pytest.mark.parametrize("n", [0, 1, 4095, 4096, 4097, 20_000])
-def test_squared_norm_against_an_exact_sum(backend, n):
-    n = min(n, 4500) if backend.is_slow else n
-    rng = np.random.default_rng(n)
-    tensors = [torch.from_numpy(rng.standard_normal(m)).float() for m in (n, 300)] + [None]
-    entries = Entries.from_lists([range(n), range(0, 300, 7), [0, 5]])
-    norm = backend.table.squared_norm(backend.here(tensors), *backend.here(padded(entries)))
-    assert norm.shape == ()
-    assert norm.dtype == torch.float64
-    held = [*tensors[0].tolist(), *tensors[1][::7].tolist()]
-    # n roundings of the squares and at most n of the sums
-    assert float(norm) == pytest.approx(math.fsum(x * x for x in held), rel=(len(held) + 2) * 2.0**-53)
-
-
-def test_squared_norm_of_mixed_dtypes_and_special_values(backend):
-    tensors = [torch.tensor([3.0, 7.0], dtype=torch.bfloat16), torch.tensor([2.0, 0.5]), torch.tensor([NAN])]
-    entries = Entries.from_lists([[0], [0, 1], []])
-    assert float(backend.table.squared_norm(backend.here(tensors), *backend.here(entries))) == 13.25
-    entries = Entries.from_lists([[0], [0, 1], [0]])
-    assert math.isnan(float(backend.table.squared_norm(backend.here(tensors), *backend.here(entries))))
-
-
-@pytest.mark.parametrize(("first", "last"), [(0, 1), (1, 3), (2, 4)])
-def test_squared_norm_of_a_part_of_the_tensors(backend, first, last):
-    """The same bits as of these tensors alone: blocks count from the part's beginning."""
-    sizes = (30, 100, 4, 99) if backend.is_slow else (3000, 10_000, 4, 9000)
-    rng = np.random.default_rng(1)
-    tensors = [torch.from_numpy(rng.standard_normal(n)).float() for n in sizes]
-    entries = cases.some_entries(sizes, 0.8, rng)
-    offsets, indices = backend.here(padded(entries))
-    part = backend.here(tensors[first:last])
-    got = backend.table.squared_norm(part, offsets[first : last + 1], indices)
-    cut = backend.here(Entries.from_lists(entries.lists()[first:last]))
-    oracle.check_bits(got, backend.table.squared_norm(part, *cut))
-
-
-def test_squared_norm_has_the_same_bits_for_every_thread_count_and_run(cpu, threads):
-    rng = np.random.default_rng(0)
-    tensors = [torch.from_numpy(rng.standard_normal(n) * 1e3).float() for n in (300_000, 5, 200_000)]
-    entries = cases.some_entries([t.numel() for t in tensors], 0.7, rng)
-    norms = set()
-    for run in range(20):
-        threads(1 + run % 3)
-        norms.add(float(cpu.table.squared_norm(tensors, *entries)))
-    assert len(norms) == 1
 
 
 @given(st.lists(st.sampled_from(cases.SHAPES), min_size=1, max_size=5), SHARES, SEEDS)

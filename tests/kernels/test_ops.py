@@ -126,6 +126,27 @@ def test_opcheck(cpu, name):
     torch.library.opcheck(getattr(torch.ops.id3, name).default, SAMPLES[name]())
 
 
+@pytest.fixture
+def active_set_of_two_runs(monkeypatch):
+    """The entries that the samples share, as rows of a wider tensor."""
+    wide = torch.tensor([[9, 0, 2, 3, 9], [9, 3, 4, 5, 9]])
+    two = Entries(wide[:, 1:4], torch.tensor([0, 29, 8, 7, 1], dtype=torch.int32))
+    monkeypatch.setitem(globals(), "held", lambda: two)
+    one_tensor, rest = collect_arguments()[:3], collect_arguments()[4:]
+    collect = (*one_tensor, torch.tensor([[1, 2], [2, 3]]), *rest, True, 1.0, 2.0)
+    monkeypatch.setitem(SAMPLES, "collect_", lambda: collect)
+
+
+OF_ACTIVE_SETS = [
+    "select_topk", "select_topk_by_score", "collect_", "squared_norm", "adamw_", "adamw_compact_"
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OF_ACTIVE_SETS)
+def test_opcheck_of_two_runs(cpu, name, active_set_of_two_runs):
+    torch.library.opcheck(getattr(torch.ops.id3, name).default, SAMPLES[name]())
+
+
 @pytest.mark.parametrize("name", [name for name in OPS if name != "collect_"])
 def test_backend_agrees_with_the_reference(backend, name):
     """Results and mutated arguments of the sample, bit for bit; collect_ is free in the order it keeps."""

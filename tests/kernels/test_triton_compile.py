@@ -33,10 +33,10 @@ ON, OFF = True, False
 
 ARGUMENTS = {
     "*i64": "params grads param_codes grad_codes tensors codes first_tile tiles offsets param grad step "
-    "wanted state histogram counts before slots table",
+    "wanted state histogram counts before slots table sums",
     "*i32": "owner owners lengths numels indices words maxima best age",
     "*fp32": "out exp_avg exp_avg_sq master roots decay grad_scale found_inf clip",
-    "*fp64": "exponent squares unbiased lr",
+    "*fp64": "exponent inverse unbiased lr",
     "*u8": "active",
     "*i16": "values",
     "fp32": "eps rest1 beta2 rest2",
@@ -50,7 +50,7 @@ def kernels():
     """Name -> (kernel, constants, warps), every variant that differs in more than a number."""
     import triton.language as tl
 
-    from id3_kernels.triton import entries, score, selection, tables, topk, update
+    from id3_kernels.triton import entries, norm, score, selection, tables, topk, update
 
     stream = {"CHUNK": 4096, "ROWS": selection.ROWS, "FULL": ON, "EXCLUDE": OFF}
     out = {}
@@ -83,7 +83,8 @@ def kernels():
     out["adamw_compact"] = update.adamw_kernel, flags | absent | {"COMPACT": ON, "BLOCK": 256}, 4
     out["gather"] = entries.gather_kernel, {"BITS": tl.int16, "BLOCK": 256}, 4
     out["scatter"] = entries.scatter_kernel, {"BITS": tl.int16, "BLOCK": 256}, 4
-    out["squares"] = entries.squares_kernel, {"BLOCK": 256}, 4
+    out["take_values"] = norm.take_values_kernel, {"BLOCK": 256}, 4
+    out["squares"] = norm.squares_kernel, {"BLOCK": 1024}, 4
     return out
 
 
@@ -94,7 +95,7 @@ def compile_one(kernel, constants, warps, target):
 
     names = kernel.arg_names
     signature = {name: "constexpr" if name in constants else TYPES[name] for name in names}
-    if kernel.__name__ == "take_kernel":  # the one that does not move values by their bits
+    if kernel.__name__ in ("take_kernel", "take_values_kernel", "squares_kernel"):  # not moved by their bits
         signature["values"] = "*fp32"
     values = {(names.index(name),): value for name, value in constants.items()}
     source = ASTSource(kernel, signature, values)

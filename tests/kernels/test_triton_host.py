@@ -14,7 +14,7 @@ tables = pytest.importorskip("id3_kernels.triton.tables", reason="triton is not 
 
 from id3_kernels import reference  # noqa: E402
 from id3_kernels import triton as kernels  # noqa: E402
-from id3_kernels.triton import entries, launch, score, selection, topk, update  # noqa: E402
+from id3_kernels.triton import entries, launch, norm, score, selection, topk, update  # noqa: E402
 
 SIZES = ((300, 7), (4097,), (70_000,))
 CPU, CAPACITY, NUMBERS = torch.device("cpu"), 20, (0.9, 0.999, 1e-8, 0.1)
@@ -43,9 +43,12 @@ def gpu(monkeypatch):
 
 
 class Step:
-    """The arguments of all ops of a step, of tensors in many dtypes, and of a channels_last one."""
+    """The arguments of all ops of a step, of tensors in many dtypes, and of a channels_last one.
 
-    def __init__(self, device):
+    runs: into how many runs the active set of those ops is split that take several; 0: the one form [M + 1].
+    """
+
+    def __init__(self, device, runs=0):
         def new(*shape, dtype=torch.float32):
             return torch.empty(shape, dtype=dtype, device=device)
 
@@ -55,6 +58,8 @@ class Step:
         self.scores = [None if g is None else new(*g.shape) for g in self.grads]
         self.offsets = new(len(self.params) + 1, dtype=torch.int64)
         self.entries = self.offsets, new(100, dtype=torch.int32)
+        rows = new(runs, len(self.params) + 1, dtype=torch.int64) if runs else self.offsets
+        self.active = rows, self.entries[1]
         self.values, self.state = new(100), [new(100) for _ in range(3)]
         self.age, self.step = new(100, dtype=torch.int32), new(4, dtype=torch.int64)
         self.k, self.scalar = new(1, dtype=torch.int64), new()
@@ -63,10 +68,10 @@ class Step:
 
     def adamw(self, lr=1e-3, tensor_lr=None):
         scalars = (False, self.scalar, self.scalar, None, tensor_lr)
-        return (*self.entries, *self.state, self.age, self.step, lr, *NUMBERS, *scalars)
+        return (*self.active, *self.state, self.age, self.step, lr, *NUMBERS, *scalars)
 
     def collect(self, j, score=None):
-        place = (self.offsets[j : j + 2], self.entries[1], self.values, True, j)
+        place = (self.active[0][..., j : j + 2], self.entries[1], self.values, True, j)
         tensors = (self.params[j], self.grads[j], score)
         return (*tensors, *place, *self.best, self.none, self.k, True, 1.0, 2.0)
 
@@ -77,24 +82,25 @@ class Step:
 
 OPS = {
     "d3_score": lambda s: kernels.d3_score(s.params[1], s.grads[1], 1.0, 2.0),
-    "select_topk, few": lambda s: kernels.select_topk(s.params, s.grads, *s.entries, s.k, CAPACITY, 1.0, 2.0),
-    "select_topk, many": lambda s: kernels.select_topk(s.params, s.grads, *s.entries, s.k, 5000, 1.0, 0.7),
-    "select_topk_by_score": lambda s: kernels.select_topk_by_score(s.scores, *s.entries, s.k, CAPACITY),
+    "select_topk, few": lambda s: kernels.select_topk(s.params, s.grads, *s.active, s.k, CAPACITY, 1.0, 2.0),
+    "select_topk, many": lambda s: kernels.select_topk(s.params, s.grads, *s.active, s.k, 5000, 1.0, 0.7),
+    "select_topk_by_score": lambda s: kernels.select_topk_by_score(s.scores, *s.active, s.k, CAPACITY),
     "collect_": lambda s: kernels.collect_(*s.collect(2)),
     "collect_ by score": lambda s: kernels.collect_(*s.collect(3, s.scores[3])),
     "join_": lambda s: kernels.join_(*s.join()),
     "gather": lambda s: kernels.gather(s.params, *s.entries),
     "scatter_": lambda s: kernels.scatter_(s.params, *s.entries, s.values),
-    "squared_norm": lambda s: kernels.squared_norm(s.grads, *s.entries),
+    "squared_norm": lambda s: kernels.squared_norm(s.grads, *s.active),
     "adamw_": lambda s: kernels.adamw_(s.params, s.grads, *s.adamw()),
     "adamw_compact_": lambda s: kernels.adamw_compact_(s.params, s.values, *s.adamw(0.0, s.scalar)),
 }
 
 
+@pytest.mark.parametrize("runs", [0, 2], ids=["", "two runs"])
 @pytest.mark.parametrize("name", OPS)
-def test_no_op_of_a_step_asks_the_device(gpu, name):
+def test_no_op_of_a_step_asks_the_device(gpu, name, runs):
     """Neither a number nor a size; and from the second step on, nothing comes from the host's memory."""
-    step = Step(gpu)
+    step = Step(gpu, runs)
     OPS[name](step)
     with NothingFromTheHost():
         OPS[name](step)
@@ -124,6 +130,7 @@ def test_a_question_would_be_seen(gpu, monkeypatch, op, name):
 
     monkeypatch.setattr(tables, "owners", asking(owners))
     monkeypatch.setattr(entries, "owners", asking(owners))
+    monkeypatch.setattr(norm, "owners", asking(owners))
     monkeypatch.setattr(entries, "sort_keys", lambda e, n: (QUESTIONS[name](e.offsets), keys(e, n))[1])
     with pytest.raises(RuntimeError, match="meta"):
         OPS[op](Step(gpu))

@@ -200,6 +200,11 @@ T atomicAdd(T* address, T value) {
   *address += value;
   return old;
 }
+inline int atomicMax(int* address, int value) {
+  const int old = *address;
+  *address = old < value ? value : old;
+  return old;
+}
 inline unsigned atomicOr(unsigned* address, unsigned value) {
   const unsigned old = *address;
   *address |= value;

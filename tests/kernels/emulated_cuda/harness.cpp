@@ -4,6 +4,7 @@
 
 #include "cuda/collect.h"
 #include "cuda/entries.h"
+#include "cuda/norm.h"
 #include "cuda/selection.h"
 #include "cuda/update.h"
 
@@ -21,14 +22,15 @@ void d3_score_emulated(const TensorRow* row, int64_t numel, float eps, double ex
 int64_t launches_emulated() { return emulated::launches; }
 
 // Returns 1 if the maxima of tiles were used, 0 if all keys were read in every round.
-int select_topk_emulated(const TensorRow* rows, int32_t tensors, const int64_t* offsets,
-                         const int32_t* indices, const int64_t* k, int64_t capacity, float eps, double exp,
+int select_topk_emulated(const TensorRow* rows, int32_t tensors, int32_t runs, int64_t stride,
+                         const int64_t* offsets, const int32_t* indices, const int64_t* k, int64_t capacity, float eps, double exp,
                          int given, int64_t* out_offsets, int32_t* out_indices, float* out_scores) {
   std::vector<TensorRow> cut(rows, rows + tensors), stored(tensors);
   const Layout layout = cut_into_chunks(cut);
   store_rows(cut.data(), tensors, stored.data(), nullptr);
   const int64_t n = std::max(layout.slots(), capacity * kTile);
-  std::vector<Chunk> chunks(layout.n_chunks, Chunk{0, 0, kShortChunk, 0, 0});  // read before it is made: seen
+  std::vector<Chunk> chunks(layout.n_chunks, Chunk{0, 0, kShortChunk});  // read before it is made: seen
+  std::vector<Span> spans(layout.n_chunks * runs + 1);
   std::vector<int64_t> slots(capacity + 1);
   std::vector<int32_t> maxima(layout.tiles() + 1), tiles(capacity + 1), keys(capacity * kTile + 1);
   std::vector<unsigned> histogram(kBins);
@@ -36,7 +38,8 @@ int select_topk_emulated(const TensorRow* rows, int32_t tensors, const int64_t* 
   TopkState state{};
   int64_t n_tiles = -1, n_slots = -1;
   const Candidates candidates{
-      stored.data(),         chunks.data(), layout.n_chunks, layout.chunk_length, {offsets, indices, tensors},
+      stored.data(),       chunks.data(),       spans.data(),
+      layout.n_chunks,     layout.chunk_length, {offsets, indices, stride, tensors, runs},
       {eps, exp, given != 0}};
   const SelectionWorkspace workspace{{&state, histogram.data(), counts.data()},
                                      maxima.data(),
@@ -68,18 +71,18 @@ int64_t row_bytes_emulated() { return sizeof(TensorRow); }
 int64_t collect_state_length() { return sizeof(CollectState) / sizeof(int64_t); }
 
 // score: null, or the row of a tensor of scores. state null: nothing but the values is taken.
-void collect_emulated(const TensorRow* row, const TensorRow* score, const int64_t* offsets,
-                      const int32_t* indices, int64_t most_active, float* values, int add, int64_t position,
+void collect_emulated(const TensorRow* row, const TensorRow* score, int32_t runs, int64_t stride,
+                      const int64_t* offsets, const int32_t* indices, int64_t most_active, float* values, int add, int64_t position,
                       float* best_score, int64_t* best_place, float* best_grad, int64_t room, void* state,
                       const int64_t* k, float eps, double exp) {
   const int64_t chunks = chunks_of(row->numel);
-  std::vector<int64_t> chunk_active(chunks + 1, -1);
+  std::vector<Span> spans(chunks * runs + 1, Span{-1, -1});
   std::vector<int32_t> maxima(chunks * (kShortChunk / kTile) + 1, 0x7fffffff);
   collect({score ? *score : *row,
            row->grad,
            row->grad_dtype,
            {eps, exp, score != nullptr},
-           {offsets, indices, 1},
+           {offsets, indices, stride, 1, runs},
            values,
            add != 0,
            most_active,
@@ -90,7 +93,7 @@ void collect_emulated(const TensorRow* row, const TensorRow* score, const int64_
            {k, room / 2},
            room,
            static_cast<CollectState*>(state),
-           chunk_active.data(),
+           spans.data(),
            maxima.data()},
           nullptr);
 }
@@ -102,9 +105,10 @@ int64_t chunks_emulated(TensorRow* rows, int32_t tensors, const int64_t* offsets
   const Layout layout = cut_into_chunks(cut);
   *chunk_length = layout.chunk_length;
   for (int64_t i = 0; chunks && i < layout.n_chunks; ++i) {
-    const Chunk chunk = chunk_at(cut.data(), {offsets, indices, tensors}, layout.chunk_length, i);
+    const Chunk chunk = chunk_at(cut.data(), tensors, layout.chunk_length, i);
+    const Span span = span_at({offsets, indices, tensors}, chunk.tensor, chunk.offset, chunk.length);
     for (const int64_t x :
-         {chunk.offset, int64_t{chunk.tensor}, int64_t{chunk.length}, chunk.active_begin, chunk.active_end})
+         {chunk.offset, int64_t{chunk.tensor}, int64_t{chunk.length}, span.begin, span.end})
       *chunks++ = x;
   }
   return layout.n_chunks;
@@ -122,11 +126,12 @@ void scatter_emulated(const TensorRow* rows, int32_t tensors, const int64_t* off
   scatter(rows, {offsets, indices, tensors}, n, item_bytes, values, nullptr);
 }
 
-double squared_norm_emulated(const TensorRow* rows, int32_t tensors, const int64_t* offsets,
-                             const int32_t* indices, int64_t n) {
-  std::vector<double> sums((n + kSumBlock - 1) / kSumBlock + 1);
+double squared_norm_emulated(const TensorRow* rows, int32_t tensors, int32_t runs, int64_t stride,
+                             const int64_t* offsets, const int32_t* indices, int64_t n) {
+  std::vector<float> values(n + 1, std::nanf(""));  // one that was never written shows
+  NormState state{};
   double sum = -1;
-  squared_norm(rows, {offsets, indices, tensors}, n, sums.data(), &sum, nullptr);
+  squared_norm(rows, {offsets, indices, stride, tensors, runs}, n, values.data(), &state, &sum, nullptr);
   return sum;
 }
 
@@ -150,8 +155,8 @@ void join_emulated(void** arrays, const void** added, const int32_t* item_bytes,
   join(args, nullptr);
 }
 
-void adamw_emulated(const TensorRow* rows, int32_t tensors, const int64_t* offsets, const int32_t* indices,
-                    int64_t n, const void* values, int32_t values_dtype, float* exp_avg, float* exp_avg_sq,
+void adamw_emulated(const TensorRow* rows, int32_t tensors, int32_t runs, int64_t stride,
+                    const int64_t* offsets, const int32_t* indices, int64_t n, const void* values, int32_t values_dtype, float* exp_avg, float* exp_avg_sq,
                     float* master, int32_t* age, const int64_t* step, double lr, double beta1, double beta2,
                     double eps, double weight_decay, int maximize, const float* grad_scale,
                     const float* found_inf, const float* clip, const void* tensor_lr, int lr_is_double) {
@@ -163,7 +168,7 @@ void adamw_emulated(const TensorRow* rows, int32_t tensors, const int64_t* offse
     root[s] = static_cast<float>(std::sqrt(1.0 - std::pow(beta2, static_cast<double>(s))));
   }
   Update u{rows,
-           {offsets, indices, tensors},
+           {offsets, indices, stride, tensors, runs},
            values,
            static_cast<DType>(values_dtype),
            exp_avg,
