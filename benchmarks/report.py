@@ -11,7 +11,7 @@ from benchmarks.render import Pages
 
 
 def publish(results: dict, path: Path, update_pages: bool, pages: Pages = CPU_PAGES) -> None:
-    """Writes the results file and its picture, with `update_pages` the two pages; prints the page's tables."""
+    """Writes the results file and its picture, with `update_pages` the two pages; prints the tables."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
     picture = path.with_suffix(".png")
