@@ -11,13 +11,26 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def item(t, key):
-    if isinstance(key, int):
-        return torch.select(t, 0, key)
-    if isinstance(key, slice):
-        begin, end, _ = key.indices(t.shape[0])
-        return t.narrow(0, begin, max(end - begin, 0))
+    if isinstance(key, tuple):
+        dimension = 0
+        for part in key:
+            if part is Ellipsis:
+                dimension = t.dim() - (len(key) - 1 - key.index(Ellipsis))
+                continue
+            t = item_of(t, dimension, part)
+            dimension += isinstance(part, slice)
+        return t
+    if isinstance(key, int | slice):
+        return item_of(t, 0, key)
     assert key.dtype != torch.bool, "a mask asks how many of it are True"
     return torch.ops.aten.index(t, [key])
+
+
+def item_of(t, dimension, key):
+    if isinstance(key, int):
+        return torch.select(t, dimension, key)
+    begin, end, _ = key.indices(t.shape[dimension])
+    return t.narrow(dimension, begin, max(end - begin, 0))
 
 
 def set_item(t, key, value):

@@ -222,7 +222,7 @@ def _fill_shard(shard: Shard, states: list[dict], steps_done: int) -> None:
     shard.steps = torch.tensor([int(s["step"]) for s in states], dtype=torch.int64, device=shard.device)
     shard.updated_at.fill_(steps_done)  # not stored: changed_since errs on the side of too much
     shard.reserve(bounds[-1])
-    shard.hold(torch.tensor(bounds, dtype=torch.int64, device=shard.device), {})
+    shard.hold(torch.tensor(bounds, dtype=torch.int64, device=shard.device), bounds[-1], {})
     for name in shard.layout.columns(shard.dtype):
         for j, s in enumerate(states):
             shard.column(name, j).copy_(s[name])

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from id3_kernels import table
+from id3_kernels.table import for_gpu
 from id3_kernels.entries import TILE
 
 from .active_set import ActiveSet
@@ -46,7 +46,7 @@ def _bytes_by_kind(shard: Shard, ever: EverActive | None) -> dict[str, int]:
         "ages": size.get("age", 0),
         "accumulator": size.get("gradient", 0),
         "ever_active": 0 if ever is None else ever.entries.indices.nbytes,
-        "tensor_tables": 8 * (shard.offsets.numel() + shard.steps.numel()),
+        "tensor_tables": sum(table.nbytes for table in shard.tables()),
     }
 
 
@@ -59,4 +59,4 @@ def _tile_bytes(shard: Shard, at_once: Callable) -> int:
 
 def _keeps_a_mask(shard: Shard) -> bool:
     on_gpu = shard.layout.backend is None and shard.device.type != "cpu"
-    return shard.layout.backend == "triton" or (on_gpu and table.for_gpu().__name__.endswith("triton"))
+    return shard.layout.backend == "triton" or (on_gpu and for_gpu().__name__.endswith("triton"))

@@ -45,7 +45,8 @@ class EverActive:
 def replace(shard: Shard, ever: EverActive, new: Entries) -> None:
     """Makes `new` the active set. An entry that stays keeps its state, one that leaves loses it."""
     new = new.trimmed()
-    _, held_at, new_at = shard.kernels.union(*shard.active.trimmed(), *new)[1:]
+    held = Entries(shard.offsets[0], shard.arrays["indices"]).trimmed()
+    _, held_at, new_at = shard.kernels.union(*held, *new)[1:]
     n_old, n_new = shard.n_active, new.indices.numel()
     values = shard.kernels.gather(shard.params, *new)
     ever.remember(shard.kernels, new, values)
@@ -59,4 +60,4 @@ def replace(shard: Shard, ever: EverActive, new: Entries) -> None:
         row = carried[new_at]
         arrays[name] = array.new_empty(max(array.numel(), n_new))
         arrays[name][:n_new] = torch.where(stayed[new_at], row, first[name]) if name in first else row
-    shard.hold(new.offsets.clone(), arrays)
+    shard.hold(new.offsets.clone(), n_new, arrays)

@@ -93,7 +93,7 @@ class Candidates:
             param,
             param.grad,
             score,
-            shard.offsets[j : j + 2],
+            shard.offsets[:, j : j + 2],
             shard.arrays["indices"],
             shard.arrays["gradient"],
             add,

@@ -57,14 +57,17 @@ class Kept:
         """[capacity] the gradients of the active entries; 0 for a tensor that had none."""
         values = shard.arrays["gradient"]
         if not all(self.seen):
-            at = torch.arange(values.numel(), device=shard.device)
-            owner = torch.searchsorted(shard.offsets[1:], at, right=True).clamp_(max=len(self.seen) - 1)
-            shard.arrays["gradient"] = torch.where(shard.mask(self.seen)[owner], values, 0)
+            at, keep = torch.arange(values.numel(), device=shard.device), None
+            for run in shard.offsets:
+                owner = torch.searchsorted(run[1:], at, right=True).clamp_(max=len(self.seen) - 1)
+                inside = (at >= run[0]) & (at < run[-1]) & shard.mask(self.seen)[owner]
+                keep = inside if keep is None else keep | inside
+            shard.arrays["gradient"] = torch.where(keep, values, 0)
         return shard.arrays["gradient"]
 
     def squared_norm(self, shard: Shard) -> Tensor:
         values = self.values(shard)
-        ends = torch.stack([shard.offsets[0], shard.offsets[-1]])
+        ends = torch.stack([shard.offsets[:, 0], shard.offsets[:, -1]], 1)
         everything = torch.arange(values.numel(), dtype=torch.int32, device=shard.device)
         return shard.kernels.squared_norm([values], ends, everything)
 
@@ -84,7 +87,7 @@ def _adamw(op, shard: Shard, first: int, last: int, gradient, arguments: tuple) 
     op(
         shard.params[first:last],
         gradient,
-        shard.offsets[first : last + 1],
+        shard.offsets[:, first : last + 1],
         shard.arrays["indices"],
         *state,
         shard.steps[first:last] + 1,  # counted when all groups are done, so that a step that fails is not

@@ -144,7 +144,7 @@ def _by_scores(
         if score is None:
             continue
         ends, index, value = shard.kernels.select_topk_by_score(
-            [score], offsets[j : j + 2], indices, wanted.k, min(wanted.capacity, param.numel())
+            [score], offsets[..., j : j + 2], indices, wanted.k, min(wanted.capacity, param.numel())
         )
         held = torch.arange(index.numel(), device=shard.device) < ends[-1]
         found = torch.where(held, (position << 32) | index.long(), NO_PLACE), torch.where(held, value, 0)
