@@ -36,7 +36,7 @@ def plain(name: str, tensor: Tensor) -> None:
     if not isinstance(tensor, Tensor):
         raise ValueError(f"{name}: expected a tensor, got {type(tensor).__name__}")
     if type(tensor) not in (Tensor, torch.nn.Parameter) and not _is_fake(tensor):
-        raise ValueError(f"{name}: expected a plain tensor, got the subclass {type(tensor).__name__}")
+        raise ValueError(f"{name}: expected a plain tensor, got {type(tensor).__name__}")
     if tensor.layout != torch.strided:
         raise ValueError(f"{name}: expected a dense tensor, got layout {tensor.layout}")
     if tensor.dtype not in FLOATS:

@@ -51,6 +51,25 @@ def gradient_of(g, grad_scale, clip, SCALE: tl.constexpr, CLIP: tl.constexpr, MA
 
 
 @triton.jit
+def exact_weight(stored, master, code):
+    """The master; the stored parameter where it is float32 or not the master's rounding."""
+    back = rounded(master, code)
+    same = (back == stored) | ((back != back) & (stored != stored))
+    return tl.where(same & (code != 0), master, stored)
+
+
+@triton.jit
+def next_step(age, at, step, j, live, AGE: tl.constexpr):
+    """The step number of the bias correction: the age, which grows by 1, or the step of the tensor."""
+    if AGE:
+        s = tl.load(age + at, mask=live, other=0) + 1
+        tl.store(age + at, s, mask=live)
+    else:
+        s = tl.load(step + j, mask=live, other=0)
+    return s
+
+
+@triton.jit
 def adamw_kernel(
     params, param_codes, grads, grad_codes, owner, offsets, indices, exp_avg, exp_avg_sq, master, age, step,
     unbiased, roots, longest, lr, decay, grad_scale, found_inf, clip, n, n_tensors,
@@ -76,21 +95,13 @@ def adamw_kernel(
     stored = load_any(param, index, live, code)
     w = stored
     if MASTER:
-        kept = tl.load(master + at, mask=live, other=0.0)
-        back = rounded(kept, code)
-        same = (back == stored) | ((back != back) & (stored != stored))
-        w = tl.where(same & (code != 0), kept, stored)
+        w = exact_weight(stored, tl.load(master + at, mask=live, other=0.0), code)
     w = w * tl.load(decay)
     m = tl.load(exp_avg + at, mask=live, other=0.0)
     v = tl.load(exp_avg_sq + at, mask=live, other=0.0)
     m = m + (g - m) * rest1
     v = v * beta2 + (g * rest2) * g
-    if AGE:
-        s = tl.load(age + at, mask=live, other=0) + 1
-        tl.store(age + at, s, mask=live)
-    else:
-        s = tl.load(step + j, mask=live, other=0)
-    s = tl.minimum(s, longest)
+    s = tl.minimum(next_step(age, at, step, j, live, AGE), longest)
     step_size = (tl.load(lr) / tl.load(unbiased + s, mask=live, other=1.0)).to(tl.float32)
     root = tl.load(roots + s, mask=live, other=1.0)
     w = w - tl.div_rn(step_size * m, tl.div_rn(tl.sqrt_rn(v), root) + eps)

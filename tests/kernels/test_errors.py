@@ -80,7 +80,7 @@ SCORES = {
     ),
     "subclass": (
         lambda: score(SUBCLASS),
-        "param: expected a plain tensor, got the subclass Quantised",
+        "param: expected a plain tensor, got Quantised",
     ),
     "no tensor": (lambda: score(grad=[1.0]), "grad: expected a tensor, got list"),
     "huge": (lambda: score(HUGE, HUGE), "param: expected fewer than 2^31 entries, got 2147483648"),
@@ -110,7 +110,7 @@ SELECTIONS = {
     "devices": (lambda: select((V, V.to("meta")), (V, V)), "params[1]: expected a tensor on cpu, got meta"),
     "subclass": (
         lambda: select((V, SUBCLASS), (V, V)),
-        "params[1]: expected a plain tensor, got the subclass Quantised",
+        "params[1]: expected a plain tensor, got Quantised",
     ),
     "huge": (
         lambda: select((V, HUGE), (V, HUGE)),
