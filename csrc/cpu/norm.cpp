@@ -54,7 +54,7 @@ class SquaredNorm {
   SquaredNorm(const OptionalTensors& tensors, const RunsView& entries)
       : tensors_(tensors),
         entries_(entries),
-        parts_(entries.count(), kGrain),
+        parts_(entries.length(), kGrain),
         buffer_(at::empty({entries.count()}, at::CppTypeToScalarType<Value>::value)),
         values_(buffer_.template mutable_data_ptr<Value>()) {}
 
@@ -66,7 +66,8 @@ class SquaredNorm {
     const double scale = norm_scale(reinterpret_bits<Value>(largest));
     std::vector<SquareSum> sums(parts_.count);
     parts_.run([&](int64_t part) {
-      const int64_t begin = parts_.begin(part), count = parts_.begin(part + 1) - begin;
+      const int64_t begin = entries_.before(parts_.begin(part));
+      const int64_t count = entries_.before(parts_.begin(part + 1)) - begin;
       run_simd<AddSquares>(values_ + begin, count, 1 / scale, sums[part]);
     });
     SquareSum total;
@@ -79,7 +80,7 @@ class SquaredNorm {
   Key<Value> gather() const {
     std::vector<Key<Value>> largest(parts_.count);
     parts_.run([&](int64_t part) {
-      Value* out = values_ + parts_.begin(part);
+      Value* out = values_ + entries_.before(parts_.begin(part));
       const auto segment = [&](int64_t j, int64_t first, int64_t last) {
         largest[part] = std::max(largest[part], gather(j, first, last, out));
         out += last - first;
