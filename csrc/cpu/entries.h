@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <limits>
+#include <utility>
 #include <vector>
 
 #include "checks.h"
@@ -31,18 +32,38 @@ struct EntriesView {
   }
 };
 
+constexpr int64_t kMostRuns = 8;  // as many cursors stand in the loops over active entries
+
 // An active set: runs of entries, each in order, of which no two hold the same entry. What lies in `indices`
 // between them is no entry.
-struct RunsView {
+//
+// Threads share the set by the entries of the longest run: [begin, end) of them stand for all entries of all
+// runs from the first of them on, up to that at `end`.
+class RunsView {
+ public:
+  RunsView(const int32_t* indices, int64_t tensors, std::vector<EntriesView> runs)
+      : indices(indices), tensors(tensors), runs(std::move(runs)) {
+    for (const EntriesView& run : this->runs)
+      if (run.end() - run.begin() > length()) longest_ = &run - this->runs.data();
+  }
+
   const int32_t* indices;
   int64_t tensors;
   std::vector<EntriesView> runs;
 
-  int64_t count() const {
+  // How many entries the longest run has.
+  int64_t length() const {
+    return runs.empty() ? 0 : runs[longest_].end() - runs[longest_].begin();
+  }
+
+  // How many entries of all runs stand before the entry `at` of the longest one; at its length all.
+  int64_t before(int64_t at) const {
     int64_t count = 0;
-    for (const EntriesView& run : runs) count += run.end() - run.begin();
+    for (const EntriesView& run : runs) count += place(run, at) - run.begin();
     return count;
   }
+
+  int64_t count() const { return before(length()); }
 
   // How far the runs reach: what `indices` and the arrays beside it must hold.
   int64_t end() const {
@@ -51,21 +72,65 @@ struct RunsView {
     return end;
   }
 
-  // visit(tensor, first, last) for stretches of positions that lie in one tensor: those of the entries
-  // [begin, end), counted through all runs.
+  // visit(tensor, first, last) for stretches of positions that lie in one tensor: all entries of the share
+  // [begin, end). Neighbours of different runs are visited soon after one another, so that the second finds
+  // the pages and cache lines of the first.
   template <class Visit>
   void for_each_segment(int64_t begin, int64_t end, const Visit& visit) const {
-    int64_t before = 0;
-    for (const EntriesView& run : runs) {
-      const int64_t shift = run.begin() - before, stop = before + run.end() - run.begin();
-      const int64_t first = std::max(begin, before), last = std::min(end, stop);
-      if (first < last) run.for_each_segment(first + shift, last + shift, visit);
-      before = stop;
+    if (begin >= end) return;
+    const EntriesView& longest = runs[longest_];
+    if (runs.size() == 1) return longest.for_each_segment(longest.begin() + begin, longest.begin() + end, visit);
+    int64_t next[kMostRuns], stop[kMostRuns];
+    for (size_t run = 0; run < runs.size(); ++run) {
+      next[run] = place(runs[run], begin);
+      stop[run] = place(runs[run], end);
+    }
+    const int64_t first = begin == 0 ? 0 : tensor_at(begin);
+    const int64_t last = end == length() ? tensors - 1 : tensor_at(end);
+    for (int64_t j = first; j <= last; ++j) visit_tensor(j, next, stop, visit);
+  }
+
+ private:
+  static constexpr int64_t kTogether = 2048;  // entries of one run before the others': some hundred KiB apart
+
+  int64_t tensor_at(int64_t at) const {
+    const EntriesView& run = runs[longest_];
+    return std::upper_bound(run.offsets, run.offsets + tensors + 1, run.begin() + at) - run.offsets - 1;
+  }
+
+  // Where in `run` the share that begins with the entry `at` of the longest run begins.
+  int64_t place(const EntriesView& run, int64_t at) const {
+    if (at <= 0) return run.begin();
+    if (at >= length()) return run.end();
+    const EntriesView& longest = runs[longest_];
+    if (&run == &longest) return run.begin() + at;
+    const int64_t j = tensor_at(at);
+    return lower_bound(run.offsets[j], run.offsets[j + 1], indices[longest.begin() + at]);
+  }
+
+  int64_t lower_bound(int64_t first, int64_t last, int32_t index) const {
+    return std::lower_bound(indices + first, indices + last, index) - indices;
+  }
+
+  // What tensor j has of the positions next .. stop of each run; moves `next` behind it.
+  template <class Visit>
+  void visit_tensor(int64_t j, int64_t* next, const int64_t* stop, const Visit& visit) const {
+    const int64_t end = std::min(stop[longest_], runs[longest_].offsets[j + 1]);
+    bool more = true;
+    while (more) {
+      const int64_t last = std::min(next[longest_] + kTogether, end);
+      more = last < end;
+      for (size_t run = 0; run < runs.size(); ++run) {
+        int64_t to = std::min(stop[run], runs[run].offsets[j + 1]);
+        if (more) to = static_cast<int64_t>(run) == longest_ ? last : lower_bound(next[run], to, indices[last]);
+        if (next[run] < to) visit(j, next[run], to);
+        next[run] = std::max(next[run], to);
+      }
     }
   }
-};
 
-constexpr int64_t kMostRuns = 8;  // as many cursors stand in the loops that leave out active entries
+  int64_t longest_ = 0;
+};
 
 // The active entries of one tensor: [begin(run), end(run)) for each run.
 struct ActiveEntries {
@@ -93,18 +158,17 @@ inline EntriesView view_entries(const char* name, const at::Tensor& offsets, con
 // offsets: [tensors + 1], one run, or [runs, tensors + 1], whose rows may lie apart.
 inline RunsView view_runs(const char* name, const at::Tensor& offsets, const at::Tensor& indices,
                           int64_t tensors) {
-  RunsView view{nullptr, tensors, {}};
+  std::vector<EntriesView> runs;
   if (offsets.dim() != 2) {
-    view.runs.push_back(view_entries(name, offsets, indices, tensors));
+    runs.push_back(view_entries(name, offsets, indices, tensors));
   } else {
     TORCH_CHECK_VALUE(offsets.size(0) <= kMostRuns, name, "offsets: expected at most ", kMostRuns,
                       " runs, got ", offsets.size(0));
     check_vector(std::string(name) + "indices", indices, at::kInt, 0);
     for (int64_t run = 0; run < offsets.size(0); ++run)
-      view.runs.push_back(view_entries(name, offsets.select(0, run), indices, tensors));
+      runs.push_back(view_entries(name, offsets.select(0, run), indices, tensors));
   }
-  view.indices = indices.const_data_ptr<int32_t>();
-  return view;
+  return RunsView(indices.const_data_ptr<int32_t>(), tensors, std::move(runs));
 }
 
 // Entries of which none belongs to other tensors.

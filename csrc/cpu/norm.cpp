@@ -19,9 +19,17 @@ namespace id3::cpu {
 namespace {
 
 constexpr int64_t kGrain = 4096;  // entries per thread below which starting a thread costs more
-constexpr int64_t kAhead = 32;    // entries between a prefetch and the read
 
-// Squares in an order that the compiler chooses: integers do not mind.
+// Both in an order that the compiler chooses: integers do not mind.
+struct Largest {
+  template <class Value>
+  ID3_INLINE static void run(const Value* values, int64_t count, Key<Value>& largest) {
+    Key<Value> key = largest;
+    for (int64_t i = 0; i < count; ++i) key = std::max(key, magnitude_bits(values[i]));
+    largest = key;
+  }
+};
+
 struct AddSquares {
   template <class Value>
   ID3_INLINE static void run(const Value* values, int64_t count, double inverse, SquareSum& sum) {
@@ -46,7 +54,7 @@ class SquaredNorm {
   SquaredNorm(const OptionalTensors& tensors, const RunsView& entries)
       : tensors_(tensors),
         entries_(entries),
-        parts_(entries.count(), kGrain),
+        parts_(entries.length(), kGrain),
         buffer_(at::empty({entries.count()}, at::CppTypeToScalarType<Value>::value)),
         values_(buffer_.template mutable_data_ptr<Value>()) {}
 
@@ -58,7 +66,8 @@ class SquaredNorm {
     const double scale = norm_scale(reinterpret_bits<Value>(largest));
     std::vector<SquareSum> sums(parts_.count);
     parts_.run([&](int64_t part) {
-      const int64_t begin = parts_.begin(part), count = parts_.begin(part + 1) - begin;
+      const int64_t begin = entries_.before(parts_.begin(part));
+      const int64_t count = entries_.before(parts_.begin(part + 1)) - begin;
       run_simd<AddSquares>(values_ + begin, count, 1 / scale, sums[part]);
     });
     SquareSum total;
@@ -71,7 +80,7 @@ class SquaredNorm {
   Key<Value> gather() const {
     std::vector<Key<Value>> largest(parts_.count);
     parts_.run([&](int64_t part) {
-      Value* out = values_ + parts_.begin(part);
+      Value* out = values_ + entries_.before(parts_.begin(part));
       const auto segment = [&](int64_t j, int64_t first, int64_t last) {
         largest[part] = std::max(largest[part], gather(j, first, last, out));
         out += last - first;
@@ -91,25 +100,15 @@ class SquaredNorm {
     const Strided tensor(*given);
     Key<Value> largest = 0;
     visit_stored<Value>(tensor.dtype, [&](auto stored) {
-      for (; first < last; first += kBlock, out += kBlock)
-        largest = std::max(largest, gather_block<decltype(stored)>(tensor, j, first, last, out));
-    });
-    return largest;
-  }
-
-  template <class Stored>
-  Key<Value> gather_block(const Strided& tensor, int64_t j, int64_t first, int64_t last, Value* out) const {
-    const auto* from = static_cast<const Stored*>(tensor.data);
-    const int32_t* indices = entries_.indices + first;
-    const int64_t count = std::min(kBlock, last - first), end = last - first - 1;
-    const Prefetch fetch(tensor);
-    Key<Value> largest = 0;
-    check_index_range(indices, count, tensor.numel, j);
-    with_places(tensor, indices, count, [&](const auto* places) {
-      for (int64_t i = 0; i < count; ++i) {
-        fetch(indices[std::min(i + kAhead, end)]);
-        out[i] = widen(from[places[i]]);
-        largest = std::max(largest, magnitude_bits(out[i]));
+      const auto* from = static_cast<const decltype(stored)*>(tensor.data);
+      for (; first < last; first += kBlock, out += kBlock) {
+        const int32_t* indices = entries_.indices + first;
+        const int64_t count = std::min(kBlock, last - first);
+        check_index_range(indices, count, tensor.numel, j);
+        with_places(tensor, indices, count, [&](const auto* places) {
+          for (int64_t i = 0; i < count; ++i) out[i] = widen(from[places[i]]);
+        });
+        run_simd<Largest>(out, count, largest);
       }
     });
     return largest;

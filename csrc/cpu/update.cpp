@@ -93,7 +93,7 @@ class Update {
   // their positions. Nothing: the tensor has none.
   template <class Gradient>
   void run(bool gathered, const Gradient& gradient) const {
-    at::parallel_for(0, entries_.count(), kGrain, [&](int64_t begin, int64_t end) {
+    at::parallel_for(0, entries_.length(), kGrain, [&](int64_t begin, int64_t end) {
       entries_.for_each_segment(begin, end, [&](int64_t j, int64_t first, int64_t last) {
         const std::optional<Strided> grad = gradient(j);
         if (grad) update_segment(*grad, gathered, j, first, last);
