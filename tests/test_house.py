@@ -120,13 +120,24 @@ def test_a_circle_is_found():
     assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == [frozenset("abc")]
 
 
-def test_kernels_know_nothing_of_the_optimizer():
+@pytest.mark.parametrize(
+    ("lower", "upper"),
+    [
+        ("id3_kernels", "id3_optim"),
+        ("id3_kernels.backend", "id3_kernels.table"),
+        ("id3_kernels.reference", "id3_kernels.table"),
+        ("id3_kernels.table", "id3_kernels.ops"),
+        ("id3_optim.state", "id3_optim.step"),
+        ("id3_optim.step", "id3_optim.unmasking"),
+        ("id3_optim.unmasking", "id3_optim.optimizer"),
+    ],
+)
+def test_imports_point_downwards(lower, upper):
     known = modules()
     for name, (path, tree) in known.items():
-        if name.startswith("id3_kernels"):
-            assert not [
-                target for target in imports(name, path, tree, known) if target.startswith("id3_optim")
-            ]
+        if f"{name}.".startswith(f"{lower}."):
+            above = [target for target in imports(name, path, tree, known) if f"{target}.".startswith(f"{upper}.")]
+            assert not above, (name, above)
 
 
 def body_lines(function):
