@@ -6,12 +6,14 @@
 
 The trained adapter is saved whole by `model.save_pretrained`, and as a delta by `save_delta`. To apply the
 delta, the same initial adapter must be on the model: LoRA's A starts random, and the delta's fingerprint
-covers the entries that it changes, so that a delta of B alone can not tell one A from another.
+covers the entries that it changes, so that a delta of B alone cannot tell one A from another.
 """
 
+import inspect
 from collections.abc import Iterable
 
 import torch
+from peft import PeftModel, PeftType, TaskType
 from peft.utils import ModulesToSaveWrapper
 
 from .groups import parameter_groups
@@ -27,8 +29,10 @@ def adapter_groups(
 
     only: parts of names, such as "lora_B": adapter parameters with none of them are left out and keep their
     bits (freeze them to spare their gradients). dense_options: settings of the dense group alone, as `lr`.
-    Raises ValueError where no adapter parameter is trainable, or for a part that occurs in none's name.
+    Raises ValueError where no adapter parameter is trainable, for a part that occurs in none's name, and for an
+    adapter that PEFT cannot run on this base model.
     """
+    _check_prefix_tuning(model)
     fresh = set(fresh) | _modules_to_save(model)
     groups = parameter_groups(model, fresh, **dense_options)
     adapter = groups[0]["params"]
@@ -41,6 +45,27 @@ def adapter_groups(
     if only:
         groups[0]["params"] = [(n, p) for n, p in adapter if any(part in n for part in only)]
     return groups
+
+
+def _check_prefix_tuning(model: torch.nn.Module) -> None:
+    """Raises ValueError for prefix tuning that PEFT refuses in every forward pass.
+
+    PEFT hands the prefix to a base model for classification or for questions as `past_key_values`, and looks for
+    an argument of this name in `forward`. Newer releases of transformers have no such argument there.
+    """
+    if not isinstance(model, PeftModel) or model.active_peft_config.peft_type != PeftType.PREFIX_TUNING:
+        return
+    if model.active_peft_config.task_type not in (TaskType.SEQ_CLS, TaskType.TOKEN_CLS, TaskType.QUESTION_ANS):
+        return
+    base = model.get_base_model()
+    for module in (base, base.get_submodule(model.transformer_backbone_name)):
+        if "past_key_values" in inspect.signature(module.forward).parameters:
+            return
+    raise ValueError(
+        f"model: expected a base model whose forward takes past_key_values, as PEFT's prefix tuning for "
+        f"{model.active_peft_config.task_type} needs, got {type(base).__name__}: take another PEFT method "
+        "(LoRA, say) or an older release of transformers"
+    )
 
 
 def _modules_to_save(model: torch.nn.Module) -> set[str]:
