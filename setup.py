@@ -39,7 +39,7 @@ def why_no_cpp() -> str | None:
 
 
 def why_no_cuda() -> str | None:
-    """The reason why the CUDA kernels cannot be built here, or None. Needs a torch, so why_no_cpp comes first."""
+    """The reason why the CUDA kernels cannot be built here, or None. Call why_no_cpp first: torch is needed."""
     if os.environ.get("ID3_CUDA") == "0":
         return "ID3_CUDA=0"
     import torch
@@ -128,7 +128,7 @@ def native_extensions() -> dict:
 
 
 def local_version(with_cuda: bool) -> str:
-    """The part of a wheel's version that names the torch: "+torch2.13", with CUDA kernels "+cu130torch2.13"."""
+    """The part of a wheel's version that names the torch: "+torch2.13", or "+cu130torch2.13" with CUDA."""
     import torch
 
     toolkit = "cu" + torch.version.cuda.replace(".", "") if with_cuda else ""
@@ -136,7 +136,7 @@ def local_version(with_cuda: bool) -> str:
 
 
 def tagged_egg_info(tag: str) -> type[egg_info]:
-    """The command that computes the version, with `tag` appended; an sdist's setup.cfg cannot take it away."""
+    """The command that computes the version, with `tag` appended, which an sdist's setup.cfg cannot undo."""
 
     class TaggedEggInfo(egg_info):
         def finalize_options(self) -> None:

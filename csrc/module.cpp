@@ -37,7 +37,8 @@ pybind11::dict build_info() {
 
 // Importing the module registers the kernels; the functions are for tests and for `id3-optim env`.
 PYBIND11_MODULE(_C, m) {
-  m.def("build_info", &build_info, "built_for (a torch), compiler, simd_levels (that run here), simd_level, threads");
+  m.def("build_info", &build_info,
+        "built_for (a torch), compiler, simd_levels (that run here), simd_level, threads");
   m.def("set_simd_level", &id3::cpu::set_simd_level, pybind11::arg("name"),
         "Forces an instruction set of build_info()['simd_levels'] and returns the previous one. For tests.");
 }

@@ -36,7 +36,9 @@ def available_backends() -> dict[str, str | None]:
 
 def _why_not(name: str) -> str | None:
     if name == "cpu" and native() is None:
-        return f"{extension.load('_C')[1]}: install with a C++ compiler and `pip install --no-build-isolation`"
+        return (
+            f"{extension.load('_C')[1]}: install with a C++ compiler and `pip install --no-build-isolation`"
+        )
     if name == "cuda":
         if extension.load("_cuda")[0] is None:
             return (

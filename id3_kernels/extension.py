@@ -45,7 +45,7 @@ def load(name: str) -> tuple[ModuleType | None, str]:
 
 
 def built_for(path: Path) -> str | None:
-    """The release of torch, as "2.13.0", that the extension at `path` is built for; None if it does not say."""
+    """The release of torch that the extension at `path` is built for ("2.13.0"), None if it names none."""
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         start = data.find(_MARK)
         if start < 0:

@@ -113,7 +113,9 @@ def test_prefix_tuning_of_a_classifier_needs_an_argument_of_the_base_or_its_back
         takes = (lambda past_key_values=None: None) if name == part else (lambda cache=None: None)
         monkeypatch.setattr(module, "forward", takes)
     if part is None:
-        with pytest.raises(ValueError, match="whose forward takes past_key_values, as PEFT's prefix tuning for SEQ"):
+        with pytest.raises(
+            ValueError, match="forward takes past_key_values, as PEFT's prefix tuning for SEQ_CLS"
+        ):
             adapter_groups(model)
     else:
         assert adapter_groups(model)[0]["params"]

@@ -18,6 +18,8 @@ from peft.utils import ModulesToSaveWrapper
 
 from .groups import parameter_groups
 
+_TASKS_BY_ARGUMENT = (TaskType.SEQ_CLS, TaskType.TOKEN_CLS, TaskType.QUESTION_ANS)
+
 
 def adapter_groups(
     model: torch.nn.Module, fresh: Iterable[str] = (), only: Iterable[str] = (), **dense_options
@@ -29,8 +31,8 @@ def adapter_groups(
 
     only: parts of names, such as "lora_B": adapter parameters with none of them are left out and keep their
     bits (freeze them to spare their gradients). dense_options: settings of the dense group alone, as `lr`.
-    Raises ValueError where no adapter parameter is trainable, for a part that occurs in none's name, and for an
-    adapter that PEFT cannot run on this base model.
+    Raises ValueError where no adapter parameter is trainable, for a part that occurs in none's name, and for
+    prefix tuning that PEFT cannot run on this base model.
     """
     _check_prefix_tuning(model)
     fresh = set(fresh) | _modules_to_save(model)
@@ -50,12 +52,13 @@ def adapter_groups(
 def _check_prefix_tuning(model: torch.nn.Module) -> None:
     """Raises ValueError for prefix tuning that PEFT refuses in every forward pass.
 
-    PEFT hands the prefix to a base model for classification or for questions as `past_key_values`, and looks for
-    an argument of this name in `forward`. Newer releases of transformers have no such argument there.
+    For these tasks PEFT looks for an argument `past_key_values` in the `forward` of the base model and of its
+    backbone, to pass the prefix. Newer releases of transformers have no such argument there.
     """
-    if not isinstance(model, PeftModel) or model.active_peft_config.peft_type != PeftType.PREFIX_TUNING:
+    if not isinstance(model, PeftModel):
         return
-    if model.active_peft_config.task_type not in (TaskType.SEQ_CLS, TaskType.TOKEN_CLS, TaskType.QUESTION_ANS):
+    config = model.active_peft_config
+    if config.peft_type != PeftType.PREFIX_TUNING or config.task_type not in _TASKS_BY_ARGUMENT:
         return
     base = model.get_base_model()
     for module in (base, base.get_submodule(model.transformer_backbone_name)):
@@ -63,7 +66,7 @@ def _check_prefix_tuning(model: torch.nn.Module) -> None:
             return
     raise ValueError(
         f"model: expected a base model whose forward takes past_key_values, as PEFT's prefix tuning for "
-        f"{model.active_peft_config.task_type} needs, got {type(base).__name__}: take another PEFT method "
+        f"{config.task_type} needs, got {type(base).__name__}: take another PEFT method "
         "(LoRA, say) or an older release of transformers"
     )
 
