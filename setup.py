@@ -39,7 +39,7 @@ def why_no_cpp() -> str | None:
 
 
 def why_no_cuda() -> str | None:
-    """The reason why the CUDA kernels cannot be built here, or None. Call why_no_cpp first: torch is needed."""
+    """The reason why the CUDA kernels cannot be built here, or None. It needs torch: see why_no_cpp."""
     if os.environ.get("ID3_CUDA") == "0":
         return "ID3_CUDA=0"
     import torch

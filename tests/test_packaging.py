@@ -1,7 +1,7 @@
-"""What users install: the sdist holds the source tree, the wheel its packages, and the wheel works without it.
+"""What users install: the sdist holds the source tree, the wheel its packages, and the wheel works alone.
 
-One chain, as a release takes it: tree -> sdist -> wheel -> an environment of the wheel and what it requires. The
-wheel takes the C++ extension of this environment, so that nothing is compiled.
+One chain, as a release takes it: tree -> sdist -> wheel -> an environment of the wheel and its requirements.
+The wheel takes the C++ extension of this environment, so that nothing is compiled.
 """
 
 import importlib.metadata
@@ -84,7 +84,7 @@ def wheel(sdist, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def clean(wheel, tmp_path_factory) -> Path:
-    """bin/ of an environment that has the wheel and, as links, the packages that it requires without extras."""
+    """bin/ of an environment with the wheel and, as links, the packages that it requires without extras."""
     folder = tmp_path_factory.mktemp("clean")
     venv.create(folder / "venv", with_pip=False)
     bin_folder = folder / "venv" / ("Scripts" if os.name == "nt" else "bin")
@@ -100,7 +100,7 @@ def clean(wheel, tmp_path_factory) -> Path:
 
 
 def required_by(wheel: Path) -> set[Path]:
-    """The files and folders of this environment's site-packages that the wheel requires, with all they require."""
+    """Where this environment has the packages that the wheel requires, and what these require in turn."""
     with zipfile.ZipFile(wheel) as archive:
         name = next(name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
         text = archive.read(name).decode()
@@ -186,11 +186,10 @@ def test_an_extension_for_another_torch_is_not_loaded(clean, tmp_path):
     binary = moved_extension(clean, tmp_path)
     release = extension.built_for(binary)
     assert release.startswith(TORCH_MINOR + ".")
-    mark = b"built for torch "
-    binary.write_bytes(
-        binary.read_bytes().replace(mark + release.encode(), mark + b"1" + release[1:].encode())
-    )
-    reason = f"the C++ extension is built for torch 1{release[1:]}, this is torch {torch.__version__}"
+    other = f"1{release[1:]}"
+    mark = "built for torch "
+    binary.write_bytes(binary.read_bytes().replace((mark + release).encode(), (mark + other).encode()))
+    reason = f"the C++ extension is built for torch {other}, this is torch {torch.__version__}"
     assert_runs_without(clean, tmp_path, reason)
 
 
@@ -207,7 +206,7 @@ def moved_extension(clean: Path, folder: Path) -> Path:
 
 
 def assert_runs_without(clean: Path, folder: Path, reason: str) -> None:
-    """With the kernels of `folder`, one warning and `env` give `reason` in a line, and the steps are taken."""
+    """With the kernels of `folder`, a warning and `env` give `reason` in a line each, and steps are taken."""
     seen = smoke(clean, PYTHONPATH=str(folder))
     assert Path(seen["file"]).is_relative_to(folder) and seen["active"] == 90
     [line] = seen["said"]
