@@ -1,18 +1,21 @@
 # Everything runs in a virtual environment of its own. Another torch (a CPU build, say):
 #   make test TORCH='torch==2.13.0 --index-url <index>'
+# LOCK holds the exact versions of all other packages, and goes with this torch; `LOCK=` takes the newest.
 TORCH ?= torch==2.13.0
+LOCK ?= constraints.txt
 VENV ?= .venv
 PYTHON ?= python3
 
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
+PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
+INSTALL := $(PIP) install $(if $(LOCK),-c $(LOCK))
 NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h')
 CPP := $(NATIVE) $(wildcard benchmarks/*.cpp)
 # The name holds the version of torch: the extension must be rebuilt for another one.
 HAS_TORCH := $(VENV)/.has-$(firstword $(TORCH))
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test bench gpu-check lint format clean
+.PHONY: setup demo test test-latest bench gpu-check lint format docs wheel sdist lock clean
 
 setup: $(READY)
 
@@ -21,6 +24,11 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest
+
+# The newest release of every package but torch, which TORCH chooses; a fresh environment at each call.
+test-latest:
+	$(PYTHON) -m venv --clear .venv-latest
+	$(MAKE) test VENV=.venv-latest LOCK=
 
 bench: $(READY) $(VENV)/.has-bench
 	$(BIN)/python -m benchmarks
@@ -40,31 +48,58 @@ format: $(READY) $(VENV)/.has-dev
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP)
 
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# build/lib* may hold modules that the tree has no longer.
+wheel: $(READY)
+	rm -rf build/lib* build/bdist*
+	$(PIP) wheel . --no-deps --no-build-isolation -w dist
+	@ls build/lib*/id3_kernels/_C.* >/dev/null 2>&1 \
+		|| { echo "wheel: expected the C++ extension, got none: pip wheel -v says why" >&2; exit 1; }
+	@ls -t dist/*.whl | head -1
+
+sdist: $(READY) $(VENV)/.has-dev
+	$(BIN)/python -m build --sdist --no-isolation
+
+# Resolves all extras for every supported Python and system at once. What torch brings for CUDA is left to torch:
+# a constraint on it would hold for one build of torch only.
+lock:
+	@$(PYTHON) -m venv $(VENV)-lock
+	@$(VENV)-lock/bin/python -m pip install -qq --disable-pip-version-check uv
+	@echo '$(firstword $(TORCH))' > $(VENV)-lock/torch.txt
+	$(VENV)-lock/bin/uv pip compile -q pyproject.toml --all-extras --universal --python-version 3.10 \
+		--upgrade --only-binary :all: --constraints $(VENV)-lock/torch.txt --no-emit-package torch \
+		--annotation-style line --custom-compile-command 'make lock' -o $(VENV)-lock/lock.txt
+	@awk '!/^(cuda|nvidia)-/ || /via.*(id3-optim|nvidia-cuda-nvcc)/' $(VENV)-lock/lock.txt \
+		| sed 's# *, -c [^ ]*torch.txt##' > $(LOCK)
+
 # Leaves the environment itself, which VENV may share with others.
 clean:
 	rm -rf build dist runs *.egg-info python/*.egg-info id3_kernels/*.so
 	rm -rf .pytest_cache .hypothesis .benchmarks .ruff_cache
 	rm -f $(READY) $(VENV)/.has-*
-	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+	find . -name __pycache__ -not -path './$(VENV)*/*' -prune -exec rm -rf {} +
 
 $(HAS_TORCH):
 	@echo "setting up $(VENV) with $(TORCH)"
 	@$(PYTHON) -m venv $(VENV)
 	@rm -f $(VENV)/.has-*
-	@$(PIP) $(TORCH)
-	@$(PIP) 'setuptools>=77' wheel ninja
+	@$(PIP) install $(TORCH)
+	@$(INSTALL) 'setuptools>=77' wheel ninja
 	@touch $@
 
-# torch first and no build isolation: the extension is compiled against the torch that will load it. A failed
+# torch first and no build isolation: the extension is compiled against the torch that will load it. LOCK then
+# moves the packages that torch brought (an index of torch alone may lack the locked versions). A failed
 # compile leaves the pure-Python backends, so `env` says at the end what can run here.
-$(READY): $(HAS_TORCH) pyproject.toml setup.py $(NATIVE)
+$(READY): $(HAS_TORCH) $(LOCK) pyproject.toml setup.py $(NATIVE)
 	@echo "building the kernels and installing"
-	@$(PIP) --no-build-isolation -e '.[test,hf,plot,peft,trl,lightning]'
+	@$(INSTALL) --no-build-isolation -e '.[test,docs,hf,plot,peft,trl,lightning]'
 	@rm -f $(VENV)/.has-bench $(VENV)/.has-dev
 	@$(BIN)/id3-optim env
 	@touch $@
 
 # The project is installed already, so this adds the extra's packages and builds nothing.
 $(VENV)/.has-%: $(READY)
-	@$(PIP) 'id3-optim[$*]'
+	@$(INSTALL) 'id3-optim[$*]'
 	@touch $@

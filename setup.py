@@ -1,8 +1,11 @@
 """Builds the native half of id3_kernels: C++ where torch and a compiler are found, CUDA with a toolkit.
 
-What can not be built is left out, and a line says why: the Triton and reference backends are pure Python.
+What cannot be built is left out, and a line says why: the Triton and reference backends are pure Python.
 Metadata lives in pyproject.toml. torch must be importable while building, so install with
 `pip install --no-build-isolation` (`make setup` does). ID3_CUDA=0 leaves CUDA out.
+
+A wheel with native code names the torch it is built for in its version: 0.1.0+torch2.13, with CUDA kernels
+0.1.0+cu130torch2.13. A version without such a part is pure Python.
 """
 
 import os
@@ -13,6 +16,7 @@ import sys
 from pathlib import Path
 
 from setuptools import setup
+from setuptools.command.egg_info import egg_info
 
 ROOT = Path(__file__).parent
 
@@ -25,7 +29,7 @@ NVCC_FLAGS = ["-O3", "-std=c++20", "-fmad=false"]  # for the same reason
 
 
 def why_no_cpp() -> str | None:
-    """The reason why the C++ kernels can not be built here, or None."""
+    """The reason why the C++ kernels cannot be built here, or None."""
     try:
         import torch  # noqa: F401
     except ImportError:
@@ -35,7 +39,7 @@ def why_no_cpp() -> str | None:
 
 
 def why_no_cuda() -> str | None:
-    """The reason why the CUDA kernels can not be built here, or None. Asks after why_no_cpp."""
+    """The reason why the CUDA kernels cannot be built here, or None. It needs torch: see why_no_cpp."""
     if os.environ.get("ID3_CUDA") == "0":
         return "ID3_CUDA=0"
     import torch
@@ -57,8 +61,8 @@ def toolkit_version() -> tuple[int, int] | None:
     nvcc = Path(CUDA_HOME or "") / "bin" / "nvcc"
     if CUDA_HOME is None or not nvcc.exists():
         return None
-    told = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
-    major, minor = re.search(r"release (\d+)\.(\d+)", told).groups()
+    banner = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    major, minor = re.search(r"release (\d+)\.(\d+)", banner).groups()
     return int(major), int(minor)
 
 
@@ -117,7 +121,29 @@ def native_extensions() -> dict:
         print(f"id3-optim: goes without the CUDA kernels: {reason}", file=sys.stderr)
     for extension in extensions:
         extension.optional = True  # setuptools then does not miss the file
-    return {"ext_modules": extensions, "cmdclass": {"build_ext": BuildOrGoWithout}}
+    commands = {"build_ext": BuildOrGoWithout}
+    if not {"bdist_wheel", "dist_info", "editable_wheel"}.isdisjoint(sys.argv):
+        commands["egg_info"] = tagged_egg_info(local_version(with_cuda=reason is None))
+    return {"ext_modules": extensions, "cmdclass": commands}
+
+
+def local_version(with_cuda: bool) -> str:
+    """The part of a wheel's version that names the torch: "+torch2.13", or "+cu130torch2.13" with CUDA."""
+    import torch
+
+    toolkit = "cu" + torch.version.cuda.replace(".", "") if with_cuda else ""
+    return f"+{toolkit}torch" + ".".join(torch.__version__.split(".")[:2])
+
+
+def tagged_egg_info(tag: str) -> type[egg_info]:
+    """The command that computes the version, with `tag` appended, which an sdist's setup.cfg cannot undo."""
+
+    class TaggedEggInfo(egg_info):
+        def finalize_options(self) -> None:
+            self.tag_build = tag
+            super().finalize_options()
+
+    return TaggedEggInfo
 
 
 reason = why_no_cpp()

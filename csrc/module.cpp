@@ -6,6 +6,7 @@
 #include <string>
 #include <thread>
 
+#include "built_for.h"
 #include "cpu/simd.h"
 #include "cpu/tiles.h"
 
@@ -24,6 +25,7 @@ size_t threads_in_parallel_for() {
 
 pybind11::dict build_info() {
   pybind11::dict info;
+  info["built_for"] = std::string(id3::built_for);
   info["compiler"] = std::string(__VERSION__);
   info["simd_levels"] = id3::cpu::simd_levels_here();
   info["simd_level"] = id3::cpu::simd_level_name();
@@ -37,7 +39,7 @@ pybind11::dict build_info() {
 // Importing the module registers the kernels; the functions are for tests and for `id3-optim env`.
 PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info,
-        "compiler, simd_levels (of this machine), simd_level, threads, tile (entries)");
+        "built_for (a torch), compiler, simd_levels (of this machine), simd_level, threads, tile (entries)");
   m.def("set_simd_level", &id3::cpu::set_simd_level, pybind11::arg("name"),
         "Forces an instruction set of build_info()['simd_levels'] and returns the previous one. For tests.");
 }

@@ -16,26 +16,16 @@ from types import ModuleType
 
 import torch
 
+from . import extension
+
 NAMES = ("reference", "cpu", "triton", "cuda")
 
 _requested: str | None = os.environ.get("ID3_BACKEND") or None
 
 
-@functools.cache
-def _load(name: str) -> tuple[ModuleType | None, str]:
-    """(the extension `name`, "") or (None, why there is none). Loading an extension registers its kernels."""
-    kind = {"_C": "C++", "_cuda": "CUDA"}[name]
-    if importlib.util.find_spec(f"id3_kernels.{name}") is None:
-        return None, f"the {kind} extension is not built"
-    try:
-        return importlib.import_module(f"id3_kernels.{name}"), ""
-    except (ImportError, OSError) as error:  # usually the extension was built for another version of torch
-        return None, f"the {kind} extension does not load ({str(error).splitlines()[0]})"
-
-
 def native() -> ModuleType | None:
     """The C++ extension, or None where it was not built or does not load."""
-    return _load("_C")[0]
+    return extension.load("_C")[0]
 
 
 def available_backends() -> dict[str, str | None]:
@@ -46,11 +36,13 @@ def available_backends() -> dict[str, str | None]:
 def why_not(name: str) -> str | None:
     """The reason why backend `name` cannot run here, with a remedy; None where it can run."""
     if name == "cpu" and native() is None:
-        return f"{_load('_C')[1]}: install with a C++ compiler and `pip install --no-build-isolation`"
+        return (
+            f"{extension.load('_C')[1]}: install with a C++ compiler and `pip install --no-build-isolation`"
+        )
     if name == "cuda":
-        if _load("_cuda")[0] is None:
+        if extension.load("_cuda")[0] is None:
             return (
-                f"{_load('_cuda')[1]}: install with torch for CUDA, its toolkit and "
+                f"{extension.load('_cuda')[1]}: install with torch for CUDA, its toolkit and "
                 "`pip install --no-build-isolation`, or use triton"
             )
         return None if torch.cuda.is_available() else "torch sees no NVIDIA GPU"

@@ -8,6 +8,7 @@ import torch
 pytest.importorskip("peft", reason="PEFT comes with the extra `peft`")
 
 import peft
+import transformers
 from trainer_run import arguments, build, rows, same_bits, tiny_bert
 
 from id3_optim import DeltaError, ID3AdamW, load_delta, save_delta
@@ -21,11 +22,15 @@ def lora(base=None, **changes):
     return peft.get_peft_model(base or tiny_bert(), config)
 
 
-def train(model, **options):
+def classified():
+    """A batch for a classifier of two classes."""
+    return {"input_ids": torch.stack([r["input_ids"] for r in rows(8)]), "labels": torch.arange(8) % 2}
+
+
+def train(model, batch=None, **options):
     optimizer = ID3AdamW(adapter_groups(model), **{"lr": 1e-2, "budget": 0.24, "total_steps": 5} | options)
-    batch = {"input_ids": torch.stack([r["input_ids"] for r in rows(8)]), "labels": torch.arange(8) % 2}
     for _ in range(5):
-        model(**batch).loss.backward()
+        model(**batch or classified()).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     return optimizer
@@ -61,18 +66,64 @@ def test_only_some_of_the_adapter():
     [
         peft.LoraConfig(r=2, use_dora=True, target_modules=["query"]),
         peft.IA3Config(target_modules=["key"], feedforward_modules=[]),
-        peft.PrefixTuningConfig(num_virtual_tokens=3, task_type="SEQ_CLS"),
         peft.OFTConfig(oft_block_size=4, target_modules=["query"]),
     ],
     ids=lambda config: config.peft_type,
 )
 def test_any_peft_method(config):
-    model = peft.get_peft_model(tiny_bert(), config)
-    optimizer = train(model, budget=0.5)
+    assert_trains(peft.get_peft_model(tiny_bert(), config))
+
+
+def assert_trains(model, **batch):
+    """The optimizer fills its budget within the adapter, and the adapter is what PEFT saves."""
+    optimizer = train(model, batch, budget=0.5)
     assert optimizer.n_active == optimizer.budget == int(0.5 * optimizer.n_entries)
     saved = peft.get_peft_model_state_dict(model)
     in_adapter = sum(p.numel() for g in optimizer.param_groups for p in g["params"])
     assert in_adapter >= sum(v.numel() for v in saved.values()) > 0
+
+
+def test_prefix_tuning_of_a_language_model():
+    torch.manual_seed(0)
+    size = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    base = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=50, pad_token_id=0, **size))
+    model = peft.get_peft_model(base, peft.PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"))
+    tokens = torch.stack([r["input_ids"] for r in rows(8)])
+    assert_trains(model, input_ids=tokens, labels=tokens)
+
+
+def test_prefix_tuning_of_a_classifier_is_refused_where_peft_cannot_run_it():
+    """Whether PEFT can depends on the release of transformers, so that PEFT itself is what decides here."""
+    model = prefix_tuned_classifier()
+    try:
+        model(**classified())
+    except ValueError as error:
+        assert "past key values" in str(error)
+        with pytest.raises(ValueError, match=r"model: expected a base model .* got BertForSequenceClassif"):
+            adapter_groups(model)
+    else:
+        assert_trains(model)
+
+
+@pytest.mark.parametrize("part", ["base", "backbone", None])
+def test_prefix_tuning_of_a_classifier_needs_an_argument_of_the_base_or_its_backbone(part, monkeypatch):
+    model = prefix_tuned_classifier()
+    base = model.get_base_model()
+    for name, module in {"base": base, "backbone": base.bert}.items():
+        takes = (lambda past_key_values=None: None) if name == part else (lambda cache=None: None)
+        monkeypatch.setattr(module, "forward", takes)
+    if part is None:
+        with pytest.raises(
+            ValueError, match="forward takes past_key_values, as PEFT's prefix tuning for SEQ_CLS"
+        ):
+            adapter_groups(model)
+    else:
+        assert adapter_groups(model)[0]["params"]
+
+
+def prefix_tuned_classifier():
+    config = peft.PrefixTuningConfig(num_virtual_tokens=3, task_type="SEQ_CLS")
+    return peft.get_peft_model(tiny_bert(), config)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -9,12 +9,16 @@ initial adapter: LoRA's A starts from random numbers, and the delta's fingerprin
 it changes, so that a delta of B alone fits any A.
 """
 
+import inspect
 from collections.abc import Iterable
 
 import torch
+from peft import PeftModel, PeftType, TaskType
 from peft.utils import ModulesToSaveWrapper
 
 from .groups import parameter_groups
+
+_TASKS_BY_ARGUMENT = (TaskType.SEQ_CLS, TaskType.TOKEN_CLS, TaskType.QUESTION_ANS)
 
 
 def adapter_groups(
@@ -31,6 +35,7 @@ def adapter_groups(
     dense group alone, such as `lr`.
     Raises ValueError where no adapter parameter is trainable, or where a part occurs in no parameter's name.
     """
+    _check_prefix_tuning(model)
     fresh = set(fresh) | _modules_to_save(model)
     groups = parameter_groups(model, fresh, **dense_options)
     adapter = groups[0]["params"]
@@ -45,6 +50,28 @@ def adapter_groups(
     if only:
         groups[0]["params"] = [(n, p) for n, p in adapter if any(part in n for part in only)]
     return groups
+
+
+def _check_prefix_tuning(model: torch.nn.Module) -> None:
+    """Raises ValueError for prefix tuning that PEFT refuses in every forward pass.
+
+    For these tasks PEFT looks for an argument `past_key_values` in the `forward` of the base model and of its
+    backbone, to pass the prefix. Newer releases of transformers have no such argument there.
+    """
+    if not isinstance(model, PeftModel):
+        return
+    config = model.active_peft_config
+    if config.peft_type != PeftType.PREFIX_TUNING or config.task_type not in _TASKS_BY_ARGUMENT:
+        return
+    base = model.get_base_model()
+    for module in (base, base.get_submodule(model.transformer_backbone_name)):
+        if "past_key_values" in inspect.signature(module.forward).parameters:
+            return
+    raise ValueError(
+        f"model: expected a base model whose forward takes past_key_values, as PEFT's prefix tuning for "
+        f"{config.task_type} needs, got {type(base).__name__}: take another PEFT method "
+        "(LoRA, say) or an older release of transformers"
+    )
 
 
 def _modules_to_save(model: torch.nn.Module) -> set[str]:
