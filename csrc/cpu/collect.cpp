@@ -3,12 +3,14 @@
 
 #include <algorithm>
 #include <limits>
+#include <type_traits>
 #include <vector>
 
 #include "checks.h"
 #include "cpu/best.h"
 #include "cpu/cut.h"
 #include "cpu/entries.h"
+#include "cpu/estimate.h"
 #include "cpu/simd.h"
 #include "cpu/strided.h"
 #include "cpu/tiles.h"
@@ -81,6 +83,8 @@ class Collector {
   // `by_gradient` that is seen from |g| alone: no score is above that of the same |g| at a weight of zero,
   // and rounding keeps the order. Returns whether to go on like that, which pays where few tiles are left.
   bool mark(int64_t tile, int64_t together, Key<Value> floor, bool by_gradient, Key<Value>* maxima) const {
+    if constexpr (std::is_same_v<Value, float>)
+      if (can_estimate(scored_.rule)) return mark_by_estimate(tile, together, floor, maxima);
     if (!by_gradient) {
       run_simd<TileMaxima>(scored_, tile * kTile, together, maxima);
       return bounded_ && floor == 1;
@@ -93,6 +97,15 @@ class Collector {
       left += !below;
     }
     return left <= together / 2;
+  }
+
+  // As `mark`. Both the tile's estimate and that of the floor are off.
+  bool mark_by_estimate(int64_t tile, int64_t together, Key<float> floor, Key<float>* maxima) const {
+    estimate_maxima(scored_, tile * kTile, together, maxima);
+    const float lowest = std::max(rough_log2(floor) - 2 * estimate_error(scored_.rule), kLowestEstimate);
+    for (int64_t i = 0; i < together; ++i)
+      maxima[i] = score_of<float>(maxima[i]) < lowest ? 0 : std::numeric_limits<Key<float>>::max();
+    return false;
   }
 
   Value at_zero_weight(Value grad) const {
