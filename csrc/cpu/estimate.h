@@ -8,24 +8,24 @@
 #include "cpu/tiles.h"
 #include "formulas/order.h"
 
-// A general exponent's score costs several times what reading its entry does. Where scores are only to be
-// told apart from a threshold, the tile's maximum is estimated first, from rough logarithms in float32; an
-// estimate is 127 + log2 of a score, or 0 where no entry can be selected. It misses the maximum by less than
-// `estimate_error`, so that only tiles near the threshold or above it are scored.
+// Estimates of the scores with a general exponent, from rough logarithms in float32. A score costs several
+// times what a read of its entry costs, an estimate less than that read. The estimate of a tile is 127 + log2
+// of its largest score, or 0 where the tile holds no selectable entry. Estimate and score differ by less than
+// `estimate_error`, so that only tiles near a threshold or above it need scores.
 
 namespace id3::cpu {
 
-// rough_log2 is a parabola between the powers of two. It is off by at most 0.0076, and by the rounding of
-// numbers below 256.
+// The error of rough_log2 is 0.00764, and that of rounding numbers below 256. What is left to 0.0078 covers
+// the rounding of the difference of two logarithms, and of the score itself.
 constexpr float kLogError = 0.0078f;
 constexpr float kLowestEstimate = 1, kHighestEstimate = 255;  // of the normal float32 scores
-constexpr double kSteepest = 32;  // with a larger |exp| the estimates would tell too little apart
+constexpr double kSteepest = 32;  // a larger |exp| makes estimates too coarse to exclude tiles
 
 inline bool can_estimate(const ScoreRule<float>& rule) {
   return rule.exponent == Exponent::general && std::fabs(rule.exp) <= kSteepest;
 }
 
-// In units of log2; both logarithms and the score's own are off by kLogError.
+// In units of log2: the errors of log2(|g|), of exp·log2(d), and of the logarithm of a score.
 inline float estimate_error(const ScoreRule<float>& rule) {
   return kLogError * (2 + std::fabs(static_cast<float>(rule.exp)));
 }
@@ -63,9 +63,9 @@ struct TileEstimates {
     const float error = estimate_error(t.rule);
     const int32_t* active = first_active(t, first);
     for (int64_t tile = 0; tile < count; ++tile, first += kTile) {
-      const int64_t here = std::min(kTile, t.numel - first);
-      const float* grad = tile_values(t.grad, first, here, grad_buffer);
-      const float* param = tile_values(t.param, first, here, param_buffer);
+      const int64_t length = std::min(kTile, t.numel - first);
+      const float* grad = tile_values(t.grad, first, length, grad_buffer);
+      const float* param = tile_values(t.param, first, length, param_buffer);
       bool holds = estimate_loop(t.rule, param, grad, estimates);
       exclude_active(t, first, kTile, active, estimates);
       int32_t largest = 0;  // a negative estimate is that of a subnormal score

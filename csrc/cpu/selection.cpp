@@ -98,9 +98,10 @@ Cut<Key> cut_maxima(int64_t k, const Key* maxima, int64_t tiles) {
   });
 }
 
-// As stream_maxima, but reads most tiles' scores as estimates: a tile whose maximum is below that of k other
-// tiles gets 0. The k-th largest estimate is within `error` of a maximum that k tiles reach, and every
-// winner's tile has an estimate within `error` of its maximum.
+// As stream_maxima, with 0 for each tile whose maximum is below those of k other tiles. Estimates exclude
+// these tiles, the rest is scored. The k tiles with the largest estimates have maxima at least as large as
+// the k-th estimate less one error; a tile that reaches that maximum has an estimate of at least that less
+// another error.
 void stream_estimates(const Candidates<float>& candidates, int64_t k, Key<float>* maxima) {
   for_each_run(candidates, [&](const auto& tensor, int64_t first, int64_t count, int64_t tile) {
     estimate_maxima(tensor, first, count, maxima + tile);
