@@ -3,12 +3,14 @@
 
 #include <algorithm>
 #include <limits>
+#include <type_traits>
 #include <vector>
 
 #include "checks.h"
 #include "cpu/best.h"
 #include "cpu/cut.h"
 #include "cpu/entries.h"
+#include "cpu/estimate.h"
 #include "cpu/simd.h"
 #include "cpu/strided.h"
 #include "cpu/tiles.h"
@@ -30,9 +32,7 @@ class Collector {
  public:
   Collector(ScoredTensor<Value> scored, const RunsView& active, Strided grad, Value* values, bool add)
       : scored_(scored), magnitude_(scored), active_(active), grad_(grad), values_(values), add_(add) {
-    const Exponent exponent = scored.rule.exponent;
-    bounded_ = !scored.rule.given &&
-               (exponent == Exponent::half || exponent == Exponent::one || exponent == Exponent::two);
+    bounded_ = !scored.rule.given && scored.rule.exp > 0;
     magnitude_.rule.exponent = Exponent::zero;
     magnitude_.active.count = 0;
   }
@@ -86,7 +86,7 @@ class Collector {
   // and rounding keeps the order. Returns whether to go on like that, which pays where few tiles are left.
   bool mark(int64_t tile, int64_t together, Key<Value> floor, bool by_gradient, Key<Value>* maxima) const {
     if (!by_gradient) {
-      run_simd<TileMaxima>(scored_, tile * kTile, together, maxima);
+      mark_by_score(tile, together, floor, maxima);
       return bounded_ && floor == 1;
     }
     run_simd<TileMaxima>(magnitude_, tile * kTile, together, maxima);
@@ -99,11 +99,28 @@ class Collector {
     return left <= together / 2;
   }
 
+  void mark_by_score(int64_t tile, int64_t together, Key<Value> floor, Key<Value>* maxima) const {
+    if constexpr (std::is_same_v<Value, float>) {
+      if (can_estimate(scored_.rule)) {
+        estimate_maxima(scored_, tile * kTile, together, maxima);
+        // The floor's own logarithm is as rough as those of the scores.
+        const float lowest = std::max(rough_log2(floor) - 2 * estimate_error(scored_.rule), kLowestEstimate);
+        for (int64_t i = 0; i < together; ++i)
+          maxima[i] = score_of<float>(maxima[i]) < lowest ? 0 : std::numeric_limits<Key<float>>::max();
+        return;
+      }
+    }
+    run_simd<TileMaxima>(scored_, tile * kTile, together, maxima);
+  }
+
   Value at_zero_weight(Value grad) const {
     const ScoreRule<Value>& rule = scored_.rule;
     if (rule.exponent == Exponent::half) return d3_unflushed<Exponent::half>(Value(0), grad, rule.eps, 0);
     if (rule.exponent == Exponent::one) return d3_unflushed<Exponent::one>(Value(0), grad, rule.eps, 0);
-    return d3_unflushed<Exponent::two>(Value(0), grad, rule.eps, 0);
+    if (rule.exponent == Exponent::two) return d3_unflushed<Exponent::two>(Value(0), grad, rule.eps, 0);
+    // The last bit of a power need not keep the order.
+    constexpr Value kAbove = 1 + Value(0x1p-20);
+    return kAbove * d3_unflushed<Exponent::general>(Value(0), grad, rule.eps, rule.exp);
   }
 
   // The position of the first active entry of a run from `index` on; behind the tensor's end that of the end.

@@ -2,11 +2,14 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <type_traits>
 #include <vector>
 
 #include "checks.h"
+#include "cpu/candidates.h"
 #include "cpu/cut.h"
 #include "cpu/entries.h"
+#include "cpu/estimate.h"
 #include "cpu/tiles.h"
 
 // Exact top-k in one streaming pass (the delegates of Dr. Top-k, arXiv 2109.08219). The pass
@@ -21,46 +24,6 @@ namespace {
 constexpr int64_t kTileGrain = 256, kKeyGrain = 1 << 18;
 
 using Selection = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
-
-// The candidates of one call. Tiles are numbered through all tensors; a tensor without gradient has none.
-template <class Value>
-class Candidates {
- public:
-  Candidates(at::TensorList params, const OptionalTensors& grads, const RunsView& active,
-             ScoreRule<Value> rule)
-      : params_(params), grads_(grads), active_(active), rule_(rule), tile_begin_(grads.size() + 1) {
-    for (size_t j = 0; j < grads.size(); ++j) {
-      const std::optional<at::Tensor> grad = grads.get(j);
-      tile_begin_[j + 1] = tile_begin_[j] + (grad ? (grad->numel() + kTile - 1) / kTile : 0);
-    }
-  }
-
-  int64_t tensors() const { return static_cast<int64_t>(grads_.size()); }
-  int64_t tiles() const { return tile_begin_.back(); }
-  int64_t tile_begin(int64_t tensor) const { return tile_begin_[tensor]; }
-
-  int64_t tensor_of(int64_t tile) const {
-    return std::upper_bound(tile_begin_.begin(), tile_begin_.end(), tile) - tile_begin_.begin() - 1;
-  }
-
-  ScoredTensor<Value> tensor(int64_t j) const {
-    ScoredTensor<Value> t;
-    if (!params_.empty()) t.param = Strided(params_[j]);
-    const at::Tensor& grad = *grads_.get(j);
-    t.grad = Strided(grad);
-    t.rule = rule_;
-    t.numel = t.grad.numel;
-    t.active = {active_.runs.data(), static_cast<int64_t>(active_.runs.size()), j};
-    return t;
-  }
-
- private:
-  at::TensorList params_;
-  const OptionalTensors& grads_;
-  const RunsView& active_;
-  ScoreRule<Value> rule_;
-  std::vector<int64_t> tile_begin_;
-};
 
 // The tiles that can hold winners, ascending, and a key that no winner's lies below.
 template <class Value>
@@ -90,7 +53,7 @@ class TileScorer {
     return keys_;
   }
 
-  int64_t tensor() const { return tensor_; }  // of the tile last asked for
+  int64_t tensor() const { return tensor_; }  // of the tile whose keys were read last
   int64_t first() const { return first_; }    // the flat index of its first entry
 
  private:
@@ -111,18 +74,57 @@ class TileScorer {
   alignas(64) Key<Value> keys_[kTile];
 };
 
-template <class Value>
-void stream_maxima(const Candidates<Value>& candidates, Key<Value>* maxima) {
+// use(tensor, first, count, tile): each thread's tiles in runs within one tensor. The run's `count` tiles are
+// numbered from `tile` on, and start at the tensor's entry `first`.
+template <class Value, class Use>
+void for_each_run(const Candidates<Value>& candidates, const Use& use) {
   const Parts parts(candidates.tiles(), kTileGrain);
   parts.run([&](int64_t part) {
     const int64_t end = parts.begin(part + 1);
     for (int64_t tile = parts.begin(part); tile < end;) {
       const int64_t j = candidates.tensor_of(tile);
       const int64_t stop = std::min(end, candidates.tile_begin(j + 1));
-      const ScoredTensor<Value> tensor = candidates.tensor(j);
-      run_simd<TileMaxima>(tensor, (tile - candidates.tile_begin(j)) * kTile, stop - tile, maxima + tile);
+      use(candidates.tensor(j), (tile - candidates.tile_begin(j)) * kTile, stop - tile, tile);
       tile = stop;
     }
+  });
+}
+
+template <class Key>
+Cut<Key> cut_maxima(int64_t k, const Key* maxima, int64_t tiles) {
+  const Parts parts(tiles, kKeyGrain);
+  return cut_at<Key>(k, 1, parts, [&](int64_t part, const auto& visit) {
+    visit(maxima + parts.begin(part), parts.begin(part + 1) - parts.begin(part));
+  });
+}
+
+// As stream_maxima, with 0 for each tile whose maximum is below those of k other tiles. Estimates exclude
+// these tiles, the rest is scored. The k tiles with the largest estimates have maxima at least as large as
+// the k-th estimate less one error; a tile that reaches that maximum has an estimate of at least that less
+// another error.
+void stream_estimates(const Candidates<float>& candidates, int64_t k, Key<float>* maxima) {
+  for_each_run(candidates, [&](const auto& tensor, int64_t first, int64_t count, int64_t tile) {
+    estimate_maxima(tensor, first, count, maxima + tile);
+  });
+  const Cut<Key<float>> cut = cut_maxima(k, maxima, candidates.tiles());
+  const float error = estimate_error(candidates.rule());
+  const float lowest = std::max(score_of<float>(cut.threshold) - 2 * error, kLowestEstimate);
+  for_each_run(candidates, [&](const auto& tensor, int64_t first, int64_t count, int64_t tile) {
+    for (const int64_t end = tile + count; tile < end; ++tile, first += kTile) {
+      if (score_of<float>(maxima[tile]) < lowest)
+        maxima[tile] = 0;
+      else
+        run_simd<TileMaxima>(tensor, first, int64_t(1), maxima + tile);
+    }
+  });
+}
+
+template <class Value>
+void stream_maxima(const Candidates<Value>& candidates, int64_t k, Key<Value>* maxima) {
+  if constexpr (std::is_same_v<Value, float>)
+    if (can_estimate(candidates.rule())) return stream_estimates(candidates, k, maxima);
+  for_each_run(candidates, [&](const auto& tensor, int64_t first, int64_t count, int64_t tile) {
+    run_simd<TileMaxima>(tensor, first, count, maxima + tile);
   });
 }
 
@@ -132,11 +134,9 @@ Shortlist<Value> shortlist(const Candidates<Value>& candidates, int64_t k) {
   if (k > candidates.tiles() / 2) return {};
   const at::Tensor storage = at::empty({candidates.tiles()}, at::CppTypeToScalarType<Key<Value>>::value);
   auto* maxima = storage.template mutable_data_ptr<Key<Value>>();
-  stream_maxima(candidates, maxima);
+  stream_maxima(candidates, k, maxima);
   const Parts parts(candidates.tiles(), kKeyGrain);
-  const auto cut = cut_at<Key<Value>>(k, 1, parts, [&](int64_t part, const auto& visit) {
-    visit(maxima + parts.begin(part), parts.begin(part + 1) - parts.begin(part));
-  });
+  const auto cut = cut_maxima(k, maxima, candidates.tiles());
   Shortlist<Value> list{false, std::vector<int64_t>(cut.total), std::max<Key<Value>>(cut.threshold, 1),
                         storage};
   parts.run([&](int64_t part) {

@@ -4,10 +4,13 @@
 
 #include "formulas/host_device.h"
 #include "formulas/order.h"
+#include "formulas/power.h"
 
 namespace id3 {
 
-// The exponents that need neither pow nor float64; on these all backends agree bit for bit.
+// The exponents that need neither a power nor float64; on these all backends agree bit for bit. `general`
+// gives the same bits wherever this header is compiled, for float32 arithmetic; float64 arithmetic takes the
+// library's pow.
 enum class Exponent { zero, half, one, two, minus_half, minus_one, minus_two, general };
 
 inline Exponent exponent_of(double exp) {
@@ -21,9 +24,9 @@ inline Exponent exponent_of(double exp) {
   return Exponent::general;
 }
 
-// D3 (equation 1 of the paper): |grad| / (|param| + eps)^exp, each operation rounded once in Value, where a
-// subnormal |grad| counts as 0. The result may be subnormal, infinite or NaN: `key_of` orders it. `exp` is
-// read by `general` alone, `param` is not read by `zero`.
+// D3 (equation 1 of the paper): |grad| / (|param| + eps)^exp, each operation rounded once in Value
+// (`general`: as power.h says), where a subnormal |grad| counts as 0. The result may be subnormal, infinite
+// or NaN: `key_of` orders it. `exp` is read by `general` alone, `param` is not read by `zero`.
 template <Exponent E, class Value>
 ID3_HOST_DEVICE Value d3_unflushed(Value param, Value grad, Value eps, double exp) {
   const Value g = flush_subnormal(std::fabs(grad));
@@ -34,8 +37,10 @@ ID3_HOST_DEVICE Value d3_unflushed(Value param, Value grad, Value eps, double ex
   if constexpr (E == Exponent::minus_half) return g * std::sqrt(d);
   if constexpr (E == Exponent::minus_one) return g * d;
   if constexpr (E == Exponent::minus_two) return g * (d * d);
-  if constexpr (E == Exponent::general)
-    return static_cast<Value>(static_cast<double>(g) / std::pow(static_cast<double>(d), exp));
+  if constexpr (E == Exponent::general) {
+    if constexpr (sizeof(Value) == sizeof(float)) return over_power(g, d, exp);
+    return static_cast<Value>(g / std::pow(d, exp));
+  }
   return g;
 }
 
