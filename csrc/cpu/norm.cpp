@@ -20,7 +20,7 @@ namespace {
 
 constexpr int64_t kGrain = 4096;  // entries per thread below which starting a thread costs more
 
-// Both in an order that the compiler chooses: integers do not mind.
+// Both in an order that the compiler chooses: sums of integers do not depend on it.
 struct Largest {
   template <class Value>
   ID3_INLINE static void run(const Value* values, int64_t count, Key<Value>& largest) {

@@ -17,7 +17,7 @@ namespace id3::cpu {
 namespace {
 
 constexpr int64_t kGrain = 2048;       // entries per thread below which starting a thread costs more
-constexpr int64_t kAhead = 32;         // entries between asking for one and reading it
+constexpr int64_t kAhead = 32;         // entries between the prefetch of one and its use
 constexpr int64_t kLongestAge = 4096;  // ages whose bias corrections are tabulated
 
 using OptionalTensor = std::optional<at::Tensor>;
@@ -119,7 +119,7 @@ class Update {
     }
   }
 
-  // The gradient of a block, widened; meanwhile asks for the gradients and the parameters some way ahead,
+  // The gradient of a block, widened; meanwhile prefetches the gradients and the parameters some way ahead,
   // most of which are a cache and a page miss.
   void load_gradient(const Strided& grad, bool gathered, const Strided& param, int64_t first, int64_t last,
                      Value* out) const {

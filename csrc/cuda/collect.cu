@@ -102,7 +102,7 @@ __device__ __forceinline__ void put(const Collect& c, int64_t slot, float score,
   c.best_grad[slot] = grad;
 }
 
-__device__ __forceinline__ void put_nobody(const Collect& c, int64_t begin, int64_t end) {
+__device__ __forceinline__ void put_empty(const Collect& c, int64_t begin, int64_t end) {
   for (int64_t i = begin + threadIdx.x; i < end; i += kThreads) put(c, i, 0, -1, 0);
 }
 
@@ -206,7 +206,7 @@ __device__ inline void cut_to_best(const Collect& c, Ranking& ranking) {
     kept += total;
   }
   __syncthreads();
-  put_nobody(c, kept, n);
+  put_empty(c, kept, n);
   if (threadIdx.x == 0) {
     c.state->count = kept;
     c.state->floor = last;
@@ -218,7 +218,7 @@ __device__ inline void cut_to_best(const Collect& c, Ranking& ranking) {
 template <Exponent E>
 __device__ inline void take_again(const Collect& c, Ranking& ranking) {
   const int64_t then = static_cast<int64_t>(c.state->count_then);
-  put_nobody(c, then, c.room);
+  put_empty(c, then, c.room);
   __syncthreads();
   if (threadIdx.x == 0) c.state->count = then;
   __syncthreads();

@@ -5,7 +5,7 @@
 #include "cuda/stream.h"
 #include "cuda/topk.h"
 
-// What a step needs of one tensor's gradient, taken in three launches that wait for nobody: the values at its
+// What a step needs of one tensor's gradient, taken in three launches that synchronise with nothing: the values at its
 // active entries, and its candidates among the best k entries of all tensors of a pass.
 namespace id3::cuda {
 
@@ -33,7 +33,7 @@ struct CollectState {
       histogram[kScoreBins];  // how many entries of the pass have such a score, as far as the floor admits
 };
 
-// One tensor. candidates: nobody is 0, -1, 0, and all of them are behind the others.
+// One tensor. candidates: an empty slot is 0, -1, 0, and all empty slots are behind the candidates.
 struct Collect {
   TensorRow row;     // where scores are given, they stand for the gradient here
   const void* grad;  // the gradient itself
@@ -49,7 +49,7 @@ struct Collect {
   float* best_grad;
   Wanted wanted;          // of at most half the room
   int64_t room;           // 0: nothing but the values is taken
-  CollectState* state;    // null: as above
+  CollectState* state;    // null: no fused candidates
   Span* spans;            // [chunks][active.runs]
   int32_t* maxima;        // [chunks · tiles of a chunk]
 

@@ -85,7 +85,7 @@ __global__ void copy_back_kernel(Join j) {
       copy(j.arrays[a].item_bytes, j.arrays[a].array, i, j.arrays[a].scratch, i);
 }
 
-// One block: the last offset says what the others wait for.
+// One block, since all threads read the last offset before any thread changes it.
 __global__ void add_offsets_kernel(Join j) {
   if (joined_count(j) == 0) return;
   __syncthreads();

@@ -37,7 +37,7 @@ struct NoTally {
   __device__ __forceinline__ void operator()(int32_t) const {}
 };
 
-// 16 bytes that will not be read again: they pass the caches by as well as a load can ask for it.
+// 16 bytes that will not be read again: the load hints that no cache keeps them.
 __device__ __forceinline__ uint4 load_16_bytes(const void* address) {
   return __ldcs(static_cast<const uint4*>(address));
 }
@@ -84,7 +84,7 @@ __device__ __forceinline__ int first_place(int lane) {
 }
 
 // A whole, aligned chunk: each warp takes every eighth tile, kAhead of them in flight. `tally` is called with
-// the keys of a lane's entries where it wants the largest of them.
+// the keys of a lane's entries where its `wants` is true of the largest of them.
 template <Exponent E, DType P, DType G, class Tally>
 __device__ __forceinline__ void stream_chunk(const ScoreRule& rule, const TensorRow& row, const Chunk& chunk,
                                              const uint32_t* taken, int32_t* maxima, const Tally& tally) {
