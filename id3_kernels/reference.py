@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .entries import Entries, runs, sort_keys
+from .norm import norm_scale, norm_total, square_units
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -131,8 +132,8 @@ def collect_(
 ):  # fmt: skip
     """Keeps what a step needs of one tensor's gradient, so that the gradient can go.
 
-    offsets [2] or [R, 2]: which of `indices` and `values` are the tensor's. These values (float32, float64 for float64)
-    become, or with `add` grow by, the gradient at their indices. best_score, best_place
+    offsets [2] or [R, 2]: which of `indices` and `values` are the tensor's. These values (float32, float64
+    for float64) become, or with `add` grow by, the gradient at their indices. best_score, best_place
     (position << 32 | flat index), best_grad [room] hold candidates, in any order, among them the best k of
     all tensors so far (ties to the lowest place); nobody: 0, -1, 0. Scores are D3's, or `score`. `again`:
     entries of this tensor may be held; the larger score stays, else the older. k is the same until the
@@ -227,29 +228,6 @@ def squared_norm(tensors, offsets, indices):
     scale = norm_scale(largest)
     high, low = square_units(torch.where(largest.isfinite(), values, 0) / scale)
     return norm_total(largest, high.sum(), low.sum(), scale)
-
-
-def norm_scale(largest: Tensor) -> Tensor:
-    """The largest power of two up to `largest` (float64), at least 2^-1022."""
-    power = (largest.view(torch.int64) & (0x7FF << 52)).view(torch.float64)
-    return power.clamp(min=torch.finfo(torch.float64).tiny)
-
-
-def square_units(scaled: Tensor) -> tuple[Tensor, Tensor]:
-    """int64: the squares of numbers below 2 in units of 2^-29, and what is left in units of 2^-60.
-
-    The sums of such integers depend on no order, and so neither do the bits of the norm: `formulas/norm.h`
-    has the error bound.
-    """
-    units = scaled * scaled * 2.0**29
-    high = units.to(torch.int64)
-    return high, ((units - high) * 2.0**31).to(torch.int64)
-
-
-def norm_total(largest: Tensor, high: Tensor, low: Tensor, scale: Tensor) -> Tensor:
-    """The sum of squares; NaN where a value is NaN, else infinite where one is."""
-    total = (high.double() + low.double() * 2.0**-31) * 2.0**-29 * scale * scale
-    return torch.where(largest.isfinite(), total, torch.where(largest.isnan(), math.nan, math.inf))
 
 
 def _read(tensor: Tensor, index: Tensor) -> Tensor:
