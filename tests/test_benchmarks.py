@@ -160,7 +160,8 @@ def test_a_join_that_loses_an_entry_is_not_timed(monkeypatch):
 
     def loses(shard):
         settle(shard)
-        shard.arrays["indices"][3] = shard.arrays["indices"][4]
+        if shard.arrays["indices"].numel():
+            shard.arrays["indices"][3] = shard.arrays["indices"][4]
 
     monkeypatch.setattr(Shard, "settle", loses)
     with pytest.raises(AssertionError, match="join: tensor"):
