@@ -25,7 +25,7 @@ struct Floor {
 
 // What the tensors of a pass hand on to one another; zeros at its beginning.
 struct CollectState {
-  unsigned long long count;  // candidates held: the first ones; more than there is room for: see `settle`
+  unsigned long long count;  // candidates held: the first ones; more than there is room for: see `cut_to_best`
   unsigned long long count_then;  // held before the tensor at hand
   Floor floor;
   unsigned arrived;  // blocks of the running launch that are done

@@ -26,8 +26,8 @@ def join_(arrays, offsets, b_offsets, b_indices, b_values):
     position += torch.arange(n_new, device=position.device)
     stays = torch.ones(n + n_new, dtype=torch.bool, device=position.device)
     stays[position] = False
-    for array, values in zip(arrays, [b_indices, *b_values], strict=True):
-        old = array[:n].clone()
+    held_values = [array[:n].clone() for array in arrays]  # before the first write: nothing may fail half-way
+    for array, old, values in zip(arrays, held_values, [b_indices, *b_values], strict=True):
         array[: n + n_new][stays] = old
         array[position] = 0 if values is None else values[:n_new]
     offsets.add_(b_offsets)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from operator import attrgetter
 from typing import Any
 
@@ -127,7 +128,7 @@ class ID3AdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if run.release is not None and hasattr(self, "found_inf"):  # a GradScaler sets it around step()
+        if run.release is not None and getattr(self, "found_inf", None) is not None:  # a GradScaler sets it around step()
             run.release.check_scaler()
         scaling = Scaling.of(self, run.method.max_grad_norm, run.active.layout.capturable)
         if not scaling.stopped:
@@ -155,7 +156,7 @@ class ID3AdamW(torch.optim.Optimizer):
         The caller looks for infinities too. Without such a call `step()` under a GradScaler raises.
         """
         release = self._unmasking.release
-        return [] if release is None else release.scaled_tensors()
+        return [] if release is None else release.scaled_tensors(self._unmasking.active)
 
     def _begin_pass(self) -> tuple[ActiveSet, Wanted | None]:
         return self._unmasking.begin_pass(self.param_groups)
@@ -168,7 +169,6 @@ class ID3AdamW(torch.optim.Optimizer):
     strategy = property(attrgetter("_unmasking.method.strategy"))
     schedule = property(attrgetter("_unmasking.method.schedule"))
     bias_correction = property(attrgetter("_unmasking.method.bias_correction"))
-    max_grad_norm = property(attrgetter("_unmasking.method.max_grad_norm"))
     budget = property(attrgetter("_unmasking.budget"), doc="B, a number of entries from the first step on.")
     total_steps = property(attrgetter("_unmasking.total_steps"), doc="T, or None before it is set.")
     n_entries = property(attrgetter("_unmasking.n_entries"), doc="N, or None before the first step.")
@@ -176,6 +176,16 @@ class ID3AdamW(torch.optim.Optimizer):
     n_active = property(attrgetter("_unmasking.active.n_active"), doc="|Λ|: how many entries are active.")
     last_selection = property(attrgetter("_unmasking.last_selection"), doc="The newest `Selection`, or None.")
     phase_seconds = property(attrgetter("_unmasking.phase_seconds"), doc="Host seconds of select and update.")
+
+    @property
+    def max_grad_norm(self) -> float | None:
+        """What `step()` clips by; may be set between steps."""
+        return self._unmasking.method.max_grad_norm
+
+    @max_grad_norm.setter
+    def max_grad_norm(self, norm: float | None) -> None:
+        norm = validation.plain_norm(norm)
+        self._unmasking.method = replace(self._unmasking.method, max_grad_norm=norm)
 
     def touched(self) -> Iterator[Touched]:
         """For every non-dense parameter, in order: the entries that training may have changed."""

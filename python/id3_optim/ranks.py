@@ -1,7 +1,7 @@
 """What one rank has to learn from the other ranks. One process holds every entry, so it answers alone.
 
-Selection, clipping, checkpoints and deltas go through this module and through nothing else that spans ranks:
-parameters that are sharded over ranks need another class with these methods, and no other change there.
+Selection, the count of active entries, clipping, checkpoints and deltas go through this module, so that
+parameters sharded over ranks have one place to begin. Released gradients refuse several processes before that.
 """
 
 from __future__ import annotations

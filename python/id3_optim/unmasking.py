@@ -121,7 +121,10 @@ class Unmasking:
                 picked, values, score, number = select(active, grads, self.method.heuristic, wanted)
             else:
                 picked, values, score, number = self.release.candidates.chosen(active.shards, wanted)
-            joined = active.replace(picked) if active.layout.repeat else active.join(picked, values)
+            if active.layout.repeat:
+                joined = active.replace(picked)
+            else:
+                joined = active.join(picked, values, wanted.target)
             self.last_selection = Selection(wanted.step, score, number)
         selected = time.perf_counter()
         update(active, grads, groups, dense_state, scaling, self.progress.done + 1, joined)
@@ -163,7 +166,7 @@ class Unmasking:
         self.progress = Progress(self.active.layout.capturable, saved.steps_done)
         if self.total_steps is None:
             self.total_steps = saved.total_steps
-        self.active = ActiveSet(self.active.layout, self.active.names)
+        self.active = ActiveSet(self.active.layout, parameter_names(groups))
         self.n_entries, self.budget = saved.n_entries, saved.budget
         if self.n_entries is not None:
             self.begin(groups)

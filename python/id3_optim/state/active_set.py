@@ -17,7 +17,7 @@ from .layout import Layout
 from .repeat import EverActive
 from .shard import Shard
 
-Joined = list[tuple[Shard, Entries]]  # what a join has added, and `leave` can take back
+Joined = list[tuple[Shard, Entries, int]]  # what a join has added to which run, and `leave` can take back
 
 
 class Touched(NamedTuple):
@@ -95,13 +95,12 @@ class ActiveSet:
         """|Λ|: how many entries are active."""
         return sum(shard.n_active for shard in self.shards)
 
-    def join(self, picked: list[Entries], gradients: Sequence[Tensor | None]) -> Joined:
-        """Makes the entries active, in all shards or, if that fails, in none."""
+    def join(self, picked: list[Entries], gradients: Sequence[Tensor | None], at_most: int) -> Joined:
+        """Makes the entries active, in all shards or, if that fails, in none; at most `at_most` are active then."""
         joined: Joined = []
         try:
             for shard, new, gradient in zip(self.shards, picked, gradients, strict=True):
-                shard.join(new, gradient)
-                joined.append((shard, new))
+                joined.append((shard, new, shard.join(new, gradient, at_most)))
         except BaseException:
             self.leave(joined)
             raise
@@ -109,8 +108,8 @@ class ActiveSet:
 
     def leave(self, joined: Joined) -> None:
         """Undoes a join whose step has failed, so that the step can be tried again."""
-        for shard, new in joined:
-            shard.leave(new)
+        for shard, new, run in joined:
+            shard.leave(new, run)
 
     def replace(self, picked: list[Entries]) -> Joined:
         """Makes the entries the active ones (strategy "repeat"). Nothing of this can be undone."""
@@ -119,7 +118,7 @@ class ActiveSet:
         return []
 
     def touched(self, p: Tensor) -> Touched:
-        """The entries of a parameter that training may have changed, over all ranks."""
+        """The entries of a parameter that training may have changed, over all ranks. Settles its shard."""
         at = self.locate(p)
         if at is None:
             return Touched(p, torch.empty(0, dtype=torch.int32, device=p.device), None)

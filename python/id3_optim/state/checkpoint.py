@@ -59,9 +59,8 @@ def _cut(active: ActiveSet, i: int, j: int) -> dict[str, Any]:
     state |= {"step": shard.steps[j].clone(), "shape": list(shard.params[j].shape)}
     if active.layout.repeat:
         indices, originals = active.ever[i].of(j)
-        state["ever_indices"] = indices.clone()
-        if originals is not None:
-            state["ever_originals"] = originals.clone()
+        ever = {"indices": indices} | ({} if originals is None else {"originals": originals})
+        state |= {f"ever_{name}": column.clone() for name, column in active.ranks.whole(ever).items()}
     return state
 
 

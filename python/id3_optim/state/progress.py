@@ -11,17 +11,20 @@ from torch import Tensor
 from .. import schedules
 from ..schedules import Schedule
 from .active_set import ActiveSet
+from .layout import moved
 
 
 class Wanted(NamedTuple):
     """How many entries should join: k int64 [1] on the first shard's device, at most `capacity`.
 
     step: the number of the step that they join in, the first being 0; later steps leave it unchanged.
+    target: how many entries are active at most afterwards.
     """
 
     k: Tensor
     capacity: int
     step: int | Tensor
+    target: int
 
 
 class Report:
@@ -100,15 +103,16 @@ class Progress:
             return None
         home, last = active.shards[0].device, len(self.targets) - 1
         if active.layout.repeat:
-            return Wanted(torch.full((1,), self.targets[-1], device=home), self.targets[-1], self.done)
+            budget = self.targets[-1]
+            return Wanted(torch.full((1,), budget, device=home), budget, self.done, budget)
         counts = ((shard.offsets[:, -1] - shard.offsets[:, 0]).sum(0, keepdim=True) for shard in active.shards)
-        n_active = sum(count.to(home, non_blocking=True) for count in counts)
+        n_active = sum(count if count.device == home else moved(count, home) for count in counts)
         if not active.ranks.alone:
             n_active = active.ranks.total(n_active)
         if self.capturable:
             target = self._table.index_select(0, self.done.clamp(max=last))
             k = (target - n_active).clamp_(0, self._most_at_once)
-            return Wanted(k, self._most_at_once, self.done.clone())
+            return Wanted(k, self._most_at_once, self.done.clone(), self.targets[-1])
         target = self.targets[min(self.done, last)]
         if home.type == "cuda":
             self._n_known = self._report.newest(self._n_known)
@@ -116,4 +120,6 @@ class Progress:
         elif home.type == "cpu":
             self._n_known = int(n_active)
         capacity = min(target - self._n_known, self._most_at_once)
-        return Wanted((target - n_active).clamp_(0, capacity), capacity, self.done) if capacity > 0 else None
+        if capacity <= 0:
+            return None
+        return Wanted((target - n_active).clamp_(0, capacity), capacity, self.done, target)

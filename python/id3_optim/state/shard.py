@@ -27,29 +27,13 @@ class Slice(NamedTuple):
     last: int
 
 
-class Recent:
-    """The run of entries that have joined since the last `Shard.settle`. It lies at `begin` in the arrays.
-
-    offsets int64 [M + 1] are relative to `begin`. The host knows that there are at most `count` entries of
-    `room`; a GPU may hold fewer.
-    """
-
-    def __init__(self, offsets: Tensor):
-        self.offsets = offsets
-        self.begin = self.room = self.count = 0
-
-    def takes(self, n: int) -> bool:
-        """Whether n entries more fit."""
-        return self.count + n <= self.room
-
-
 class Shard:
     """The active entries of all selectable tensors of one device and dtype, and their state.
 
     `arrays["indices"]` and the arrays beside it hold the active entries in one or two runs, each in (tensor,
     flat index) order: `offsets` int64 [runs, M + 1], on the device, are those of an active set of the op table.
     The settled run begins at 0. A recent run at the far end of the arrays takes what joins, so that a join
-    moves few entries; `settle` merges it into the first when it is full.
+    moves few entries; `settle` merges it into the first when it is full. Elements outside the runs are padding.
 
     `steps` int64 [M] counts the steps in which each tensor had a gradient; `updated_at` int64 [M] is the
     optimizer's step count after the last of them. `n_active`, `column` and `leave` synchronise with a GPU;
@@ -65,7 +49,9 @@ class Shard:
         self.params: list[Tensor] = []
         self.positions: list[int] = []
         self.slices: list[Slice] = []
-        self.offsets = torch.zeros(1, 1, dtype=torch.int64, device=device)
+        # Row 0: the settled run's offsets. Row 1: the recent run's, counted from `_begin`, zeros without one.
+        self._rows = torch.zeros(2, 1, dtype=torch.int64, device=device)
+        self.offsets = self._rows[:1]
         self.steps = torch.zeros(0, dtype=torch.int64, device=device)
         self.updated_at = torch.zeros(0, dtype=torch.int64, device=device)
         self.position_table = torch.zeros(0, dtype=torch.int64, device=device)
@@ -74,8 +60,9 @@ class Shard:
         self.arrays = {
             name: torch.empty(0, dtype=d, device=device) for name, d in layout.arrays(dtype).items()
         }
-        self._recent = Recent(self.offsets[0])
-        self._at_most = 0  # an upper bound of n_active that the host knows
+        self._begin: int | None = None  # where the recent run begins, None without one
+        self._recent_count = 0  # how many entries it has at most; a GPU may hold fewer
+        self._at_most = 0  # how many entries are active at most
         self._bounds: list[list[int]] | None = None
         self._masks: dict[tuple[bool, ...], Tensor] = {}
 
@@ -97,8 +84,8 @@ class Shard:
             self.slices.append(Slice(group, n - 1, n))
         self.numel += param.numel()
         self.settle()
-        self.offsets = torch.cat([self.offsets, self.offsets[:, -1:]], 1)
-        self._recent = Recent(torch.zeros_like(self.offsets[0]))
+        self._rows = torch.cat([self._rows, self._rows[:, -1:]], 1)
+        self.offsets = self._rows[:1]
         self.position_table = torch.tensor(self.positions, device=self.device)
         self._bounds, self._masks = None, {}
         self.steps = torch.cat([self.steps, self.steps.new_zeros(1)])
@@ -139,73 +126,91 @@ class Shard:
         if capacity < self.limit and self.n_active + n > capacity:
             self.reserve(min(max(self.n_active + n, 2 * capacity), self.limit))
 
-    def join(self, new: Entries, gradient: Tensor | None = None) -> None:
-        """Adds entries that are not active yet, with zero moments (and their gradients, where released)."""
+    def join(self, new: Entries, gradient: Tensor | None, at_most: int) -> int:
+        """Adds entries that are not active yet, with zero moments (and their gradients, where released).
+
+        at_most: how many entries of all shards are active at most with the new ones, as the host knows.
+        Returns which run they have joined. If this fails, out of memory, the active set is what it was.
+        """
         n = new.indices.numel()
         self._make_room(n)
         values = self.kernels.gather(self.params, *new)
         first = {"originals": values, "master": values.to(self.arrays["exp_avg"].dtype), "gradient": gradient}
         first = [first.get(name) for name in self.arrays if name != "indices"]
-        if not self._recent.takes(n):
-            self.settle()
-            self._open_recent()
-        recent = self._recent
-        if recent.takes(n):
-            arrays = [array[recent.begin :] for array in self.arrays.values()]
-            self.kernels.join_(arrays, recent.offsets, *new, first)
-            self.offsets = torch.stack([self.offsets[0], recent.offsets + recent.begin])
-            recent.count += n
-        else:
-            recent.room = 0  # the settled run grows over what was free for a recent one
-            self.kernels.join_(list(self.arrays.values()), self.offsets[0], *new, first)
-        self._at_most, self._bounds = min(self._at_most + n, self.limit), None
+        run = int(self._recent_takes(n))
+        arrays = [array[self._begin if run else 0 :] for array in self.arrays.values()]
+        self.kernels.join_(arrays, self._rows[run], *new, first)
+        if run:  # in place: nothing may fail between the join and its offsets
+            torch.add(self._rows[1], self._begin, out=self.offsets[1])
+            self._recent_count += n
+        self._at_most, self._bounds = max(self._at_most, min(at_most, self.limit)), None
+        return run
 
-    def _open_recent(self) -> None:
-        """Finds room for a recent run behind the settled one, as far as the host knows where that ends."""
+    def _recent_takes(self, n: int) -> bool:
+        """Whether n entries fit into the recent run; settles and opens another one where this one is full."""
+        capacity = self.arrays["indices"].numel()
+        if self._begin is not None:
+            if self._begin + self._recent_count + n <= capacity:
+                return True
+            self.settle()
         if self.layout.capturable or self.layout.repeat:
-            return  # a graph replays no decision of the host; with "repeat" nothing joins
+            return False  # a graph replays no decision of the host; with "repeat" nothing joins
         if self.device.type == "cpu":
             self._at_most = self.n_active
-        capacity = self.arrays["indices"].numel()
         begin = max(capacity - capacity // RECENT_SHARE, self._at_most)
-        self._recent.begin, self._recent.room = begin, capacity - begin
+        if n == 0 or begin + n > capacity:
+            return False
+        offsets = self._rows.clone()
+        offsets[1] += begin
+        self.offsets, self._begin, self._bounds = offsets, begin, None
+        return True
 
     def settle(self) -> None:
-        """Makes one run of two. The set of entries and their state stay the same."""
-        recent = self._recent
-        if recent.count == 0:
+        """Makes one run of two. The active set and its state stay the same."""
+        begin = self._begin
+        if begin is None:
             return
-        settled, arrays = self.offsets[0].clone(), list(self.arrays.values())
-        indices, *values = (array[recent.begin :].clone() for array in arrays)  # the merge writes over them
-        self.kernels.join_(arrays, settled, recent.offsets, indices, values)
-        self.offsets, self._bounds = settled.unsqueeze(0), None
-        self._recent = Recent(torch.zeros_like(settled))
+        arrays = list(self.arrays.values())
+        indices, *values = (array[begin:].clone() for array in arrays)  # the merge writes over them
+        self.kernels.join_(arrays, self._rows[0], self._rows[1], indices, values)
+        self._rows[1].zero_()
+        self.offsets, self._begin, self._recent_count, self._bounds = self._rows[:1], None, 0, None
+        if "gradient" in self.arrays:
+            self._clear_padding(self.arrays["gradient"], begin)
 
-    def leave(self, new: Entries) -> None:
-        """Takes back `join(new)`, before anything was updated."""
+    def _clear_padding(self, gradient: Tensor, begin: int) -> None:
+        """A loss scaler looks at the whole array: an infinity of an earlier step must not stay in its padding."""
+        at = torch.arange(begin, gradient.numel(), device=self.device)
+        gradient[begin:].masked_fill_(at >= self._rows[0, -1], 0)
+
+    def leave(self, new: Entries, run: int) -> None:
+        """Takes back `join(new)`, which has returned `run`, before anything was updated."""
         new = new.trimmed()
-        run = len(self.offsets) - 1
         begin, end = self.bounds[run][0], self.bounds[run][-1]
-        held = Entries(self.offsets[run] - begin, self.arrays["indices"][begin:])
+        held = Entries(self._rows[run], self.arrays["indices"][begin:])
         n, n_new = end - begin, new.indices.numel()
         stays = torch.ones(n, dtype=torch.bool, device=self.device)
         stays[torch.searchsorted(sort_keys(held, n), sort_keys(new, n_new))] = False
-        for array in self.arrays.values():
+        for name, array in self.arrays.items():
             array[begin : end - n_new] = array[begin:end][stays]
-        self.offsets[run] -= new.offsets
+            if name == "gradient":
+                array[end - n_new : end] = 0
+        self._rows[run] -= new.offsets
         if run:
-            self._recent.offsets -= new.offsets
+            self.offsets[1] -= new.offsets
         self._bounds = None
 
     def hold(self, offsets: Tensor, n: int, arrays: dict[str, Tensor]) -> None:
         """Makes n other entries the active ones, in one run: offsets [M + 1], all `arrays` that are given."""
-        self.offsets, self._bounds = offsets.unsqueeze(0), None
-        self._recent, self._at_most = Recent(torch.zeros_like(offsets)), n
+        self._rows[0], self._rows[1] = offsets, 0
+        self.offsets, self._begin, self._recent_count, self._bounds = self._rows[:1], None, 0, None
+        self._at_most = n
         self.arrays |= arrays
 
     def tables(self) -> list[Tensor]:
         """All tensors with an element per tensor."""
-        return [self.offsets, self._recent.offsets, self.steps, self.updated_at, self.position_table]
+        own = [] if self._begin is None else [self.offsets]
+        return [*own, self._rows, self.steps, self.updated_at, self.position_table]
 
     # --- steps -------------------------------------------------------------------------------------
 

@@ -72,12 +72,12 @@ class Candidates:
         return held + ([best.score for best in self.best] if isinstance(heuristic, D3) else [])
 
     def collect(
-        self, active: ActiveSet, at: tuple[int, int], heuristic: Heuristic, add: bool, repeated: bool
+        self, active: ActiveSet, at: tuple[int, int], heuristic: Heuristic, add: bool, may_hold: bool
     ) -> None:
         """Takes from the gradient of tensor `at` (shard, tensor) what a step needs of it.
 
         Mutates the candidates and the shard's `gradient` array: the values at active entries become, or with
-        `add` grow by, the gradient's. repeated: entries of this tensor may be candidates already.
+        `add` grow by, the gradient's. may_hold: entries of this tensor may be candidates already.
         """
         i, j = at
         shard, best = active.shards[i], self.best[i]
@@ -100,7 +100,7 @@ class Candidates:
             position,
             *best,
             self._k[i],
-            repeated,
+            may_hold,
             *d3,
         )
 

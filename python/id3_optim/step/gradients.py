@@ -118,9 +118,10 @@ def squared_norms(
 ) -> list[Tensor]:
     """float64 [] for each shard, of its active entries, and for each gradient of a dense group."""
     squares = [g.squared_norm(shard) for shard, g in zip(active.shards, gradients, strict=True)]
+    if not active.ranks.alone:
+        squares = [active.ranks.total(s) for s in squares]
     dense = [p.grad for g in groups if g["dense"] for p in g["params"] if p.grad is not None]
-    squares += [torch.linalg.vector_norm(g, dtype=torch.float64).square() for g in dense]
-    return squares if active.ranks.alone else [active.ranks.total(s) for s in squares]
+    return squares + [torch.linalg.vector_norm(g, dtype=torch.float64).square() for g in dense]
 
 
 def of_step(active: ActiveSet, groups: list[dict[str, Any]]) -> list[Whole]:

@@ -30,12 +30,6 @@ class Passes:
     def __init__(self) -> None:
         self.end()
 
-    def __getstate__(self) -> dict:
-        return {}  # a copy is in no pass
-
-    def __setstate__(self, state: dict) -> None:
-        self.end()
-
     def end(self) -> None:
         """Forgets the pass that runs."""
         self._root: int | None = None  # the graph task of the running pass, once a hook was called in it

@@ -38,24 +38,25 @@ class Release:
     def __init__(self, begin: Begin, heuristic: Heuristic, select_from: str):
         self.heuristic, self.select_from = heuristic, select_from
         self.hooked = True  # False: `remove_hooks` was called
-        self._passes = Passes()
         self._make_own(begin)
         self.clear()
 
     def __getstate__(self) -> dict:
-        own = ("_handles", "_lock", "_begin", "_active")
+        own = ("_handles", "_lock", "_begin", "_active", "_passes")
         return {name: x for name, x in self.__dict__.items() if name not in own}
 
     def _make_own(self, begin: Begin) -> None:
         self._begin: weakref.WeakMethod[Begin] = weakref.WeakMethod(begin)
         self._active: ActiveSet | None = None
+        self._passes = Passes()
         self._handles: dict[int, torch.utils.hooks.RemovableHandle] = {}
         self._lock = threading.Lock()  # autograd has a thread for each device
         weakref.finalize(self, _remove, self._handles).atexit = False
 
     def rebind(self, begin: Begin, params: Iterable[Tensor]) -> None:
-        """Makes a copy, or what was unpickled, another optimizer's own, with hooks on its parameters."""
-        self._make_own(begin)
+        """Makes a deep copy, or what was unpickled, another optimizer's own, with hooks on its parameters."""
+        if not hasattr(self, "_handles"):  # a shallow copy shares everything
+            self._make_own(begin)
         self.attach(params)
 
     def clear(self) -> None:
@@ -111,12 +112,13 @@ class Release:
         """The memory of the candidates."""
         return [] if self.candidates is None else self.candidates.tensors()
 
-    def scaled_tensors(self) -> list[Tensor]:
+    def scaled_tensors(self, active: ActiveSet) -> list[Tensor]:
         """All that is proportional to the loss scale; the caller, a GradScaler, looks at it and unscales it."""
         self.seen_by_scaler = True
         if self.candidates is None:
             return []
-        values = [kept.values(shard) for kept, shard in zip(self.kept, self._active.shards, strict=True)]
+        # A shard that was added since the last pass has kept nothing yet.
+        values = [kept.values(shard) for kept, shard in zip(self.kept, active.shards, strict=False)]
         return [t for t in self.candidates.scaled_tensors(self.heuristic) + values if t.numel()]
 
     def check_scaler(self) -> None:
@@ -131,7 +133,10 @@ class Release:
         if unfinished:
             self.clear()
         check_one_process()
-        self._prepare(*self._begin()())
+        if self.candidates is None or self._active is None:
+            self._prepare(*self._begin()())
+        else:  # another micro-batch of the same step
+            self._prepare(self._active, self.candidates.wanted)
         if self.select_from == "last":
             self.candidates.forget()
 

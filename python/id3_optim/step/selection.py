@@ -105,10 +105,9 @@ def entries_at(shard: Shard, place: Tensor) -> tuple[Entries, Tensor]:
     return Entries(torch.searchsorted(ordered, edges), (ordered & 0xFFFFFFFF).to(torch.int32)), order
 
 
-def _active(shard: Shard, fresh: bool) -> Entries:
-    if fresh:
-        return Entries.empty(len(shard.params), shard.device)
-    return Entries(shard.offsets, shard.arrays["indices"])
+def _active(shard: Shard, fresh: bool) -> tuple[Tensor, Tensor]:
+    """The offsets and indices of the active set, as the ops take them."""
+    return Entries.empty(len(shard.params), shard.device) if fresh else (shard.offsets, shard.arrays["indices"])
 
 
 def _by_d3(shard: Shard, gradients: Whole, heuristic: D3, wanted: Wanted, fresh: bool):
