@@ -39,7 +39,8 @@ class Collector {
 
   void gather_all() const {
     at::parallel_for(0, active_.length(), kEntryGrain, [&](int64_t begin, int64_t end) {
-      active_.for_each_segment(begin, end, [&](int64_t, int64_t first, int64_t last) { gather(first, last); });
+      active_.for_each_segment(begin, end,
+                               [&](int64_t, int64_t first, int64_t last) { gather(first, last); });
     });
   }
 

@@ -52,9 +52,7 @@ class RunsView {
   std::vector<EntriesView> runs;
 
   // How many entries the longest run has.
-  int64_t length() const {
-    return runs.empty() ? 0 : runs[longest_].end() - runs[longest_].begin();
-  }
+  int64_t length() const { return runs.empty() ? 0 : runs[longest_].end() - runs[longest_].begin(); }
 
   // How many entries of all runs stand before the entry `at` of the longest one; at its length all.
   int64_t before(int64_t at) const {
@@ -79,7 +77,8 @@ class RunsView {
   void for_each_segment(int64_t begin, int64_t end, const Visit& visit) const {
     if (begin >= end) return;
     const EntriesView& longest = runs[longest_];
-    if (runs.size() == 1) return longest.for_each_segment(longest.begin() + begin, longest.begin() + end, visit);
+    if (runs.size() == 1)
+      return longest.for_each_segment(longest.begin() + begin, longest.begin() + end, visit);
     int64_t next[kMostRuns], stop[kMostRuns];
     for (size_t run = 0; run < runs.size(); ++run) {
       next[run] = place(runs[run], begin);
@@ -91,7 +90,8 @@ class RunsView {
   }
 
  private:
-  static constexpr int64_t kTogether = 2048;  // entries of one run before those of the next: some hundred KiB apart
+  // Entries of one run that are visited before those of the next: some hundred KiB apart.
+  static constexpr int64_t kTogether = 2048;
 
   int64_t tensor_at(int64_t at) const {
     const EntriesView& run = runs[longest_];
@@ -122,7 +122,8 @@ class RunsView {
       more = last < end;
       for (size_t run = 0; run < runs.size(); ++run) {
         int64_t to = std::min(stop[run], runs[run].offsets[j + 1]);
-        if (more) to = static_cast<int64_t>(run) == longest_ ? last : lower_bound(next[run], to, indices[last]);
+        if (more)
+          to = static_cast<int64_t>(run) == longest_ ? last : lower_bound(next[run], to, indices[last]);
         if (next[run] < to) visit(j, next[run], to);
         next[run] = std::max(next[run], to);
       }

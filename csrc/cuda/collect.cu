@@ -25,7 +25,8 @@ __global__ void take_kernel(Collect c, int32_t chunks) {
       c.values[at] = c.add ? c.values[at] + value : value;
     }
     for (int64_t i = thread_in_grid(); spans && i < chunks; i += threads_in_grid())
-      c.spans[i * c.active.runs + run] = span_at(own, 0, i * kShortChunk, chunk_length_at(c, i * kShortChunk));
+      c.spans[i * c.active.runs + run] =
+          span_at(own, 0, i * kShortChunk, chunk_length_at(c, i * kShortChunk));
   }
 }
 

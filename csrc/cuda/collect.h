@@ -5,8 +5,8 @@
 #include "cuda/stream.h"
 #include "cuda/topk.h"
 
-// What a step needs of one tensor's gradient, taken in three launches that synchronise with nothing: the values at its
-// active entries, and its candidates among the best k entries of all tensors of a pass.
+// What a step needs of one tensor's gradient, taken in three launches that synchronise with nothing: the
+// values at its active entries, and its candidates among the best k entries of all tensors of a pass.
 namespace id3::cuda {
 
 constexpr int kScoreBins = 4096, kScoreShift = 19;  // a score's exponent and four bits of its mantissa
@@ -40,18 +40,18 @@ struct Collect {
   DType grad_dtype;
   ScoreRule rule;
   RunsView active;  // of this tensor alone
-  float* values;       // at the active entries: their gradient, or with `add` more by it
+  float* values;    // at the active entries: their gradient, or with `add` more by it
   bool add;
   int64_t most_active;  // room in active.indices
   int64_t position;     // of the tensor
   float* best_score;
   int64_t* best_place;  // position << 32 | flat index
   float* best_grad;
-  Wanted wanted;          // of at most half the room
-  int64_t room;           // 0: nothing but the values is taken
-  CollectState* state;    // null: no fused candidates
-  Span* spans;            // [chunks][active.runs]
-  int32_t* maxima;        // [chunks · tiles of a chunk]
+  Wanted wanted;        // of at most half the room
+  int64_t room;         // 0: nothing but the values is taken
+  CollectState* state;  // null: no fused candidates
+  Span* spans;          // [chunks][active.runs]
+  int32_t* maxima;      // [chunks · tiles of a chunk]
 
 #if defined(__CUDACC__) || defined(ID3_EMULATED_CUDA)
   __device__ ActiveSpans active_in(int64_t chunk) const {

@@ -4,8 +4,7 @@ namespace id3::cuda {
 namespace {
 
 // The gradients to where they are read in order, and the largest of them.
-__global__ void take_values_kernel(const TensorRow* rows, RunsView entries, float* values,
-                                   NormState* state) {
+__global__ void take_values_kernel(const TensorRow* rows, RunsView entries, float* values, NormState* state) {
   int32_t largest = 0;
   for (int32_t run = 0; run < entries.runs; ++run) {
     const EntriesView own = entries.run(run);

@@ -13,8 +13,7 @@ __global__ void chunks_kernel(Candidates c, Wanted wanted) {
     const Chunk chunk = chunk_at(c.rows, c.active.tensors, c.chunk_length, i);
     c.chunks[i] = chunk;
     for (int32_t run = 0; run < c.active.runs; ++run)
-      c.spans[i * c.active.runs + run] =
-          span_at(c.active.run(run), chunk.tensor, chunk.offset, chunk.length);
+      c.spans[i * c.active.runs + run] = span_at(c.active.run(run), chunk.tensor, chunk.offset, chunk.length);
   }
 }
 

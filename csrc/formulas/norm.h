@@ -31,9 +31,8 @@ ID3_HOST_DEVICE Key<Value> magnitude_bits(Value g) {
 ID3_HOST_DEVICE double norm_scale(double largest) {
   constexpr int64_t kMantissa = 0x000fffffffffffff;
   const int64_t bits = reinterpret_bits<int64_t>(largest) & ~kMantissa;
-  return reinterpret_bits<double>(bits < FloatBits<double>::kSmallestNormal
-                                      ? FloatBits<double>::kSmallestNormal
-                                      : bits);
+  return reinterpret_bits<double>(
+      bits < FloatBits<double>::kSmallestNormal ? FloatBits<double>::kSmallestNormal : bits);
 }
 
 // inverse: 1 / s.

@@ -23,10 +23,11 @@ int64_t launches_emulated() { return emulated::launches; }
 
 // Returns 1 if the maxima of tiles were used, 0 if all keys were read in every round.
 int select_topk_emulated(const TensorRow* rows, int32_t tensors, int32_t runs, int64_t stride,
-                         const int64_t* offsets, const int32_t* indices, const int64_t* k, int64_t capacity, float eps, double exp,
-                         int given, int64_t* out_offsets, int32_t* out_indices, float* out_scores) {
+                         const int64_t* offsets, const int32_t* indices, const int64_t* k, int64_t capacity,
+                         float eps, double exp, int given, int64_t* out_offsets, int32_t* out_indices,
+                         float* out_scores) {
   std::vector<TensorRow> cut(rows, rows + tensors), stored(tensors);
-  const Layout layout = cut_into_chunks(cut);
+  const ChunkLayout layout = cut_into_chunks(cut);
   store_rows(cut.data(), tensors, stored.data(), nullptr);
   const int64_t n = std::max(layout.slots(), capacity * kTile);
   std::vector<Chunk> chunks(layout.n_chunks, Chunk{0, 0, kShortChunk});  // read before it is made: seen
@@ -37,10 +38,10 @@ int select_topk_emulated(const TensorRow* rows, int32_t tensors, int32_t runs, i
   std::vector<BlockCount> counts(topk_blocks(n) + 1);
   TopkState state{};
   int64_t n_tiles = -1, n_slots = -1;
-  const Candidates candidates{
-      stored.data(),       chunks.data(),       spans.data(),
-      layout.n_chunks,     layout.chunk_length, {offsets, indices, stride, tensors, runs},
-      {eps, exp, given != 0}};
+  const Candidates candidates{stored.data(),         chunks.data(),
+                              spans.data(),          layout.n_chunks,
+                              layout.chunk_length,   {offsets, indices, stride, tensors, runs},
+                              {eps, exp, given != 0}};
   const SelectionWorkspace workspace{{&state, histogram.data(), counts.data()},
                                      maxima.data(),
                                      tiles.data(),
@@ -72,9 +73,9 @@ int64_t collect_state_length() { return sizeof(CollectState) / sizeof(int64_t); 
 
 // score: null, or the row of a tensor of scores. state null: nothing but the values is taken.
 void collect_emulated(const TensorRow* row, const TensorRow* score, int32_t runs, int64_t stride,
-                      const int64_t* offsets, const int32_t* indices, int64_t most_active, float* values, int add, int64_t position,
-                      float* best_score, int64_t* best_place, float* best_grad, int64_t room, void* state,
-                      const int64_t* k, float eps, double exp) {
+                      const int64_t* offsets, const int32_t* indices, int64_t most_active, float* values,
+                      int add, int64_t position, float* best_score, int64_t* best_place, float* best_grad,
+                      int64_t room, void* state, const int64_t* k, float eps, double exp) {
   const int64_t chunks = chunks_of(row->numel);
   std::vector<Span> spans(chunks * runs + 1, Span{-1, -1});
   std::vector<int32_t> maxima(chunks * (kShortChunk / kTile) + 1, 0x7fffffff);
@@ -102,13 +103,12 @@ void collect_emulated(const TensorRow* row, const TensorRow* score, int32_t runs
 int64_t chunks_emulated(TensorRow* rows, int32_t tensors, const int64_t* offsets, const int32_t* indices,
                         int64_t* chunks, int32_t* chunk_length) {
   std::vector<TensorRow> cut(rows, rows + tensors);
-  const Layout layout = cut_into_chunks(cut);
+  const ChunkLayout layout = cut_into_chunks(cut);
   *chunk_length = layout.chunk_length;
   for (int64_t i = 0; chunks && i < layout.n_chunks; ++i) {
     const Chunk chunk = chunk_at(cut.data(), tensors, layout.chunk_length, i);
     const Span span = span_at({offsets, indices, tensors}, chunk.tensor, chunk.offset, chunk.length);
-    for (const int64_t x :
-         {chunk.offset, int64_t{chunk.tensor}, int64_t{chunk.length}, span.begin, span.end})
+    for (const int64_t x : {chunk.offset, int64_t{chunk.tensor}, int64_t{chunk.length}, span.begin, span.end})
       *chunks++ = x;
   }
   return layout.n_chunks;
@@ -156,10 +156,11 @@ void join_emulated(void** arrays, const void** added, const int32_t* item_bytes,
 }
 
 void adamw_emulated(const TensorRow* rows, int32_t tensors, int32_t runs, int64_t stride,
-                    const int64_t* offsets, const int32_t* indices, int64_t n, const void* values, int32_t values_dtype, float* exp_avg, float* exp_avg_sq,
-                    float* master, int32_t* age, const int64_t* step, double lr, double beta1, double beta2,
-                    double eps, double weight_decay, int maximize, const float* grad_scale,
-                    const float* found_inf, const float* clip, const void* tensor_lr, int lr_is_double) {
+                    const int64_t* offsets, const int32_t* indices, int64_t n, const void* values,
+                    int32_t values_dtype, float* exp_avg, float* exp_avg_sq, float* master, int32_t* age,
+                    const int64_t* step, double lr, double beta1, double beta2, double eps,
+                    double weight_decay, int maximize, const float* grad_scale, const float* found_inf,
+                    const float* clip, const void* tensor_lr, int lr_is_double) {
   constexpr int64_t kLongest = 5000;
   std::vector<double> unbiased(kLongest + 1, 1.0);
   std::vector<float> root(kLongest + 1, 1.0f);
