@@ -7,7 +7,6 @@ extension, `cuda` the CUDA extension, and `triton` compiles its kernels at their
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib
 import importlib.util
 import os

@@ -20,9 +20,7 @@ SUM_BLOCK = 1024
 
 
 @triton.jit
-def take_values_kernel(
-    tensors, codes, owner, offsets, indices, values, n, n_tensors, BLOCK: tl.constexpr
-):
+def take_values_kernel(tensors, codes, owner, offsets, indices, values, n, n_tensors, BLOCK: tl.constexpr):
     """float32 values at the entries of one run, at the entries' places."""
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     j = tl.load(owner + place, mask=place < n, other=n_tensors)

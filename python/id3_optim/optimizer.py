@@ -27,8 +27,8 @@ class ID3AdamW(torch.optim.Optimizer):
     """AdamW on a growing set of entries: ID3, "Step-by-Step Unmasking" (arXiv 2408.14470, algorithm 1).
 
     At each step the best entries by `heuristic` that are not active yet join the active set, and AdamW
-    (decoupled weight decay included) runs on active entries alone. All other entries keep their bits. State is
-    kept for active entries only: at most 24 bytes each.
+    (decoupled weight decay included) runs on active entries alone. All other entries keep their bits. State
+    is kept for active entries only: at most 24 bytes each.
 
     params: as for torch.optim.AdamW: parameters, named parameters or groups with their own lr,
         weight_decay, betas, eps, maximize. A group with `dense=True` (a fresh head) is trained whole by
@@ -89,9 +89,8 @@ class ID3AdamW(torch.optim.Optimizer):
         budget, norm = validation.plain_budget(budget), validation.plain_norm(max_grad_norm)
         method = Method(budget, strategy, heuristic, schedule, bias_correction, norm, keep_originals)
         method.describe()  # refuses what is no heuristic or no schedule
-        backend = validation.usable_backend(backend)
-        per_entry, repeat = bias_correction == "entry", strategy == "repeat"
-        layout = Layout(keep_originals, per_entry, repeat, backend, release_gradients, capturable)
+        backend, age = validation.usable_backend(backend), bias_correction == "entry"
+        layout = Layout(keep_originals, age, strategy == "repeat", backend, release_gradients, capturable)
         self._unmasking = Unmasking(method, layout)
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, defaults | {"maximize": maximize, "dense": False})

@@ -20,7 +20,7 @@ class OneProcess:
         return place, score
 
     def total(self, number: Tensor) -> Tensor:
-        """The sum over ranks of a count (int64) or of a squared norm (float64): the same bits on each rank."""
+        """The sum over ranks of a count (int64) or a squared norm (float64): the same bits on each rank."""
         return number
 
     def whole(self, entries: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -94,7 +94,7 @@ class Unmasking:
             self.progress.tabulate(schedule, self.total_steps, self.budget, device)
 
     def begin_pass(self, groups: Groups) -> tuple[ActiveSet, Wanted | None]:
-        """What a step or a backward pass with hooks needs before it starts: `begin`, and the next increment."""
+        """What a step or a backward pass with hooks needs before its start: `begin`, the next increment."""
         if self.total_steps is None:
             raise ValueError(
                 "total_steps: expected the number of steps of the run (set_total_steps), got None"

@@ -1,4 +1,4 @@
-"""Ops that read an active set give the same bits for every split of it into runs, and touch nothing between."""
+"""Ops that read an active set give the same bits for every split into runs, and touch nothing between."""
 
 import cases
 import numpy as np
@@ -35,7 +35,9 @@ def test_selection_leaves_out_the_entries_of_all_runs(backend, by_score):
         params, grads = backend.here(problem.params), backend.here(problem.grads)
         wanted = backend.count(problem.k), min(problem.k, sum(problem.sizes()))
         if by_score:
-            grads = [None if g is None else g.to(wide_dtype(p.dtype)) for p, g in zip(params, grads, strict=True)]
+            grads = [
+                None if g is None else g.to(wide_dtype(p.dtype)) for p, g in zip(params, grads, strict=True)
+            ]
             selected, tensors, rule = backend.table.select_topk_by_score, (grads,), ()
         else:
             selected, tensors, rule = backend.table.select_topk, (params, grads), (1.0, 1.0)
@@ -59,9 +61,7 @@ def test_collect_takes_the_values_of_all_runs_and_no_candidate_among_them(backen
         values = collect(backend, problem, order, want, 1.0, 1.0, active=active)
         here = backend.here(runs.spread(torch.full((len(runs.at),), 7.0, dtype=dtype), JUNK))
         for _ in range(1 + again):
-            here = collect(
-                backend, problem, order, got, 1.0, 1.0, active=runs[:2], values=here, again=again
-            )
+            here = collect(backend, problem, order, got, 1.0, 1.0, active=runs[:2], values=here, again=again)
         oracle.check_bits(here.cpu()[runs.at], values.cpu()[: len(runs.at)])
         assert here.cpu()[runs.between()].eq(JUNK).all()
         for a, b in zip(got.best(), want.best(), strict=True):
@@ -172,7 +172,7 @@ BAD_ROWS = {
 @pytest.mark.parametrize("op", calls(None, [0], [0]))
 @pytest.mark.parametrize("offsets", BAD_ROWS.values(), ids=BAD_ROWS)
 def test_the_cpu_refuses_rows_that_reach_elsewhere(cpu, op, offsets):
-    with pytest.raises(ValueError, match="offsets|indices"):
+    with pytest.raises(ValueError, match=r"offsets|indices"):
         calls(cpu, offsets, [0, 1, 0])[op]()
 
 

@@ -157,7 +157,8 @@ def test_another_model_is_refused(model, make, train):
     _, second = make(narrow, budget=180)
     with pytest.raises(
         ValueError,
-        match=r"state\[0\]: shape: expected \[60, 41\] as in the optimizer, got \[60, 40\] in the saved state",
+        match=r"state\[0\]: shape: expected \[60, 41\] as in the optimizer, "
+        r"got \[60, 40\] in the saved state",
     ):
         second.load_state_dict(first.state_dict())
     _, third = make(model[0], budget=180)

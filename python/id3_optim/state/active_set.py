@@ -51,7 +51,7 @@ class ActiveSet:
     # --- parameters ----------------------------------------------------------------------------------
 
     def adopt(self, rows: Iterable[Member]) -> None:
-        """Takes parameters in the order of their positions into the shards, and makes those that are missing."""
+        """Takes parameters in the order of their positions into the shards, and makes missing shards."""
         for position, group, p in rows:
             shard = self.shard_for(position, p)
             shard.add(p, position, group)

@@ -101,7 +101,9 @@ class Progress:
         home, last = active.shards[0].device, len(self.targets) - 1
         if active.layout.repeat:
             return Wanted(torch.full((1,), self.targets[-1], device=home), self.targets[-1], self.done)
-        counts = ((shard.offsets[:, -1] - shard.offsets[:, 0]).sum(0, keepdim=True) for shard in active.shards)
+        counts = (
+            (shard.offsets[:, -1] - shard.offsets[:, 0]).sum(0, keepdim=True) for shard in active.shards
+        )
         n_active = sum(count.to(home, non_blocking=True) for count in counts)
         if not active.ranks.alone:
             n_active = active.ranks.total(n_active)

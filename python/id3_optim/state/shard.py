@@ -47,9 +47,9 @@ class Shard:
     """The active entries of all selectable tensors of one device and dtype, and their state.
 
     `arrays["indices"]` and the arrays beside it hold the active entries in one or two runs, each in (tensor,
-    flat index) order: `offsets` int64 [runs, M + 1], on the device, are those of an active set of the op table.
-    The settled run begins at 0. A recent run at the far end of the arrays takes what joins, so that a join
-    moves few entries; `settle` merges it into the first when it is full.
+    flat index) order: `offsets` int64 [runs, M + 1], on the device, are those of an active set of the op
+    table. The settled run begins at 0. A recent run at the far end of the arrays takes what joins, so that a
+    join moves few entries; `settle` merges it into the first when it is full.
 
     `steps` int64 [M] counts the steps in which each tensor had a gradient; `updated_at` int64 [M] is the
     optimizer's step count after the last of them. `n_active`, `column` and `leave` synchronise with a GPU;

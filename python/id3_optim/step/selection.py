@@ -1,7 +1,7 @@
-"""Which entries join: the exact best k over all shards, by any heuristic. Nothing here synchronises with a GPU.
+"""Which entries join: the exact best k over all shards, by any heuristic. No call synchronises with a GPU.
 
 Lists have the length of their capacity and end in padding, since the number of entries is known on the device
-alone. Where several shards or tensors are compared, an entry is a `place`: tensor position << 32 | flat index.
+alone. Where shards or tensors are compared, an entry is a `place`: tensor position << 32 | flat index.
 """
 
 from __future__ import annotations
