@@ -1,8 +1,5 @@
 """A run that grows from no active entry to B: its updates and joins over the updates of one that holds B."""
 
-from collections.abc import Callable
-from typing import Protocol
-
 import torch
 
 from benchmarks.gate import check_selection
@@ -11,6 +8,8 @@ from benchmarks.ours import EPS
 from benchmarks.parts import KERNELS, Update, wanted
 from benchmarks.shapes import Inputs
 from id3_kernels import Entries
+from id3_optim.state.layout import Layout
+from id3_optim.state.shard import RECENT_SHARE, Shard
 
 # The growing run is sampled where |Λ| / B is 1/16, 3/16 … 15/16: the midpoint rule.
 POINTS = 8
@@ -18,56 +17,45 @@ SHARE = 5_000_000 / 183_831_552
 EXP = 1.0
 
 
-class Join(Protocol):
-    """The joins of a window of consecutive steps; their mean is the time of a join.
+class Joins:
+    """A window of consecutive joins into the optimizer's own state; their mean is the time of a join.
 
-    A window covers a whole period of the state: where some joins only append and one merges, both count.
+    The window holds a whole period of the state: joins into the recent run until it is full, and its merge.
     """
+
+    def __init__(
+        self, weights: list[torch.Tensor], held: Entries, increments: list[Entries], budget: int, kernels
+    ):
+        self._held, self._increments = held, increments
+        self._shard = Shard(weights[0].device, weights[0].dtype, Layout(True, False, False, None))
+        self._shard.kernels = kernels
+        for position, weight in enumerate(weights):
+            self._shard.add(weight, position, 0)
+        self._shard.limit = budget
+        self._shard.reserve(budget)
+        for array in self._shard.arrays.values():
+            array.zero_()
 
     def prepare(self) -> None:
         """Untimed: the state before the window."""
+        n = len(self._held.indices)
+        self._shard.hold(self._held.offsets.clone(), n, {})
+        self._shard.arrays["indices"][:n] = self._held.indices
 
     def run(self) -> None:
-        """Timed: every increment of the window, in order."""
+        for increment in self._increments:
+            self._shard.join(increment)
 
     def check(self) -> None:
-        """AssertionError where the state after the window is not the sorted union."""
-
-
-# (the entries held, the window's increments, the backend's functions) → the joins that are timed.
-MakeJoin = Callable[[Entries, list[Entries], object], Join]
-
-
-class ArrayJoin:
-    """`join_`: merges each increment at once into flat sorted arrays; moments and originals move too."""
-
-    def __init__(self, held: Entries, increments: list[Entries], kernels):
-        self._held, self._increments, self._kernels = held, increments, kernels
-        sizes, device = [len(increment.indices) for increment in increments], held.indices.device
-        n, self._ends = len(held.indices), []
-        for size in sizes:
-            self._ends.append(n := n + size)
-        self._indices = held.indices.new_empty(n)
-        self._beside = [torch.zeros(n, device=device) for _ in range(3)]
-        self._originals = [torch.zeros(size, device=device) for size in sizes]
-        self._offsets = torch.empty_like(held.offsets)
-
-    def prepare(self) -> None:
-        self._indices[: len(self._held.indices)] = self._held.indices
-        self._offsets.copy_(self._held.offsets)
-
-    def run(self) -> None:
-        for end, increment, originals in zip(self._ends, self._increments, self._originals, strict=True):
-            arrays = [array[:end] for array in (self._indices, *self._beside)]
-            self._kernels.join_(arrays, self._offsets, *increment, [None, None, originals])
-
-    def check(self) -> None:
+        """AssertionError where the state after the window is not the sorted union, merged once at least."""
         self.prepare()
         self.run()
+        recent = self._shard.offsets[-1].diff().sum() if len(self._shard.offsets) > 1 else 0
+        assert recent <= max(len(self._increments) - 1, 0) * len(self._increments[0].indices), "no merge"
         parts = zip(self._held.lists(), *(increment.lists() for increment in self._increments), strict=True)
-        expected = Entries.from_lists([torch.cat(group).sort().values for group in parts])
-        assert torch.equal(self._offsets, expected.offsets), "join_: offsets"
-        assert torch.equal(self._indices, expected.indices), "join_: indices"
+        for j, group in enumerate(parts):
+            joined = self._shard.column("indices", j)
+            assert torch.equal(joined, torch.cat(group).sort().values), f"join: tensor {j}"
 
 
 def _subset(entries: Entries, keep: torch.Tensor) -> Entries:
@@ -89,18 +77,11 @@ def _ranked(inputs: Inputs, budget: int, kernels) -> tuple[Entries, torch.Tensor
 
 
 def timed_growth(
-    inputs: Inputs,
-    increment: int,
-    kernels=KERNELS,
-    share: float = SHARE,
-    make_join: MakeJoin = ArrayJoin,
-    window: int = 1,
+    inputs: Inputs, increment: int, kernels=KERNELS, share: float = SHARE
 ) -> tuple[dict[str, Timed], int]:
-    """`static`: the update at B; `update_i`, `join_i`: those along the growing run. And B.
-
-    window: joins in one timed run; one where every join costs the same.
-    """
+    """`static`: the update at B; `update_i`, `join_i`: those along the growing run. And B."""
     budget = int(share * inputs.n_entries)
+    window = budget // RECENT_SHARE // increment + 1
     entries, rank = _ranked(inputs, budget, kernels)
     weights = [weight.clone() for weight in inputs.weights]
     timed = {"static": Timed(Update(weights, inputs.grads, entries, kernels).run)}
@@ -109,8 +90,8 @@ def timed_growth(
         held = _subset(entries, rank < size)
         starts = range(size, size + window * increment, increment)
         increments = [_subset(entries, (rank >= at) & (rank < at + increment)) for at in starts]
-        join = make_join(held, increments, kernels)
-        join.check()
+        joins = Joins(weights, held, increments, budget, kernels)
+        joins.check()
         timed[f"update_{point}"] = Timed(Update(weights, inputs.grads, held, kernels).run)
-        timed[f"join_{point}"] = Timed(join.run, join.prepare, per_run=window)
+        timed[f"join_{point}"] = Timed(joins.run, joins.prepare, per_run=window)
     return timed, budget

@@ -164,7 +164,7 @@ def _reading(cut: Layout, params, grads, active: Tensor, kind: str, eps: float, 
 
 
 def _bitmap(cut: Layout, offsets: Tensor, indices: Tensor, n: int, wanted: Tensor) -> Tensor:
-    """uint8: one bit per slot, set for the at most n active entries of each run; empty if there are none."""
+    """uint8: one bit per slot, set for the active entries, at most n a run; of no size where n is 0."""
     device, block = offsets.device, 1024
     words = torch.empty(cut.tiles * TILE.value // 32 if n else 0, dtype=torch.int32, device=device)
     launch.run(

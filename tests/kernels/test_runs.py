@@ -1,4 +1,4 @@
-"""Ops that read an active set give the same bits for every split into runs, and touch nothing between."""
+"""Ops on an active set give the same bits for every split of it into runs, and touch nothing between."""
 
 import cases
 import numpy as np
