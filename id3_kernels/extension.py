@@ -39,7 +39,8 @@ def load(name: str) -> tuple[ModuleType | None, str]:
         try:
             return importlib.import_module(f"id3_kernels.{name}"), ""
         except (ImportError, OSError) as error:
-            reason = f"the {kind} extension does not load ({(str(error).splitlines() or [type(error).__name__])[0]})"
+            first_line = next(iter(str(error).splitlines()), type(error).__name__)
+            reason = f"the {kind} extension does not load ({first_line})"
     warnings.warn(f"id3_kernels: {reason}: {_INSTEAD[name]}", RuntimeWarning, stacklevel=2)
     return None, reason
 

@@ -12,9 +12,10 @@ at 0 unless the contract says that they may be an active set's. `position` is th
 of a tensor among all tensors, and an entry's place in the order of entries is `position << 32 | flat index`.
 
 The offsets of an active set are those of one run of entries, [M + 1], or of R runs, [R, M + 1] (R <= 8 on the
-CPU): row r says which of `indices` and of the tensors parallel to it are run r's. A row has stride 1, may begin
-later than at 0, and may be a part of a longer row, which then names the entries of a part of the tensors. No
-entry is in two runs; elements that belong to no run are padding. No result depends on the split into runs.
+CPU): row r says which of `indices` and of the tensors parallel to it are run r's. A row has stride 1, may
+begin later than at 0, and may be a part of a longer row, which then names the entries of a part of the
+tensors. No entry is in two runs; elements that belong to no run are padding. No result depends on the split
+into runs.
 """
 
 from __future__ import annotations
@@ -112,15 +113,15 @@ OPS = {
         Tensor(e!) state, Tensor k, bool may_hold, float eps, float exp) -> ()""",
         _no_result,
         """Takes from the grad of one tensor what a step needs, so that grad can be freed. param, grad: as
-        for `d3_score`. offsets [2] or [R, 2], indices: the active set of the tensor. values (parallel to indices, float32, float64 for float64) become the gradient at these entries, or
-        grow by it with add. best_score, best_place (position << 32 | flat index) and best_grad hold
-        candidates: the best k entries of all tensors so far are among them, in any order, with ties to the
-        lowest place; an empty slot holds 0, -1, 0. Scores are those of `d3_score` (of eps, exp), or score
-        unless it is None; an active entry is no candidate. With may_hold the candidates may hold entries of
-        this tensor already: of two scores of an entry the larger stays, of equal ones the older. k stays
-        the same until the candidates are cleared. state: int64, private to the backend, zeros while there
-        are no candidates; `candidate_room` says how long state and candidates are. Mutates values,
-        best_score, best_place, best_grad and state.""",
+        for `d3_score`. offsets [2] or [R, 2], indices: the active set of the tensor. values (parallel to
+        indices, float32, float64 for float64) become the gradient at these entries, or grow by it with add.
+        best_score, best_place (position << 32 | flat index) and best_grad hold candidates: the best k entries
+        of all tensors so far are among them, in any order, with ties to the lowest place; an empty slot holds
+        0, -1, 0. Scores are those of `d3_score` (of eps, exp), or score unless it is None; an active entry is
+        no candidate. With may_hold the candidates may hold entries of this tensor already: of two scores of
+        an entry the larger stays, of equal ones the older. k stays the same until the candidates are cleared.
+        state: int64, private to the backend, zeros while there are no candidates; `candidate_room` says how
+        long state and candidates are. Mutates values, best_score, best_place, best_grad and state.""",
     ),
     "union": Op(
         """(Tensor a_offsets, Tensor a_indices, Tensor b_offsets, Tensor b_indices) -> (Tensor, Tensor,

@@ -136,7 +136,9 @@ def test_imports_point_downwards(lower, upper):
     known = modules()
     for name, (path, tree) in known.items():
         if f"{name}.".startswith(f"{lower}."):
-            above = [target for target in imports(name, path, tree, known) if f"{target}.".startswith(f"{upper}.")]
+            above = [
+                target for target in imports(name, path, tree, known) if f"{target}.".startswith(f"{upper}.")
+            ]
             assert not above, (name, above)
 
 

@@ -1,3 +1,5 @@
+#include "cpu/entries.h"
+
 #include <ATen/Functions.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
@@ -7,7 +9,6 @@
 #include <vector>
 
 #include "checks.h"
-#include "cpu/entries.h"
 #include "cpu/join.h"
 #include "cpu/strided.h"
 

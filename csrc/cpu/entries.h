@@ -90,7 +90,8 @@ class RunsView {
   }
 
  private:
-  static constexpr int64_t kTogether = 2048;  // entries of one run before those of the next: some hundred KiB apart
+  // Entries of one run that are visited before those of the next: some hundred KiB apart.
+  static constexpr int64_t kTogether = 2048;
 
   int64_t tensor_at(int64_t at) const {
     const EntriesView& run = runs[longest_];

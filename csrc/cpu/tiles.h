@@ -65,9 +65,9 @@ ID3_INLINE const Value* tile_values(const Strided& t, int64_t first, int64_t cou
   return buffer;
 }
 
-// Prefetches what lies some way ahead. The processor's own prefetcher stops at each page; that shows where one
-// stream is read (a third of the time of a pass with exp = 0), while with two streams it hides and the prefetch
-// costs.
+// Prefetches what lies some way ahead. The processor's own prefetcher stops at each page; that shows where
+// one stream is read (a third of the time of a pass with exp = 0), while with two streams it hides and the
+// prefetch costs.
 ID3_INLINE void prefetch_ahead(const Strided& t, int64_t first) {
   constexpr int64_t kAhead = 4096, kLine = 64;  // bytes
   if (!t.contiguous) return;

@@ -26,7 +26,7 @@ struct Span {
   int64_t begin, end;
 };
 
-struct Layout {
+struct ChunkLayout {
   int32_t chunk_length, n_chunks;
 
   int64_t slots() const { return static_cast<int64_t>(n_chunks) * chunk_length; }
@@ -34,10 +34,10 @@ struct Layout {
 };
 
 // Numbers the chunks of the rows; a row of 0 entries has none.
-inline Layout cut_into_chunks(std::vector<TensorRow>& rows) {
+inline ChunkLayout cut_into_chunks(std::vector<TensorRow>& rows) {
   int64_t total = 0;
   for (const TensorRow& row : rows) total += row.numel;
-  Layout layout{total < (int64_t{1} << 30) ? kShortChunk : kLongChunk, 0};
+  ChunkLayout layout{total < (int64_t{1} << 30) ? kShortChunk : kLongChunk, 0};
   for (TensorRow& row : rows) {
     row.first_chunk = layout.n_chunks;
     layout.n_chunks += static_cast<int32_t>((static_cast<int64_t>(row.numel) + layout.chunk_length - 1) /

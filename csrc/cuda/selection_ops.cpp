@@ -25,7 +25,7 @@ Selection select(std::vector<TensorRow> rows, const at::Tensor& offsets, const a
   const at::Tensor out_offsets = at::empty({offsets.size(-1)}, offsets.options()),
                    out_indices = at::empty({capacity}, indices.options()),
                    scores = at::empty({capacity}, indices.options().dtype(at::kFloat));
-  const Layout layout = cut_into_chunks(rows);
+  const ChunkLayout layout = cut_into_chunks(rows);
   if (capacity == 0 || layout.n_chunks == 0)
     return {out_offsets.zero_(), out_indices.zero_(), scores.zero_()};
   const at::Tensor device_rows = stored(rows, offsets), chunks = empty<Chunk>(layout.n_chunks, offsets),

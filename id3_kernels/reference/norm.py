@@ -1,4 +1,4 @@
-"""The sum of squares at entries, with the same bits in any order: `csrc/formulas/norm.h` has the error bound."""
+"""The sum of squares at entries, the same bits in any order: `csrc/formulas/norm.h` has the error bound."""
 
 from __future__ import annotations
 

@@ -28,8 +28,8 @@ class ID3AdamW(torch.optim.Optimizer):
     """AdamW on a growing set of entries: ID3, "Step-by-Step Unmasking" (arXiv 2408.14470, algorithm 1).
 
     At each step the best entries by `heuristic` that are not active yet join the active set, and AdamW
-    (decoupled weight decay included) runs on active entries alone. All other entries keep their bits. State is
-    kept for active entries only: at most 24 bytes each.
+    (decoupled weight decay included) runs on active entries alone. All other entries keep their bits. State
+    is kept for active entries only: at most 24 bytes each.
 
     params: as for torch.optim.AdamW: parameters, named parameters or groups with their own lr,
         weight_decay, betas, eps, maximize. A group with `dense=True` (a fresh head) is trained whole by
@@ -90,9 +90,8 @@ class ID3AdamW(torch.optim.Optimizer):
         budget, norm = validation.plain_budget(budget), validation.plain_norm(max_grad_norm)
         method = Method(budget, strategy, heuristic, schedule, bias_correction, norm, keep_originals)
         method.describe()  # refuses what is no heuristic or no schedule
-        backend = validation.usable_backend(backend)
-        per_entry, repeat = bias_correction == "entry", strategy == "repeat"
-        layout = Layout(keep_originals, per_entry, repeat, backend, release_gradients, capturable)
+        backend, age = validation.usable_backend(backend), bias_correction == "entry"
+        layout = Layout(keep_originals, age, strategy == "repeat", backend, release_gradients, capturable)
         self._unmasking = Unmasking(method, layout)
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, defaults | {"maximize": maximize, "dense": False})
@@ -128,7 +127,9 @@ class ID3AdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if run.release is not None and getattr(self, "found_inf", None) is not None:  # a GradScaler sets it around step()
+        if (
+            run.release is not None and getattr(self, "found_inf", None) is not None
+        ):  # a GradScaler sets it around step()
             run.release.check_scaler()
         scaling = Scaling.of(self, run.method.max_grad_norm, run.active.layout.capturable)
         if not scaling.stopped:

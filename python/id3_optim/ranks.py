@@ -1,7 +1,7 @@
 """What one rank has to learn from the other ranks. One process holds every entry, so it answers alone.
 
 Selection, the count of active entries, clipping, checkpoints and deltas go through this module, so that
-parameters sharded over ranks have one place to begin. Released gradients refuse several processes before that.
+parameters sharded over ranks have one place to begin. Released gradients refuse several processes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class OneProcess:
         return place, score
 
     def total(self, number: Tensor) -> Tensor:
-        """The sum over ranks of a count (int64) or of a squared norm (float64): the same bits on each rank."""
+        """The sum over ranks of a count (int64) or a squared norm (float64): the same bits on each rank."""
         return number
 
     def whole(self, entries: dict[str, Tensor]) -> dict[str, Tensor]:

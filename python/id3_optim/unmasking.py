@@ -52,7 +52,7 @@ class Unmasking:
         self.release.attach(selectable(groups))
 
     def add_group(self, groups: Groups) -> None:
-        """Takes the last param group. Raises, before anything changes, for one that does not fit."""
+        """Checks the last param group and takes its parameters. Raises before anything changes."""
         i, active = len(groups) - 1, self.active
         group = groups[i]
         validation.check_group(group, i)
@@ -94,7 +94,7 @@ class Unmasking:
             self.progress.tabulate(schedule, self.total_steps, self.budget, device)
 
     def begin_pass(self, groups: Groups) -> tuple[ActiveSet, Wanted | None]:
-        """What a step or a backward pass with hooks needs before it starts: `begin`, and the next increment."""
+        """What a step or a backward pass with hooks needs before its start: `begin`, the next increment."""
         if self.total_steps is None:
             raise ValueError(
                 "total_steps: expected the number of steps of the run (set_total_steps), got None"

@@ -92,8 +92,8 @@ def check_devices(layout: Layout, tensors: Iterable[torch.Tensor], dense: bool =
         raise ValueError("capturable: expected a backend with GPU kernels, got 'reference'")
     if on_gpu and not dense and any(t.dtype == torch.float64 for t in tensors):
         raise ValueError(
-            "capturable: expected float32, bfloat16 or float16 parameters, got float64, which GPUs leave to the "
-            "reference kernels"
+            "capturable: expected float32, bfloat16 or float16 parameters, got float64, which GPUs leave to "
+            "the reference kernels"
         )
 
 
@@ -111,8 +111,8 @@ def check_one_process() -> None:
     """Refuses several processes: a hook sees the gradients of its own process alone."""
     if world_size() > 1:
         raise ValueError(
-            f"release_gradients: expected one process, got {world_size()}: a hook sees the gradients of its own "
-            "process alone; use release_gradients=False under DistributedDataParallel"
+            f"release_gradients: expected one process, got {world_size()}: a hook sees the gradients of its "
+            "own process alone; use release_gradients=False under DistributedDataParallel"
         )
 
 
@@ -137,7 +137,8 @@ def check_group(group: dict[str, Any], i: int) -> None:
         name = group["param_names"][j] if "param_names" in group else f"{where}['params'][{j}]"
         if hasattr(p, "ds_id"):
             raise ValueError(
-                f"{name}: expected a whole parameter, got one partitioned by DeepSpeed ZeRO, which is not supported"
+                f"{name}: expected a whole parameter, got one partitioned by DeepSpeed ZeRO, "
+                "which is not supported"
             )
         checks.plain(name, p)
 

@@ -1,4 +1,4 @@
-"""Entries join a recent run that is merged when it is full: the same bits as in one run, whatever the share."""
+"""Entries join a recent run that is merged when it is full: the bits of one run, whatever the share."""
 
 import copy
 

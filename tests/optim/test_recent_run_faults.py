@@ -1,4 +1,4 @@
-"""What a recent run of the state must not do: leave infinities behind, join twice, or lose a step that failed."""
+"""A recent run of the state leaves no infinity behind, joins nothing twice, and survives a step that fails."""
 
 import copy
 import pickle

@@ -57,7 +57,7 @@ from id3_optim import Bias, ID3AdamW, Random
         ({"amsgrad": True}, ValueError, "amsgrad: does not apply to ID3AdamW"),
         ({"fused": True}, ValueError, "fused: does not apply to ID3AdamW: the sparse step is always fused"),
         ({"foreach": True}, ValueError, "foreach: does not apply"),
-        ({"budgett": 3}, TypeError, "unexpected argument 'budgett'"),
+        ({"budgett": 3}, TypeError, "budgett: expected an argument of ID3AdamW, got budgett=3"),
     ],
 )
 def test_refused_at_construction(options, error, message):

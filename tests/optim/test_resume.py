@@ -157,7 +157,8 @@ def test_another_model_is_refused(model, make, train):
     _, second = make(narrow, budget=180)
     with pytest.raises(
         ValueError,
-        match=r"state\[0\]: shape: expected \[60, 41\] as in the optimizer, got \[60, 40\] in the saved state",
+        match=r"state\[0\]: shape: expected \[60, 41\] as in the optimizer, "
+        r"got \[60, 40\] in the saved state",
     ):
         second.load_state_dict(first.state_dict())
     _, third = make(model[0], budget=180)
@@ -228,9 +229,7 @@ def test_a_head_of_another_size_is_refused(model, give_gradients):
     give_gradients(0, [*model.parameters(), *head.parameters()])
     first.step()
     _, second = build(5)
-    with pytest.raises(
-        ValueError, match=r"state\[6\]: exp_avg: the parameter has shape \[5, 17\], .* \[3, 17\]"
-    ):
+    with pytest.raises(ValueError, match=r"state\[6\]: exp_avg: shape: expected \[5, 17\] .*, got \[3, 17\]"):
         second.load_state_dict(first.state_dict())
     assert second.n_entries is None
 

@@ -237,7 +237,7 @@ def test_a_resumed_run_ends_where_the_straight_one_does(settings, tmp_path):
     _, resumed, second = train(replace(straight, output=str(tmp_path / "cut"), resume=True))
     assert (second.steps_done, second.n_active) == (12, optimizer.n_active)
     assert all(map(torch.equal, whole.model.parameters(), resumed.model.parameters()))
-    with pytest.raises(ValueError, match="budget: expected .* as in the optimizer, got"):
+    with pytest.raises(ValueError, match=r"budget: expected .* as in the optimizer, got"):
         train(replace(straight, output=str(tmp_path / "cut"), resume=True, budget=7))
 
 

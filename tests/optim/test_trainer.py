@@ -52,7 +52,7 @@ def test_the_pair_serves_model_init_and_repeated_runs(tmp_path):
     [
         ({}, {"lr": 1e-3}, ValueError, "lr: expected it in TrainingArguments \\(learning_rate\\), got 0.001"),
         ({}, {"betas": (0.9, 0.99)}, ValueError, "betas: expected .*\\(adam_beta1 and adam_beta2\\), got"),
-        ({}, {"budgets": 5}, TypeError, "unexpected argument 'budgets'"),
+        ({}, {"budgets": 5}, TypeError, "budgets: expected an argument of ID3AdamW, got budgets=5"),
         ({}, {"budget": -1}, ValueError, "budget: "),
         ({}, {"strategy": "best"}, ValueError, "strategy: expected one of"),
         (

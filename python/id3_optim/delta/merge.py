@@ -89,8 +89,10 @@ def _check_alike(name: str, held: dict[int, Change], whole: Whole) -> None:
         at = first_difference(first.values, change.values) if change.indices is None else None
         if at is not None:
             one, other = first.values.reshape(-1)[at].item(), change.values.reshape(-1)[at].item()
-            raise DeltaError(f"deltas[{j}]: {name}: expected {one} at index {at} as in "
-                             f"deltas[{i}], got {other}; a tensor that is stored whole merges with whole='first' or 'drop'")  # fmt: skip
+            raise DeltaError(
+                f"deltas[{j}]: {name}: expected {one} at index {at} as in deltas[{i}], got {other}; "
+                "a tensor that is stored whole merges with whole='first' or 'drop'"
+            )
         if change.indices is not None and change.originals is None:
             raise DeltaError(
                 f"deltas[{j}]: {name}: expected originals, got none; save the delta with originals=True"

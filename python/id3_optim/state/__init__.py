@@ -1,1 +1,1 @@
-"""What an optimizer keeps from step to step: the active set, the progress of the run, and their saved form."""
+"""What an optimizer keeps from step to step: the active set, the progress of the run, their saved form."""

@@ -51,7 +51,7 @@ class ActiveSet:
     # --- parameters ----------------------------------------------------------------------------------
 
     def adopt(self, rows: Iterable[Member]) -> None:
-        """Takes parameters in the order of their positions into the shards, and makes those that are missing."""
+        """Takes parameters in the order of their positions into the shards, and makes missing shards."""
         for position, group, p in rows:
             shard = self.shard_for(position, p)
             shard.add(p, position, group)
@@ -96,7 +96,10 @@ class ActiveSet:
         return sum(shard.n_active for shard in self.shards)
 
     def join(self, picked: list[Entries], gradients: Sequence[Tensor | None], at_most: int) -> Joined:
-        """Makes the entries active, in all shards or, if that fails, in none; at most `at_most` are active then."""
+        """Makes the entries active, in all shards or, if that fails, in none.
+
+        at_most: how many entries are active at most afterwards, as the host knows.
+        """
         joined: Joined = []
         try:
             for shard, new, gradient in zip(self.shards, picked, gradients, strict=True):

@@ -40,5 +40,5 @@ class Layout:
 
 
 def moved(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on `device`. Only a copy to the CPU synchronises: the CPU would read it before it is there."""
+    """The tensor on `device`. Only a copy to the CPU synchronises: the CPU might read it too early."""
     return tensor.to(device, non_blocking=device.type != "cpu")

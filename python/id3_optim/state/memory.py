@@ -8,8 +8,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from id3_kernels.table import for_gpu
 from id3_kernels.entries import TILE
+from id3_kernels.table import for_gpu
 
 from .active_set import ActiveSet
 from .repeat import EverActive

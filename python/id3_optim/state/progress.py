@@ -105,7 +105,9 @@ class Progress:
         if active.layout.repeat:
             budget = self.targets[-1]
             return Wanted(torch.full((1,), budget, device=home), budget, self.done, budget)
-        counts = ((shard.offsets[:, -1] - shard.offsets[:, 0]).sum(0, keepdim=True) for shard in active.shards)
+        counts = (
+            (shard.offsets[:, -1] - shard.offsets[:, 0]).sum(0, keepdim=True) for shard in active.shards
+        )
         n_active = sum(count if count.device == home else moved(count, home) for count in counts)
         if not active.ranks.alone:
             n_active = active.ranks.total(n_active)

@@ -31,9 +31,9 @@ class Shard:
     """The active entries of all selectable tensors of one device and dtype, and their state.
 
     `arrays["indices"]` and the arrays beside it hold the active entries in one or two runs, each in (tensor,
-    flat index) order: `offsets` int64 [runs, M + 1], on the device, are those of an active set of the op table.
-    The settled run begins at 0. A recent run at the far end of the arrays takes what joins, so that a join
-    moves few entries; `settle` merges it into the first when it is full. Elements outside the runs are padding.
+    flat index) order: `offsets` int64 [runs, M + 1], on the device, are those of an active set of the op
+    table. The settled run begins at 0. A recent run at the far end of the arrays takes what joins, so that a
+    join moves few entries; `settle` merges it into the first when it is full. What lies outside is padding.
 
     `steps` int64 [M] counts the steps in which each tensor had a gradient; `updated_at` int64 [M] is the
     optimizer's step count after the last of them. `n_active`, `column` and `leave` synchronise with a GPU;
@@ -179,7 +179,7 @@ class Shard:
             self._clear_padding(self.arrays["gradient"], begin)
 
     def _clear_padding(self, gradient: Tensor, begin: int) -> None:
-        """A loss scaler looks at the whole array: an infinity of an earlier step must not stay in its padding."""
+        """Zeros behind the last entry: a loss scaler would find an infinity that an earlier step left there."""
         at = torch.arange(begin, gradient.numel(), device=self.device)
         gradient[begin:].masked_fill_(at >= self._rows[0, -1], 0)
 

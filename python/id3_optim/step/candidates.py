@@ -107,8 +107,8 @@ class Candidates:
     def chosen(
         self, shards: list[Shard], wanted: Wanted
     ) -> tuple[list[Entries], list[Tensor], Tensor, Tensor]:
-        """The best entries of each shard and the gradients they were chosen by; their scores, in order of place,
-        and how many they are. Does not synchronise with a GPU."""
+        """The best entries of each shard and the gradients they were chosen by; their scores, in order of
+        place, and how many they are. Does not synchronise with a GPU."""
         if len(shards) == 1:
             return _chosen_of_one(shards[0], self.best[0], wanted)
         place, score = concatenated([(best.place, best.score) for best in self.best], shards[0].device)

@@ -1,4 +1,4 @@
-"""The gradients of one step, shard by shard: whole, as autograd left them, or what hooks have kept of them."""
+"""The gradients of one step, shard by shard: whole, as autograd left them, or what hooks kept of them."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Whole:
 
 
 class Kept:
-    """What hooks have kept since the last step: the values at active entries, in the shard's `gradient` array.
+    """What hooks kept since the last step: the values at active entries, in the shard's `gradient` array.
 
     seen[j]: whether tensor j had a gradient, so that its part of the array holds it.
     """
@@ -125,7 +125,7 @@ def squared_norms(
 
 
 def of_step(active: ActiveSet, groups: list[dict[str, Any]]) -> list[Whole]:
-    """The gradients per shard. Raises ValueError where one does not fit its parameter, in a dense group too."""
+    """The gradients per shard. Raises ValueError if one, of a dense group too, does not fit its parameter."""
     whole = [Whole([p.grad for p in shard.params]) for shard in active.shards]
     for shard, gradients in zip(active.shards, whole, strict=True):
         if not _plain(shard, gradients.tensors):

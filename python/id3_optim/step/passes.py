@@ -3,14 +3,14 @@
 A pass is known by autograd's graph task, a number that grows. Reentrant checkpoints run backward passes of
 their own inside a pass, with tasks of their own; a look at the Python stack tells these apart.
 
-| the hook's task                          | the parameter's gradient          | meaning                         |
-| the root of the running pass             | first in this pass                | the pass goes on                |
-| another one, not inside another backward | no pass yet, or the root was seen | a new pass                      |
-| likewise                                 | newer than all tasks so far       | a new pass                      |
-| likewise                                 | older: tasks inside it came first | this task is the pass's root    |
-| another one, inside another backward     | first in this pass                | the pass goes on, or a new one  |
-| likewise                                 | a second time, root not yet seen  | a new pass                      |
-| any                                      | a second time otherwise           | two gradients in one pass: fail |
+| the hook's task                      | the parameter's gradient          | meaning                         |
+| the root of the running pass         | first in this pass                | the pass goes on                |
+| another, not inside another backward | no pass yet, or the root was seen | a new pass                      |
+| likewise                             | newer than all tasks so far       | a new pass                      |
+| likewise                             | older: tasks inside it came first | this task is the pass's root    |
+| another, inside another backward     | first in this pass                | the pass goes on, or a new one  |
+| likewise                             | a second time, root not yet seen  | a new pass                      |
+| any                                  | a second time otherwise           | two gradients in one pass: fail |
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Passes:
         return self._root is not None
 
     def enter(self, key: int, begin: Callable[[bool], None]) -> bool:
-        """To be called in a hook, with a number for its parameter. Returns whether it came in this pass before.
+        """Called in a hook, with a number for its parameter. Returns whether it came in this pass before.
 
         begin(unfinished) is called first where a new pass begins; unfinished: the last one never ended, so a
         part of its gradients is missing.

@@ -31,8 +31,8 @@ Begin = Callable[[], tuple[ActiveSet, Wanted | None]]
 class Release:
     """The hooks of an optimizer, and what they have taken since its last step.
 
-    begin: a bound method that gives the active set and how many entries are to join in the coming step. It is held
-    weakly, and called where a backward pass begins.
+    begin: a bound method that gives the active set and how many entries are to join in the coming step. It is
+    held weakly, and called where a backward pass begins.
     """
 
     def __init__(self, begin: Begin, heuristic: Heuristic, select_from: str):
@@ -99,7 +99,7 @@ class Release:
         since)."""
         if self._passes.unfinished:
             raise RuntimeError(
-                "release_gradients: expected passes that ended, got one that failed: call zero_grad()"
+                "release_gradients: expected a finished backward pass, got one that failed: call zero_grad()"
             )
         self._prepare(active, wanted)
         gradients.check_dense(self._active, groups)
@@ -113,7 +113,7 @@ class Release:
         return [] if self.candidates is None else self.candidates.tensors()
 
     def scaled_tensors(self, active: ActiveSet) -> list[Tensor]:
-        """All that is proportional to the loss scale; the caller, a GradScaler, looks at it and unscales it."""
+        """All that is proportional to the loss scale; the caller, a GradScaler, checks and unscales it."""
         self.seen_by_scaler = True
         if self.candidates is None:
             return []
@@ -141,7 +141,7 @@ class Release:
             self.candidates.forget()
 
     def _prepare(self, active: ActiveSet, wanted: Wanted | None) -> None:
-        """Makes room for all shards; the first call after a step sets how many entries join in the next one."""
+        """Makes room for all shards; the first call after a step sets how many entries join in the next."""
         self._active = active
         shards = self._active.shards
         self.attach(p for shard in shards for p in shard.params)

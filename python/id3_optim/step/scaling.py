@@ -15,8 +15,8 @@ from ..state.layout import moved
 class Scaling:
     """One-element tensors, each None where it does not apply; the kernels divide by scale, multiply by clip.
 
-    A GradScaler leaves `grad_scale` and `found_inf` on the optimizer around `step()`. An overflow is looked at
-    by the host (`stopped`), or, in a step that a CUDA graph may hold, by the kernels (`found_inf`).
+    A GradScaler leaves `grad_scale` and `found_inf` on the optimizer around `step()`. The host reads the
+    overflow (`stopped`), or, in a step that a CUDA graph may hold, the kernels do (`found_inf`).
     """
 
     max_norm: float | None
@@ -28,7 +28,7 @@ class Scaling:
 
     @classmethod
     def of(cls, optimizer: Any, max_norm: float | None, capturable: bool) -> Scaling:
-        """The scaling of the optimizer's step, before clipping. Synchronises for `found_inf` unless capturable."""
+        """The scaling of the optimizer's step, unclipped. Synchronises for `found_inf` unless capturable."""
         scale, found_inf = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
         if found_inf is None or not capturable:
             return cls(max_norm, scale, None, None, stopped=found_inf is not None and bool(found_inf.item()))
@@ -37,8 +37,8 @@ class Scaling:
     def clipped(self, squares: list[Tensor]) -> Scaling:
         """With the clip coefficient min(1, max_norm / (norm + 1e-6)), float32 [].
 
-        squares: sums of squares, float64 [] each, of the gradients as they are, still multiplied by scale. None
-        clips nothing.
+        squares: sums of squares, float64 [] each, of the gradients as they are, still multiplied by scale.
+        None clips nothing.
         """
         if not squares:
             return self

@@ -1,7 +1,7 @@
-"""Which entries join: the exact best k over all shards, by any heuristic. Nothing here synchronises with a GPU.
+"""Chooses the entries that join: the k of the largest score over all shards. Nothing synchronises with a GPU.
 
 Lists have the length of their capacity and end in padding, since the number of entries is known on the device
-alone. Where several shards or tensors are compared, an entry is a `place`: tensor position << 32 | flat index.
+alone. Where shards or tensors are compared, an entry is a `place`: tensor position << 32 | flat index.
 """
 
 from __future__ import annotations
@@ -107,7 +107,9 @@ def entries_at(shard: Shard, place: Tensor) -> tuple[Entries, Tensor]:
 
 def _active(shard: Shard, fresh: bool) -> tuple[Tensor, Tensor]:
     """The offsets and indices of the active set, as the ops take them."""
-    return Entries.empty(len(shard.params), shard.device) if fresh else (shard.offsets, shard.arrays["indices"])
+    return (
+        Entries.empty(len(shard.params), shard.device) if fresh else (shard.offsets, shard.arrays["indices"])
+    )
 
 
 def _by_d3(shard: Shard, gradients: Whole, heuristic: D3, wanted: Wanted, fresh: bool):

@@ -25,8 +25,9 @@ def update(
 ) -> None:
     """One AdamW step, the optimizer's step `number` (the first is 1).
 
-    If it fails before anything is written, out of memory as a rule, `joined` is undone. Mutates the parameters
-    at active entries, the state beside these, and the parameters and `dense_state` of dense groups.
+    If it fails before anything is written, out of memory as a rule, `joined` is undone. Mutates the
+    parameters at active entries, the state beside these, and the parameters and `dense_state` of dense
+    groups.
     """
     written, dense = False, [group for group in groups if group["dense"]]
     try:

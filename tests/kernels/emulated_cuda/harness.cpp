@@ -27,7 +27,7 @@ int select_topk_emulated(const TensorRow* rows, int32_t tensors, int32_t runs, i
                          float eps, double exp, int given, int64_t* out_offsets, int32_t* out_indices,
                          float* out_scores) {
   std::vector<TensorRow> cut(rows, rows + tensors), stored(tensors);
-  const Layout layout = cut_into_chunks(cut);
+  const ChunkLayout layout = cut_into_chunks(cut);
   store_rows(cut.data(), tensors, stored.data(), nullptr);
   const int64_t n = std::max(layout.slots(), capacity * kTile);
   std::vector<Chunk> chunks(layout.n_chunks, Chunk{0, 0, kShortChunk});  // read before it is made: seen
@@ -103,7 +103,7 @@ void collect_emulated(const TensorRow* row, const TensorRow* score, int32_t runs
 int64_t chunks_emulated(TensorRow* rows, int32_t tensors, const int64_t* offsets, const int32_t* indices,
                         int64_t* chunks, int32_t* chunk_length) {
   std::vector<TensorRow> cut(rows, rows + tensors);
-  const Layout layout = cut_into_chunks(cut);
+  const ChunkLayout layout = cut_into_chunks(cut);
   *chunk_length = layout.chunk_length;
   for (int64_t i = 0; chunks && i < layout.n_chunks; ++i) {
     const Chunk chunk = chunk_at(cut.data(), tensors, layout.chunk_length, i);
