@@ -127,9 +127,8 @@ class ID3AdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if (
-            run.release is not None and getattr(self, "found_inf", None) is not None
-        ):  # a GradScaler sets it around step()
+        scaled = getattr(self, "found_inf", None) is not None  # a GradScaler sets it around step()
+        if scaled and run.release is not None:
             run.release.check_scaler()
         scaling = Scaling.of(self, run.method.max_grad_norm, run.active.layout.capturable)
         if not scaling.stopped:

@@ -1,4 +1,4 @@
-"""A recent run of the state leaves no infinity behind, joins nothing twice, and survives a step that fails."""
+"""A recent run of the state leaves no infinity behind, joins nothing twice, and survives failed steps."""
 
 import copy
 import pickle

@@ -179,7 +179,7 @@ class Shard:
             self._clear_padding(self.arrays["gradient"], begin)
 
     def _clear_padding(self, gradient: Tensor, begin: int) -> None:
-        """Zeros behind the last entry: a loss scaler would find an infinity that an earlier step left there."""
+        """Zeros behind the last entry: a loss scaler would find the infinities that an earlier step left."""
         at = torch.arange(begin, gradient.numel(), device=self.device)
         gradient[begin:].masked_fill_(at >= self._rows[0, -1], 0)
 
