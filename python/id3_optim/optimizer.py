@@ -29,7 +29,8 @@ class ID3AdamW(torch.optim.Optimizer):
 
     At each step the best entries by `heuristic` that are not active yet join the active set, and AdamW
     (decoupled weight decay included) runs on active entries alone. All other entries keep their bits. State
-    is kept for active entries only: at most 24 bytes each.
+    is kept for the budget only, 16 to 26 bytes per entry; "repeat" also remembers every entry that was ever
+    active.
 
     params: as for torch.optim.AdamW: parameters, named parameters or groups with their own lr,
         weight_decay, betas, eps, maximize. A group with `dense=True` (a fresh head) is trained whole by
