@@ -57,6 +57,8 @@ wheel: $(READY)
 	$(PIP) wheel . --no-deps --no-build-isolation -w dist
 	@ls build/lib*/id3_kernels/_C.* >/dev/null 2>&1 \
 		|| { echo "wheel: expected the C++ extension, got none: pip wheel -v says why" >&2; exit 1; }
+	@case "$$(ls -t dist/*.whl | head -1)" in *+cu*) ls build/lib*/id3_kernels/_cuda.* >/dev/null 2>&1 \
+		|| { echo "wheel: expected the CUDA extension, got none: pip wheel -v says why" >&2; exit 1; };; esac
 	@ls -t dist/*.whl | head -1
 
 sdist: $(READY) $(VENV)/.has-dev

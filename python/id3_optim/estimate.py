@@ -145,9 +145,15 @@ def estimate_from_config(
     bf16: bool = False,
     checkpointing: bool = False,
 ) -> dict[str, dict[str, int]]:
-    """`estimate` for a batch of `batch` texts of `length` tokens."""
+    """`estimate` for a batch of `batch` texts of `length` tokens.
+
+    Raises ValueError for texts that are longer than the model has positions.
+    """
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = model_from(source, torch.bfloat16 if bf16 else torch.float32, checkpointing)
+        most = getattr(model.config, "max_position_embeddings", None) or length
+        if length > most:
+            raise ValueError(f"length: expected at most {most} (max_position_embeddings), got {length}")
         ids = torch.zeros(batch, length, dtype=torch.int64)
 
         def loss_of(model):

@@ -92,3 +92,15 @@ def test_train_releases_and_reports(tmp_path):
     assert measured["candidates"] == 16 * -(-300 // 8) == predicted["candidates"]
     assert measured["weights"] == pytest.approx(predicted["weights"], rel=0.05)  # a head and a pooler
     assert measured["peak"] >= 0 and predicted["optimizer_state"] == 300 * 20
+
+
+def test_a_prediction_that_fails_loses_no_run(tmp_path):
+    save_bert(tmp_path / "bert")
+    reviews = str(write_reviews(tmp_path / "reviews.csv"))
+    settings = Settings(
+        model=str(tmp_path / "bert"), train=reviews, eval=reviews, output=str(tmp_path / "out"),
+        budget=300, steps=8, batch_size=8, lr=1e-2, cpu=True, max_length=4096, memory_report=True,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"length: expected at most \d+ .max_position_embeddings., got 4096"):
+        train(settings)
+    assert not (tmp_path / "out").exists()

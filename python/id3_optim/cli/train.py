@@ -268,6 +268,7 @@ def train(settings: Settings) -> tuple[dict, Start, torch.optim.Optimizer]:
         label_column=settings.label_column,
     )
     watch = MemoryWatch() if settings.memory_report else None
+    predicted = predicted_memory(settings) if watch else {}  # before the run, which a failure would lose
     start = load_start(settings, task, trainer_arguments(settings).device)
     if start.fresh:
         print(f"new in this model, so trained whole (dense): {', '.join(sorted(start.fresh))}")
@@ -281,7 +282,7 @@ def train(settings: Settings) -> tuple[dict, Start, torch.optim.Optimizer]:
     write_model(settings, start, optimizer)
     report = summarise(settings, start, optimizer, run)
     if watch:
-        report["memory"] = {"predicted": predicted_memory(settings), "measured": watch.measured}
+        report["memory"] = {"predicted": predicted, "measured": watch.measured}
     return report, start, optimizer
 
 
