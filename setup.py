@@ -5,8 +5,8 @@ Metadata lives in pyproject.toml. torch must be importable while building, so in
 `pip install --no-build-isolation` (`make setup` does). ID3_CUDA=0 leaves CUDA out.
 
 A wheel with native code names the torch it is built for in its version: 0.1.0+torch2.13, with CUDA kernels
-0.1.0+cu130torch2.13. A version without such a part is pure Python. A compile that fails leaves a wheel of that
-name without the extension; `make wheel` refuses it.
+0.1.0+cu130torch2.13. A version without such a part is pure Python. A compile that fails leaves a wheel of
+that name without the extension; `make wheel` refuses it.
 """
 
 import os

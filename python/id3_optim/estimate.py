@@ -149,6 +149,7 @@ def estimate_from_config(
 
     Raises ValueError for texts that are longer than the model has positions.
     """
+    schedules.check_budget(budget)
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = model_from(source, torch.bfloat16 if bf16 else torch.float32, checkpointing)
         most = getattr(model.config, "max_position_embeddings", None) or length

@@ -55,7 +55,7 @@ class ID3AdamW(torch.optim.Optimizer):
         too. `steps_done` and `n_active` then synchronise. Needs all parameters on one device and goes with
         neither "repeat" nor `release_gradients`. A state that is loaded makes earlier captures void.
 
-    On a GPU `step()` does not synchronise with the device, with few exceptions, which the page "On a GPU" lists.
+    On a GPU `step()` does not synchronise with the device, but for the cases in the page "On a GPU".
 
     Raises ValueError or TypeError for anything out of range, before anything changes.
     """
