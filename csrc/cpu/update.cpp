@@ -17,7 +17,7 @@ namespace id3::cpu {
 namespace {
 
 constexpr int64_t kGrain = 2048;       // entries per thread below which starting a thread costs more
-constexpr int64_t kAhead = 32;         // entries between the prefetch of one and its use
+constexpr int64_t kAhead = 64;         // entries between the prefetch of one and its use
 constexpr int64_t kLongestAge = 4096;  // ages whose bias corrections are tabulated
 
 using OptionalTensor = std::optional<at::Tensor>;
