@@ -44,7 +44,7 @@ class Joins:
 
     def run(self) -> None:
         for increment in self._increments:
-            self._shard.join(increment)
+            self._shard.join(increment, None, self._shard.limit)
 
     def check(self) -> None:
         """AssertionError where the state after the window is not the sorted union, merged once at least."""

@@ -286,7 +286,7 @@ def _change(name: str, parts: Parts, shape: tuple[int, ...], tensors: dict[str, 
         try:
             indices = gaps.decode(tensors[f"{name}.gaps"], values.numel())
         except ValueError as error:
-            raise DeltaError(f"{name}: {error}") from error
+            raise DeltaError(f"{name}.{error}") from error  # "gaps: …"
     else:
         indices = tensors[f"{name}.indices"]
         falls = (indices[1:] <= indices[:-1]).nonzero()[:1].flatten().tolist()
