@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .state.layout import moved
+
 
 class Member(NamedTuple):
     """A parameter, its position among all parameters of all groups, and the number of its group."""
@@ -50,6 +52,6 @@ def numbers_of(
     `device` where the group has it on a GPU: no host reads it there."""
     lr, tensor_lr = group["lr"], None
     if isinstance(lr, Tensor) and lr.device.type != "cpu":
-        lr, tensor_lr = 0.0, lr.to(device, non_blocking=True)
+        lr, tensor_lr = 0.0, lr if lr.device == device else moved(lr, device)
     numbers = float(lr), *map(float, group["betas"]), float(group["eps"]), float(group["weight_decay"])
     return numbers, tensor_lr
