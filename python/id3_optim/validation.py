@@ -35,12 +35,19 @@ def refuse_not_applicable(not_applicable: dict[str, Any]) -> None:
             raise ValueError(f"{name}: does not apply to ID3AdamW: {_NOT_APPLICABLE[name]}")
 
 
-def check_method(strategy: str, bias_correction: str, heuristic: Heuristic) -> None:
+def check_method(strategy: str, bias_correction: str, heuristic: Heuristic, select_every: int) -> None:
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy: expected one of {', '.join(STRATEGIES)}, got {strategy!r}")
     if bias_correction not in BIAS_CORRECTIONS:
         raise ValueError(
             f"bias_correction: expected one of {', '.join(BIAS_CORRECTIONS)}, got {bias_correction!r}"
+        )
+    whole = isinstance(select_every, numbers.Integral) and not isinstance(select_every, bool)
+    if not whole or select_every < 1:
+        raise ValueError(f"select_every: expected an int of at least 1, got {select_every!r}")
+    if strategy == "repeat" and select_every > 1:
+        raise ValueError(
+            f"select_every: does not apply to strategy 'repeat': it selects at every step, got {select_every}"
         )
     if strategy == "repeat" and isinstance(heuristic, Random | Bias):
         kind = type(heuristic).__name__
