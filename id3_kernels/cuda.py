@@ -56,7 +56,7 @@ def select_topk_by_score(scores, offsets, indices, k, capacity):
 
 
 def collect_(
-    param, grad, score, offsets, indices, values, add, position, best_score, best_place, best_grad, state, k,
+    param, grad, score, offsets, indices, values, add, place, best_score, best_place, best_grad, state, k,
     may_hold, eps, exp,
 ):  # fmt: skip
     """See `table.OPS`."""
@@ -64,13 +64,13 @@ def collect_(
     param, grad, score = param.contiguous(), grad.contiguous(), None if score is None else score.contiguous()
     best = best_score, best_place, best_grad
     _ops.collect_(
-        param, grad, score, offsets, indices, values, add, position, *best, state, k, may_hold, eps, exp
+        param, grad, score, offsets, indices, values, add, place, *best, state, k, may_hold, eps, exp
     )
     slots, fused = best_score.numel(), state.numel() > 0
     if (fused and not may_hold) or slots == 0:
         return
     best_by_selection_(
-        select_topk, select_topk_by_score, param, grad, score, offsets, indices, position, *best, k,
+        select_topk, select_topk_by_score, param, grad, score, offsets, indices, place, *best, k,
         _ops.most_wanted(slots) if fused else slots, may_hold, eps, exp,
     )  # fmt: skip
     if fused:

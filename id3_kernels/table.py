@@ -109,19 +109,21 @@ OPS = {
     ),
     "collect_": Op(
         """(Tensor param, Tensor grad, Tensor? score, Tensor offsets, Tensor indices, Tensor(a!) values,
-        bool add, int position, Tensor(b!) best_score, Tensor(c!) best_place, Tensor(d!) best_grad,
+        bool add, int place, Tensor(b!) best_score, Tensor(c!) best_place, Tensor(d!) best_grad,
         Tensor(e!) state, Tensor k, bool may_hold, float eps, float exp) -> ()""",
         _no_result,
         """Takes from the grad of one tensor what a step needs, so that grad can be freed. param, grad: as
         for `d3_score`. offsets [2] or [R, 2], indices: the active set of the tensor. values (parallel to
         indices, float32, float64 for float64) become the gradient at these entries, or grow by it with add.
-        best_score, best_place (position << 32 | flat index) and best_grad hold candidates: the best k entries
-        of all tensors so far are among them, in any order, with ties to the lowest place; an empty slot holds
-        0, -1, 0. Scores are those of `d3_score` (of eps, exp), or score unless it is None; an active entry is
-        no candidate. With may_hold the candidates may hold entries of this tensor already: of two scores of
-        an entry the larger stays, of equal ones the older. k stays the same until the candidates are cleared.
-        state: int64, private to the backend, zeros while there are no candidates; `candidate_room` says how
-        long state and candidates are. Mutates values, best_score, best_place, best_grad and state.""",
+        place: the place of the tensor's first entry, position << 32; a part of a tensor, with flat indices of
+        its own, has a place further on. best_score, best_place (place + flat index) and best_grad hold
+        candidates: the best k entries of all tensors so far are among them, in any order, with ties to the
+        lowest place; an empty slot holds 0, -1, 0. Scores are those of `d3_score` (of eps, exp), or score
+        unless it is None; an active entry is no candidate. With may_hold the candidates may hold entries of
+        this tensor already: of two scores of an entry the larger stays, of equal ones the older. k stays the
+        same until the candidates are cleared. state: int64, private to the backend, zeros while there are no
+        candidates; `candidate_room` says how long state and candidates are. Mutates values, best_score,
+        best_place, best_grad and state.""",
     ),
     "union": Op(
         """(Tensor a_offsets, Tensor a_indices, Tensor b_offsets, Tensor b_indices) -> (Tensor, Tensor,

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <limits>
 #include <vector>
 
 #include "formulas/order.h"
@@ -46,22 +47,24 @@ struct Best {
 
   Key<Value> key(int64_t i) const { return reinterpret_bits<Key<Value>>(score[i]); }
 
-  // The smallest key with which an entry of this tensor still becomes a candidate: ties go to the lowest
-  // place.
-  Key<Value> floor(int64_t position) const {
+  // The smallest key with which an entry from the place `first` on still becomes a candidate: ties go to the
+  // lowest place.
+  Key<Value> floor(int64_t first) const {
     if (k == 0 || !(score[k - 1] > Value(0))) return 1;
-    return key(k - 1) + (place[k - 1] >> 32 < position ? 1 : 0);
+    return key(k - 1) + (place[k - 1] < first ? 1 : 0);
   }
 
   // An entry that is a candidate already keeps the larger score, and of equal scores the older. Leaves in
-  // `found` the entries that are no candidates yet, in index order.
-  void drop_repeated(int64_t position, std::vector<Found<Value>>& found) {
+  // `found`, whose indices count from the place `first`, the entries that are no candidates yet, in index
+  // order.
+  void drop_repeated(int64_t first, std::vector<Found<Value>>& found) {
     std::sort(found.begin(), found.end(), lower_index<Value>);
     int64_t kept = 0;
     const int64_t count = held();
     for (int64_t i = 0; i < count; ++i) {
-      if (place[i] >> 32 == position) {
-        const Found<Value> same{0, static_cast<int32_t>(place[i] & 0xffffffff), 0};
+      const int64_t index = place[i] - first;
+      if (index >= 0 && index <= std::numeric_limits<int32_t>::max()) {
+        const Found<Value> same{0, static_cast<int32_t>(index), 0};
         const auto at = std::lower_bound(found.begin(), found.end(), same, lower_index<Value>);
         if (at != found.end() && at->index == same.index) {
           if (at->key > key(i)) continue;
@@ -76,10 +79,10 @@ struct Best {
   }
 
   // Merges `found`, best first, in place and from the back.
-  void merge(int64_t position, const std::vector<Found<Value>>& found) {
+  void merge(int64_t first, const std::vector<Found<Value>>& found) {
     int64_t i = held() - 1, j = static_cast<int64_t>(found.size()) - 1;
     for (int64_t out = i + j + 1; j >= 0; --out) {
-      const int64_t here = position << 32 | found[j].index;
+      const int64_t here = first + found[j].index;
       const bool held_is_worse = i >= 0 && (key(i) != found[j].key ? key(i) < found[j].key : place[i] > here);
       if (out < k) {
         if (held_is_worse)

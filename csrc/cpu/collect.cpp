@@ -181,7 +181,7 @@ struct Arguments {
   const std::optional<at::Tensor>& score;
   const at::Tensor &offsets, &indices, &values;
   bool add;
-  int64_t position;
+  int64_t place;
   const at::Tensor &best_score, &best_place, &best_grad, &k;
   bool again;
   double eps, exp;
@@ -208,15 +208,15 @@ void collect(const Arguments& a) {
   Best<Value> best{a.best_score.template mutable_data_ptr<Value>(), a.best_place.mutable_data_ptr<int64_t>(),
                    a.best_grad.template mutable_data_ptr<Value>(), k, room};
   best.drop_behind();
-  std::vector<Found<Value>> found = collector.best(k, best.floor(a.position));
-  if (a.again) best.drop_repeated(a.position, found);
+  std::vector<Found<Value>> found = collector.best(k, best.floor(a.place));
+  if (a.again) best.drop_repeated(a.place, found);
   std::sort(found.begin(), found.end(), precedes<Value>);
-  best.merge(a.position, found);
+  best.merge(a.place, found);
 }
 
 void collect_cpu(const at::Tensor& param, const at::Tensor& grad, const std::optional<at::Tensor>& score,
                  const at::Tensor& offsets, const at::Tensor& indices, const at::Tensor& values, bool add,
-                 int64_t position, const at::Tensor& best_score, const at::Tensor& best_place,
+                 int64_t place, const at::Tensor& best_score, const at::Tensor& best_place,
                  const at::Tensor& best_grad, const at::Tensor&, const at::Tensor& k, bool again, double eps,
                  double exp) {
   check_float_tensor("param", param);
@@ -229,7 +229,7 @@ void collect_cpu(const at::Tensor& param, const at::Tensor& grad, const std::opt
     TORCH_CHECK_VALUE(score->scalar_type() == (is_double ? at::kDouble : at::kFloat),
                       "score: expected float32, or float64 as its parameter, got ", score->scalar_type());
   }
-  const Arguments a{param,      grad,       score,     offsets, indices, values, add, position,
+  const Arguments a{param,      grad,       score,     offsets, indices, values, add, place,
                     best_score, best_place, best_grad, k,       again,   eps,    exp};
   is_double ? collect<double>(a) : collect<float>(a);
 }

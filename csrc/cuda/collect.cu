@@ -85,9 +85,7 @@ __global__ void __launch_bounds__(kThreads, 4) stream_kernel(Collect c, int32_t 
 
 // --- candidates --------------------------------------------------------------------------------------------
 
-__device__ __forceinline__ int64_t place_of(const Collect& c, int64_t index) {
-  return c.position << 32 | index;
-}
+__device__ __forceinline__ int64_t place_of(const Collect& c, int64_t index) { return c.place + index; }
 
 // The key of an entry that the floor admits; 0: it does not, or the entry is active.
 template <Exponent E>

@@ -43,7 +43,7 @@ struct Collect {
   float* values;    // at the active entries: their gradient, or with `add` more by it
   bool add;
   int64_t most_active;  // room in active.indices
-  int64_t position;     // of the tensor
+  int64_t place;        // of the first entry
   float* best_score;
   int64_t* best_place;  // position << 32 | flat index
   float* best_grad;

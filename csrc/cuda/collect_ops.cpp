@@ -27,7 +27,7 @@ void set_candidates(Collect& c, const at::Tensor& best_score, const at::Tensor& 
 // With `again`, or where there is no state, the values at active entries alone: cuda.py has the rest.
 void collect_op(const at::Tensor& param, const at::Tensor& grad, const OptionalTensor& score,
                 const at::Tensor& offsets, const at::Tensor& indices, const at::Tensor& values, bool add,
-                int64_t position, const at::Tensor& best_score, const at::Tensor& best_place,
+                int64_t place, const at::Tensor& best_score, const at::Tensor& best_place,
                 const at::Tensor& best_grad, const at::Tensor& state, const at::Tensor& k, bool again,
                 double eps, double exp) {
   const c10::cuda::CUDAGuard guard(grad.device());
@@ -47,7 +47,7 @@ void collect_op(const at::Tensor& param, const at::Tensor& grad, const OptionalT
   c.most_active = indices.numel();
   c.values = values.mutable_data_ptr<float>();
   c.add = add;
-  c.position = position;
+  c.place = place;
   c.wanted = {count_at(k, grad), 0};
   at::Tensor workspace;
   if (!again && state.numel() > 0 && best_score.numel() > 0) {

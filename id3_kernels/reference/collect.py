@@ -11,7 +11,7 @@ from .selection import best_keys, wanted_count
 
 
 def collect_(
-    param, grad, score, offsets, indices, values, add, position, best_score, best_place, best_grad, state, k,
+    param, grad, score, offsets, indices, values, add, place, best_score, best_place, best_grad, state, k,
     may_hold, eps, exp,
 ):  # fmt: skip
     rows = [slice(*run.tolist()) for run in runs(offsets)]
@@ -26,13 +26,13 @@ def collect_(
         key[indices[row].to(torch.int64)] = 0
     index = best_keys(key, k)
     best = best_score, best_place, best_grad
-    keep_best_(grad, position, index, key[index].view(values.dtype), *best, may_hold)
+    keep_best_(grad, place, index, key[index].view(values.dtype), *best, may_hold)
 
 
-def keep_best_(grad, position, index, score, best_score, best_place, best_grad, may_hold):
+def keep_best_(grad, first, index, score, best_score, best_place, best_grad, may_hold):
     """Merges entries of one tensor (index int64, score; a score of 0 is no entry) into the candidates."""
     k, found = best_score.numel(), score > 0
-    place = torch.cat([best_place, torch.where(found, (position << 32) | index, -1)])
+    place = torch.cat([best_place, torch.where(found, first + index, -1)])
     held = read(grad, torch.where(found, index, 0)).to(best_grad.dtype)
     held = torch.cat([best_grad, torch.where(found, held, 0)])
     score = torch.cat([best_score, score])
@@ -53,7 +53,7 @@ def keep_best_(grad, position, index, score, best_score, best_place, best_grad, 
 
 
 def best_by_selection_(
-    select_topk, select_topk_by_score, param, grad, score, offsets, indices, position,
+    select_topk, select_topk_by_score, param, grad, score, offsets, indices, first,
     best_score, best_place, best_grad, k, capacity, may_hold, eps, exp,
 ):  # fmt: skip
     """The part of `collect_` about candidates, by the selection of a backend; it sorts them, best first.
@@ -69,4 +69,4 @@ def best_by_selection_(
         _, index, best = select_topk([param], [grad], *entries, eps, exp)
     else:
         _, index, best = select_topk_by_score([score], *entries)
-    keep_best_(grad, position, index.to(torch.int64), best, best_score, best_place, best_grad, may_hold)
+    keep_best_(grad, first, index.to(torch.int64), best, best_score, best_place, best_grad, may_hold)

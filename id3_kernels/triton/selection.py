@@ -109,7 +109,7 @@ def select_topk_by_score(scores, offsets, indices, k, capacity):
 
 
 def collect_(
-    param, grad, score, offsets, indices, values, add, position, best_score, best_place, best_grad, state, k,
+    param, grad, score, offsets, indices, values, add, place, best_score, best_place, best_grad, state, k,
     may_hold, eps, exp,
 ):  # fmt: skip
     """See `table.OPS`. Every slot holds a candidate, best first."""
@@ -122,7 +122,7 @@ def collect_(
             values, launch.CODES[grad.dtype], add, block,
         )  # fmt: skip
     best_by_selection_(
-        select_topk, select_topk_by_score, param, grad, score, offsets, indices, position, best_score,
+        select_topk, select_topk_by_score, param, grad, score, offsets, indices, place, best_score,
         best_place, best_grad, k, best_score.numel(), may_hold, eps, exp,
     )  # fmt: skip
 

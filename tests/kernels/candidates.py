@@ -84,6 +84,6 @@ def collect(
             backend.table.collect_(
                 backend.here(problem.params[j]), backend.here(problem.grads[j]),
                 None if scores is None else backend.here(scores[j]), offsets[..., j : j + 2], indices,
-                values, add, j, *held.arguments(), again, eps, exp,
+                values, add, j << 32, *held.arguments(), again, eps, exp,
             )  # fmt: skip
     return values

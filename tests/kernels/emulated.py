@@ -118,14 +118,14 @@ def select_topk_by_score(scores, offsets, indices, k, capacity):
 
 
 def collect_(
-    param, grad, score, offsets, indices, values, add, position, best_score, best_place, best_grad, state, k,
+    param, grad, score, offsets, indices, values, add, place, best_score, best_place, best_grad, state, k,
     again, eps, exp,
 ):  # fmt: skip
     fused = not again and state.numel() > 0 and best_score.numel() > 0
     assert not fused or state.numel() >= library().collect_state_length()
     library().collect_emulated(
         rows([param], [grad]), None if score is None else rows([], [score]), *runs(offsets, indices)[1:],
-        address(values), int(add), c_int64(position), *map(address, (best_score, best_place, best_grad)),
+        address(values), int(add), c_int64(place), *map(address, (best_score, best_place, best_grad)),
         c_int64(best_score.numel()), address(state) if fused else None, address(k), c_float(eps),
         c_double(exp),
     )  # fmt: skip

@@ -89,6 +89,39 @@ def test_scores_of_others_and_growing_values(backend):
     assert [x.tolist() for x in held.best()] == [[9.0, 9.0], [1, (1 << 32) + 1], [-2.0, 6.0]]
 
 
+def in_parts(backend, problem, j, length, held, again):
+    """collect_ on pieces of one tensor, the last first, as a backward pass in blocks of rows makes them."""
+    param, grad = problem.params[j].flatten(), problem.grads[j].flatten()
+    active = problem.active.of(j)
+    for first in reversed(range(0, grad.numel(), length)):
+        inside = active[(active >= first) & (active < first + length)] - first
+        offsets = torch.tensor([0, inside.numel()], device=backend.device)
+        piece = [backend.here(x[first : first + length]) for x in (param, grad)]
+        values = torch.zeros(inside.numel(), device=backend.device)
+        entries = offsets, backend.here(inside), values, False
+        backend.table.collect_(*piece, None, *entries, (j << 32) + first, *held.arguments(), again, 1.0, 1.0)
+        oracle.check_bits(values, grad[active[(active >= first) & (active < first + length)].long()])
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["", "again"])
+@pytest.mark.parametrize("kind", ["quantised", "equal", "normal"])
+def test_parts_of_a_tensor_give_the_candidates_of_the_whole(backend, kind, again):
+    """Ties between parts, and between tensors before and behind, go to the lowest place."""
+    rng = np.random.default_rng(5)
+    sizes, k = (900, 2100, 700), 150
+    grads = [cases.tensor(kind, (n,), cases.F32, "plain", rng) for n in sizes]
+    active = cases.some_entries(list(sizes), 0.05, rng)
+    problem = cases.Problem([torch.ones(n) for n in sizes], grads, active, k)
+    scores = [oracle.d3_score(p, g, 1.0, 1.0) for p, g in zip(problem.params, grads, strict=True)]
+    held = Candidates.none(backend, k, torch.float32)
+    collect(backend, problem, (2,), held, 1.0, 1.0)
+    in_parts(backend, problem, 1, 512, held, False)
+    if again:
+        in_parts(backend, problem, 1, 512, held, True)
+    collect(backend, problem, (0,), held, 1.0, 1.0)
+    held.check(problem, oracle.topk(scores, active, k))
+
+
 @pytest.mark.parametrize("k", [-3, 0])
 def test_nobody_is_wanted(backend, k):
     """The values at active entries are kept all the same."""

@@ -97,7 +97,7 @@ class Candidates:
             shard.arrays["indices"],
             shard.arrays["gradient"],
             add,
-            position,
+            position << 32,
             *best,
             self._k[i],
             may_hold,

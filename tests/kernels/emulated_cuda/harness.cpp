@@ -74,7 +74,7 @@ int64_t collect_state_length() { return sizeof(CollectState) / sizeof(int64_t); 
 // score: null, or the row of a tensor of scores. state null: nothing but the values is taken.
 void collect_emulated(const TensorRow* row, const TensorRow* score, int32_t runs, int64_t stride,
                       const int64_t* offsets, const int32_t* indices, int64_t most_active, float* values,
-                      int add, int64_t position, float* best_score, int64_t* best_place, float* best_grad,
+                      int add, int64_t place, float* best_score, int64_t* best_place, float* best_grad,
                       int64_t room, void* state, const int64_t* k, float eps, double exp) {
   const int64_t chunks = chunks_of(row->numel);
   std::vector<Span> spans(chunks * runs + 1, Span{-1, -1});
@@ -87,7 +87,7 @@ void collect_emulated(const TensorRow* row, const TensorRow* score, int32_t runs
            values,
            add != 0,
            most_active,
-           position,
+           place,
            best_score,
            best_place,
            best_grad,
