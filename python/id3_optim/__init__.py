@@ -1,5 +1,6 @@
 """Selective fine-tuning by step-by-step unmasking (ID3), at the cost of one read of weights and gradients."""
 
+from .backward.handle import sparse_backward
 from .delta import Delta, DeltaError, load_delta, save_delta
 from .delta.diff import diff
 from .delta.merge import merge
@@ -28,5 +29,6 @@ __all__ = [
     "load_toolkit_summary",
     "merge",
     "save_delta",
+    "sparse_backward",
     "weight_patches",
 ]

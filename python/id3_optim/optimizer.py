@@ -20,6 +20,7 @@ from .state.active_set import ActiveSet, Touched
 from .state.layout import Layout
 from .state.memory import memory_report
 from .state.progress import Wanted
+from .step.release import Release
 from .step.scaling import Scaling
 from .unmasking import Unmasking
 
@@ -103,7 +104,7 @@ class ID3AdamW(torch.optim.Optimizer):
         if total_steps is not None:
             self.set_total_steps(total_steps)
         if release_gradients:
-            self._unmasking.release_gradients(self._begin_pass, select_from, self.param_groups)
+            self.release_gradients(select_from)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's. After the first step the new tensors extend N; a budget already fixed stays."""
@@ -147,6 +148,15 @@ class ID3AdamW(torch.optim.Optimizer):
         super().zero_grad(set_to_none)
         if self._unmasking.release is not None:
             self._unmasking.release.clear()
+
+    def release_gradients(self, select_from: str = "last") -> Release:
+        """As the argument of that name, before the first step or after a state was loaded; returns the hooks.
+
+        Does nothing where gradients are released already.
+        """
+        if self._unmasking.release is None:
+            self._unmasking.release_gradients(self._begin_pass, select_from, self.param_groups)
+        return self._unmasking.release
 
     def remove_hooks(self) -> None:
         """Takes the hooks of `release_gradients` off; gradients stay whole then, until a step takes them."""

@@ -51,6 +51,9 @@ class Unmasking:
 
     def release_gradients(self, begin: Begin, select_from: str, groups: Groups) -> None:
         """Hooks the parameters, so that their gradients are taken as soon as backward has made them."""
+        capturable = self.active.layout.capturable
+        validation.check_options(self.method.strategy, True, select_from, capturable)
+        self.active.keep_gradients()
         self.release = Release(begin, self.method.heuristic, select_from)
         self.release.attach(selectable(groups))
 

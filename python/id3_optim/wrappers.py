@@ -12,14 +12,20 @@ def plain_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     A tied parameter is there under each of its names.
     Raises ValueError if two parameters have one plain name.
     """
-    while (inner := _wrapped(model)) is not None:
-        model = inner
+    model = unwrapped_model(model)
     found: dict[str, nn.Parameter] = {}
     for name, param in model.named_parameters(remove_duplicate=False):
         plain = plain_name(name)
         if found.setdefault(plain, param) is not param:
             raise ValueError(f"{plain}: expected one parameter of this name in the model, got two")
     return found
+
+
+def unwrapped_model(model: nn.Module) -> nn.Module:
+    """The plain model inside wrappers such as torch.compile's."""
+    while (inner := _wrapped(model)) is not None:
+        model = inner
+    return model
 
 
 def plain_name(name: str) -> str:

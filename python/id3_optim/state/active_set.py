@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -70,6 +71,12 @@ class ActiveSet:
         if self.layout.repeat:
             self.ever.append(EverActive(self.shards[-1]))
         return self.shards[-1]
+
+    def keep_gradients(self) -> None:
+        """Makes room for the gradients that hooks gather at the active entries."""
+        self.layout = replace(self.layout, release=True)
+        for shard in self.shards:
+            shard.keep_gradients(self.layout)
 
     def reserve(self, budget: int) -> None:
         """Capacity for all that may ever be active, where growing would have to read the count from a GPU."""

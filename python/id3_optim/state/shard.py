@@ -120,6 +120,12 @@ class Shard:
                 self.arrays[name] = old.new_zeros(n) if name == "gradient" else old.new_empty(n)
                 self.arrays[name][: old.numel()] = old
 
+    def keep_gradients(self, layout: Layout) -> None:
+        """Takes a layout with room for the gradients of a step that is not yet taken."""
+        self.layout = layout
+        wide = self.arrays["exp_avg"]
+        self.arrays.setdefault("gradient", torch.zeros_like(wide))
+
     def _make_room(self, n: int) -> None:
         """Capacity for n entries more; at least doubles, so that many small steps do not copy often."""
         capacity = self.arrays["indices"].numel()

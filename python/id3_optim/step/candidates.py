@@ -104,6 +104,30 @@ class Candidates:
             *d3,
         )
 
+    def collect_part(
+        self,
+        active: ActiveSet,
+        at: tuple[int, int],
+        heuristic: D3,
+        first: int,
+        rows: tuple[Tensor, Tensor],
+        held: tuple[Tensor, Tensor, Tensor],
+        may_hold: bool,
+    ) -> None:
+        """Takes candidates from a part of tensor `at` that begins at flat index `first`.
+
+        rows: the parameter's and the gradient's. held: offsets [R, 2], indices counted from `first`, and
+        values, of the active entries in the part. Mutates the candidates, and values, which become the
+        gradient's.
+        """
+        i, j = at
+        param, grad = rows
+        offsets, indices, values = held
+        place = (active.shards[i].positions[j] << 32) + first
+        take = (param, grad, None, offsets, indices, values, False, place)
+        d3 = heuristic.eps, heuristic.exp
+        active.shards[i].kernels.collect_(*take, *self.best[i], self._k[i], may_hold, *d3)
+
     def chosen(
         self, shards: list[Shard], wanted: Wanted
     ) -> tuple[list[Entries], list[Tensor], Tensor, Tensor]:

@@ -41,8 +41,10 @@ class Passes:
         """Whether a pass runs that has not reached its end; outside of a backward pass: one that failed."""
         return self._root is not None
 
-    def enter(self, key: int, begin: Callable[[bool], None]) -> bool:
+    def enter(self, key: int, begin: Callable[[bool], None], within: int = 0) -> bool:
         """Called in a hook, with a number for its parameter. Returns whether it came in this pass before.
+
+        within: the number of Functions whose backward has called the hook.
 
         begin(unfinished) is called first where a new pass begins; unfinished: the last one never ended, so a
         part of its gradients is missing.
@@ -50,7 +52,7 @@ class Passes:
         task = torch._C._current_graph_task_id()
         repeated = key in self._in_pass
         if task != self._root:
-            if _within_a_backward():
+            if _backwards_around() > within:
                 begins, root = not self._in_pass or (repeated and self._root is None), None
             else:
                 begins, root = not self._in_pass or self._root is not None or task > self._first, task
@@ -78,11 +80,10 @@ def _ended(passes: weakref.ref[Passes], root: int) -> None:
         alive.end_of(root)
 
 
-def _within_a_backward() -> bool:
-    """Whether this pass was started by a Function's own backward, as reentrant checkpoints do."""
-    frame = sys._getframe()
+def _backwards_around() -> int:
+    """In how many Functions' own backward this is called; reentrant checkpoints start passes in theirs."""
+    frame, count = sys._getframe(), 0
     while frame is not None:
-        if frame.f_code is BackwardCFunction.apply.__code__:
-            return True
+        count += frame.f_code is BackwardCFunction.apply.__code__
         frame = frame.f_back
-    return False
+    return count

@@ -24,6 +24,7 @@ from . import gradients
 from .candidates import Candidates
 from .gradients import Kept
 from .passes import Passes
+from .products import Parts, collect_blocks
 
 Begin = Callable[[], tuple[ActiveSet, Wanted | None]]
 
@@ -86,10 +87,8 @@ class Release:
         with self._lock:
             repeated = self._passes.enter(id(param), self._begin_pass)
         if repeated:
-            i, j = self._active.locate(param)
-            name = self._active.name(self._active.shards[i].positions[j])
             raise RuntimeError(
-                f"release_gradients: {name} received its gradient in two parts in one "
+                f"release_gradients: {self.name(param)} received its gradient in two parts in one "
                 "backward pass (a tied weight under reentrant checkpoints): use use_reentrant=False"
             )
         self._collect(param)
@@ -111,6 +110,50 @@ class Release:
     def tensors(self) -> list[Tensor]:
         """The memory of the candidates."""
         return [] if self.candidates is None else self.candidates.tensors()
+
+    # --- weights whose gradient never exists whole (sparse_backward) -----------------------------------
+
+    def selects(self) -> bool:
+        """Whether entries may join in the coming step, which then looks at every entry's gradient.
+
+        True before the first backward pass: what has not begun is begun by a gradient, not by a look.
+        """
+        if self._active is None:
+            return True
+        if self.candidates is None:
+            self._prepare(*self._begin()())
+        return self.candidates.wanted is not None
+
+    def uses(self, param: Tensor) -> bool:
+        """Whether the coming step looks at the gradient of a parameter: not where it has no active entry in a
+        step that does not select. A GPU is not asked."""
+        if self.selects() or (at := self._active.locate(param)) is None:
+            return True
+        shard, j = self._active.shards[at[0]], at[1]
+        return shard.device.type != "cpu" or any(run[j] < run[j + 1] for run in shard.bounds)
+
+    def take_parts(self, param: Tensor, parts: Parts) -> None:
+        """What a layer's backward pass does in place of making the gradient of its weight."""
+        with self._lock:
+            self._passes.enter(id(param), self._begin_pass, within=1)
+        i, j = at = self._active.locate(param)
+        shard, kept = self._active.shards[i], self.kept[i]
+        gradients.check(self._active, shard, param, shard.positions[j])
+        seen = kept.seen[j]
+        if self.candidates.wanted is None:
+            parts.gather(shard, j, seen)
+        else:
+            may_hold = seen and self.select_from == "max"
+            blocks = parts.blocks(param)
+            collect_blocks(self.candidates, self._active, at, self.heuristic, blocks, seen, may_hold)
+        kept.seen[j] = True
+
+    def name(self, param: Tensor) -> str:
+        """The name of a parameter that was adopted."""
+        i, j = self._active.locate(param)
+        return self._active.name(self._active.shards[i].positions[j])
+
+    # --- loss scales -----------------------------------------------------------------------------------
 
     def scaled_tensors(self, active: ActiveSet) -> list[Tensor]:
         """All that is proportional to the loss scale; the caller, a GradScaler, checks and unscales it."""

@@ -1,0 +1,1 @@
+"""Backward passes that make a weight's gradient at active entries alone."""

@@ -1,0 +1,88 @@
+"""The autograd Functions of layers whose backward pass makes no gradient of the weight."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+from ..step.products import Product, Rows
+from .weight import Weight
+
+
+@torch.compiler.disable
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None, site: Weight, transposed: bool) -> Tensor:
+    """input @ weightᵀ + bias for a weight [out, in], input @ weight + bias for one [in, out] (transposed).
+
+    input [..., in] of the weight's dtype, or under autocast of any. `site` takes the weight's gradient.
+    """
+    return _Linear.apply(input, weight, bias, site, transposed)
+
+
+@torch.compiler.disable
+def lookup(ids: Tensor, weight: Tensor, padding_idx: int | None, site: Weight) -> Tensor:
+    """The rows of `weight` [entries, columns] at ids (integers of any shape), whose gradient `site` takes."""
+    return _Lookup.apply(ids, weight, padding_idx, site)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, input, weight, bias, site, transposed):
+        device = input.device.type
+        operands = [input, weight, bias]
+        if torch.is_autocast_enabled(device) and input.dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(device)
+            operands = [None if x is None else x.to(dtype) for x in operands]
+        x, w, b = operands
+        with torch.autocast(device, enabled=False):
+            output = F.linear(x, w.t() if transposed else w, b)
+        ctx.site, ctx.use, ctx.transposed, ctx.shape = site, site.begin_use(), transposed, input.shape
+        ctx.save_for_backward(weight, x.reshape(-1, x.shape[-1]) if site.needs_input() else None)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor):
+        _check_once()
+        weight, x = ctx.saved_tensors
+        needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        grads = [None] * 5
+        with torch.autocast(grad.device.type, enabled=False):
+            dy = grad.reshape(-1, grad.shape[-1])
+            w = weight.to(dy.dtype)
+            if needs_input:
+                grads[0] = (dy @ (w.t() if ctx.transposed else w)).reshape(ctx.shape)
+            if needs_weight:
+                parts = Product(x, dy) if ctx.transposed else Product(dy, x)
+                grads[1] = ctx.site.take(ctx.use, parts)
+            if needs_bias:
+                grads[2] = dy.sum(0)
+        ctx.site.end_use(ctx.use)
+        return tuple(grads)
+
+
+class _Lookup(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, ids, weight, padding_idx, site):
+        ctx.site, ctx.use, ctx.padding_idx = site, site.begin_use(), padding_idx
+        ctx.save_for_backward(ids)
+        return F.embedding(ids, weight, padding_idx)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor):
+        _check_once()
+        (ids,) = ctx.saved_tensors
+        dy = grad.reshape(-1, grad.shape[-1])
+        ids = ids.reshape(-1).long()
+        if ctx.padding_idx is not None:
+            dy = dy.masked_fill((ids == ctx.padding_idx)[:, None], 0)
+        whole = ctx.site.take(ctx.use, Rows(ids, dy))
+        ctx.site.end_use(ctx.use)
+        return None, whole, None, None
+
+
+def _check_once() -> None:
+    if torch.is_grad_enabled():
+        raise RuntimeError("sparse_backward: does not apply to create_graph=True: dW is not recorded")

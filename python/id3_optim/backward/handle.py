@@ -1,0 +1,108 @@
+"""sparse_backward: layers whose backward pass computes weight gradients where the optimizer needs them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from ..heuristics import D3
+from ..param_groups import selectable
+from ..wrappers import unwrapped, unwrapped_model
+from .layers import sparse_class
+from .weight import Weight
+
+
+class Way(NamedTuple):
+    """How the gradient of one parameter reaches the optimizer. way: "sparse" or "released"."""
+
+    name: str
+    entries: int
+    way: str
+    reason: str
+
+
+class SparseBackward:
+    """What `sparse_backward` has changed: ways, one `Way` per parameter that is selected from."""
+
+    def __init__(self, ways: list[Way], layers: list[nn.Module]):
+        self.ways, self._layers = ways, layers
+
+    def report(self) -> str:
+        """Which parameters go which way and why: a line for each, and the sums."""
+        width = max((len(way.name) for way in self.ways), default=0)
+        lines = [f"{w.name:{width}}  {w.entries:>13,}  {w.way:8}  {w.reason}".rstrip() for w in self.ways]
+        total = sum(way.entries for way in self.ways)
+        sparse = sum(way.entries for way in self.ways if way.way == "sparse")
+        return "\n".join([*lines, f"sparse: {sparse:,} of {total:,} entries"])
+
+    def remove(self) -> None:
+        """Makes the layers plain again. Gradients are released as before, whole for one tensor at a time."""
+        for layer in self._layers:
+            layer.__class__ = layer.plain
+            del layer.sparse_weight
+        self._layers = []
+
+
+def sparse_backward(model: nn.Module, optimizer: Any, select_from: str = "last") -> SparseBackward:
+    """Changes the layers of `model` so that a backward pass makes no whole gradient of their weights.
+
+    Between two selections (`select_every`) the gradient is computed at active entries alone; in a step that
+    selects, in blocks of rows that are looked at and dropped. This holds for weights of `nn.Linear`,
+    transformers' `Conv1D` and `nn.Embedding` that `optimizer` selects from and that one layer uses. All other
+    parameters, and a layer that is called twice in a pass that selects, go the way of released gradients
+    (`release_gradients=True`, which this implies). `report()` of the result lists both.
+
+    Call it before the first step, or after a state was loaded. model: as it is trained, in any dtype that
+    ID3AdamW takes, under autocast too. select_from: see `ID3AdamW`.
+    Raises ValueError for a model that another optimizer has changed, an embedding with `sparse=True` or
+    `max_norm`, and what released gradients refuse (several processes, "repeat", `capturable`).
+    """
+    optimizer, model = unwrapped(optimizer), unwrapped_model(model)
+    found = list(_ways(model, optimizer))
+    release = optimizer.release_gradients(select_from)
+    changed = []
+    for _, layer in found:
+        if layer is not None:
+            layer.sparse_weight = Weight(layer.weight, release)
+            layer.__class__ = sparse_class(type(layer))
+            changed.append(layer)
+    return SparseBackward([way for way, _ in found], changed)
+
+
+def _ways(model: nn.Module, optimizer: Any) -> Iterator[tuple[Way, nn.Module | None]]:
+    owners: dict[int, list[tuple[str, str, nn.Module]]] = {}
+    for path, module in model.named_modules():
+        if hasattr(module, "sparse_weight"):
+            raise ValueError(
+                f"model: expected one without sparse_backward, got {path} with it; call remove() first"
+            )
+        for name, param in module.named_parameters(recurse=False):
+            owners.setdefault(id(param), []).append((path, name, module))
+    scored_whole = not isinstance(optimizer.heuristic, D3)
+    for param in selectable(optimizer.param_groups):
+        held = owners.get(id(param), [])
+        if not held:
+            shape = tuple(param.shape)
+            raise ValueError(f"model: expected every trained parameter in it, got none for {shape}")
+        path, name, layer = held[0]
+        why_not = _obstacle(held)
+        whole = "whole in steps that select: its heuristic scores whole tensors" if scored_whole else ""
+        way = ("released", why_not) if why_not else ("sparse", whole)
+        yield Way(f"{path}.{name}" if path else name, param.numel(), *way), None if why_not else layer
+
+
+def _obstacle(held: list[tuple[str, str, nn.Module]]) -> str | None:
+    """Why the gradient of a parameter cannot be made in parts; None where it can."""
+    path, name, layer = held[0]
+    if len(held) > 1:
+        return "shared by " + " and ".join(path for path, _, _ in held)
+    if sparse_class(type(layer)) is None:
+        return f"of a {type(layer).__name__}"
+    if name != "weight":
+        return f"the {name} of a {type(layer).__name__}"
+    if isinstance(layer, nn.Embedding) and (layer.sparse or layer.max_norm is not None):
+        option = "sparse=True" if layer.sparse else f"max_norm={layer.max_norm}"
+        raise ValueError(f"{path}: expected an embedding without {option.split('=')[0]}, got {option}")
+    return None

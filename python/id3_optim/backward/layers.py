@@ -1,0 +1,59 @@
+"""Layers whose backward pass makes no gradient of the weight.
+
+A layer's class is replaced by a subclass that differs in `forward` alone, so that names, state dicts and
+`isinstance` stay. Its copies and pickles are plain layers.
+"""
+
+from __future__ import annotations
+
+import copyreg
+import sys
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+
+from .functions import linear, lookup
+from .weight import Weight
+
+
+class _Sparse:
+    """What the classes share. plain: the class that is replaced; sparse_weight: it takes the gradient."""
+
+    plain: type[nn.Module]
+    sparse_weight: Weight
+
+    def __reduce_ex__(self, protocol: int):
+        state = {name: value for name, value in self.__dict__.items() if name != "sparse_weight"}
+        return copyreg.__newobj__, (self.plain,), state
+
+    def forward(self, input: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and self.weight.requires_grad and self.sparse_weight.of(self.weight):
+            return self.sparse_forward(input)
+        return super().forward(input)
+
+
+class _Linear(_Sparse):
+    def sparse_forward(self, input: Tensor) -> Tensor:
+        return linear(input, self.weight, self.bias, self.sparse_weight, False)
+
+
+class _Conv1D(_Sparse):
+    def sparse_forward(self, input: Tensor) -> Tensor:
+        return linear(input, self.weight, self.bias, self.sparse_weight, True)
+
+
+class _Embedding(_Sparse):
+    def sparse_forward(self, input: Tensor) -> Tensor:
+        return lookup(input, self.weight, self.padding_idx, self.sparse_weight)
+
+
+@cache
+def sparse_class(plain: type[nn.Module]) -> type[nn.Module] | None:
+    """The subclass for nn.Linear, nn.Embedding and transformers' Conv1D; None for every other class, their
+    subclasses too, which may do anything with the weight."""
+    conv1d = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
+    for known, mixin in ((nn.Linear, _Linear), (nn.Embedding, _Embedding), (conv1d, _Conv1D)):
+        if plain is known:
+            return type(f"Sparse{plain.__name__}", (mixin, plain), {"plain": plain})
+    return None

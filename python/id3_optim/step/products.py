@@ -1,0 +1,156 @@
+"""Weight gradients that never exist whole: a layer's backward pass gives what a step needs of them.
+
+A weight is [rows, columns]. A `Product` stands for dW = LᵀR with L [tokens, rows] and R [tokens, columns]:
+for a linear layer the output's gradient and the input, for a transposed weight the other way round. `Rows`
+stands for an embedding's dW: row r is the sum of the output's gradient over the tokens whose id is r.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..heuristics import D3
+from ..state.active_set import ActiveSet
+from ..state.shard import Shard
+from .candidates import Candidates
+
+# Entries of dW that are alive at once in a step that selects: they stay in a core's cache.
+BLOCK_ENTRIES = 1 << 18
+
+
+class Parts(Protocol):
+    """A weight gradient that can be made in parts. complete: it can be made at all."""
+
+    complete: bool
+
+    def gather(self, shard: Shard, j: int, add: bool) -> None:
+        """The shard's `gradient` at the active entries of tensor j becomes dW there, or grows by it with
+        `add`. Does not synchronise with a GPU."""
+
+    def blocks(self, param: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """(first row, dW of the rows from there, row-major), first rows ascending; rows in none are 0."""
+
+    def whole(self, param: Tensor) -> Tensor:
+        """dW."""
+
+
+@dataclass(frozen=True)
+class Product:
+    """dW = LᵀR. One of both is None where the input was not kept: the weight has no active entry."""
+
+    left: Tensor | None
+    right: Tensor | None
+
+    @property
+    def complete(self) -> bool:
+        return self.left is not None and self.right is not None
+
+    def gather(self, shard: Shard, j: int, add: bool) -> None:
+        if self.complete:
+            values = shard.arrays["gradient"]
+            active = shard.offsets[:, j : j + 2], shard.arrays["indices"]
+            shard.kernels.sampled_weight_grad_(self.left, self.right, *active, values, add)
+
+    def blocks(self, param: Tensor) -> Iterator[tuple[int, Tensor]]:
+        n_rows, n_columns = param.shape
+        step = max(1, BLOCK_ENTRIES // n_columns)
+        for first in range(0, n_rows, step):
+            yield first, self._of(slice(first, first + step)).to(param.dtype)
+
+    def whole(self, param: Tensor) -> Tensor:
+        return self._of(slice(None)).to(param.dtype)
+
+    def _of(self, rows: slice) -> Tensor:
+        return self.left[:, rows].t() @ self.right
+
+
+@dataclass(frozen=True)
+class Rows:
+    """An embedding's dW. ids: int64 [tokens]; grads: [tokens, columns]."""
+
+    ids: Tensor
+    grads: Tensor
+    complete = True
+
+    def gather(self, shard: Shard, j: int, add: bool) -> None:
+        values = shard.arrays["gradient"]
+        active = shard.offsets[:, j : j + 2], shard.arrays["indices"]
+        shard.kernels.sampled_embedding_grad_(self.grads, self.ids, *active, values, add)
+
+    def blocks(self, param: Tensor) -> Iterator[tuple[int, Tensor]]:
+        n_rows, n_columns = param.shape
+        step = max(1, BLOCK_ENTRIES // n_columns)
+        ids, order = self.ids.sort(stable=True)
+        edges = torch.arange(0, n_rows + step, step, device=ids.device)
+        edges = torch.searchsorted(ids, edges).tolist()
+        for block, (begin, end) in enumerate(pairwise(edges)):
+            first = block * step
+            if begin < end:
+                n = min(step, n_rows - first)
+                yield (
+                    first,
+                    _sum_rows(self.grads[order[begin:end]], ids[begin:end] - first, n).to(param.dtype),
+                )
+
+    def whole(self, param: Tensor) -> Tensor:
+        return _sum_rows(self.grads, self.ids, param.shape[0]).to(param.dtype)
+
+
+def _sum_rows(grads: Tensor, ids: Tensor, n_rows: int) -> Tensor:
+    """[n_rows, columns]: sums over the tokens of each id, in the order of the tokens."""
+    return torch.ops.aten.embedding_dense_backward(grads, ids, n_rows, -1, False)
+
+
+def collect_blocks(
+    candidates: Candidates,
+    active: ActiveSet,
+    at: tuple[int, int],
+    heuristic: D3,
+    blocks: Iterator[tuple[int, Tensor]],
+    add: bool,
+    may_hold: bool,
+) -> None:
+    """`Candidates.collect` for a gradient of tensor j of shard i, at = (i, j), that comes in blocks of rows.
+
+    Mutates the candidates and the shard's `gradient` array.
+    """
+    shard, j = active.shards[at[0]], at[1]
+    runs = [run[j : j + 2] for run in shard.bounds]
+    gradient, indices = shard.arrays["gradient"], shard.arrays["indices"]
+    if not add:
+        for begin, end in runs:
+            gradient[begin:end].zero_()
+    param = shard.params[j].detach()
+    for row, block in blocks:
+        first = row * param.shape[-1]
+        inside = [_within(indices, run, first, first + block.numel()) for run in runs]
+        held = torch.cat([indices[begin:end] for begin, end in inside]) - first
+        values = gradient.new_empty(held.numel())
+        entries = torch.tensor(_offsets(inside), device=shard.device), held, values
+        rows = param[row : row + block.shape[0]], block
+        candidates.collect_part(active, at, heuristic, first, rows, entries, may_hold)
+        for (begin, end), more in zip(inside, values.split([e - b for b, e in inside]), strict=True):
+            gradient[begin:end] += more
+
+
+def _within(indices: Tensor, run: list[int], first: int, last: int) -> tuple[int, int]:
+    """Where in a run the flat indices are from first to below last."""
+    begin, end = run
+    edges = torch.tensor([first, last], dtype=torch.int32, device=indices.device)
+    inside = torch.searchsorted(indices[begin:end], edges).tolist()
+    return begin + inside[0], begin + inside[1]
+
+
+def _offsets(inside: list[tuple[int, int]]) -> list[list[int]]:
+    """offsets [R, 2] of stretches that follow each other."""
+    rows, at = [], 0
+    for begin, end in inside:
+        rows.append([at, at + end - begin])
+        at += end - begin
+    return rows
