@@ -39,7 +39,7 @@ def loss_at(step, shape=(3, 8)):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_where_every_step_selects_all_bits_are_those_of_released_gradients(dtype):
     twins = SparseTwins(Net(), dtype)
-    for step in range(45):
+    for step in range(40):
         twins.step(loss_at(step))
     twins.check_same()
     assert twins.sparse[1].n_active == twins.sparse[1].budget
@@ -122,12 +122,10 @@ def test_autocast(every):
 
         return under_autocast
 
-    twins = SparseTwins(Net(), select_every=every, strategy="static")
-    for step in range(9):
+    twins = SparseTwins(Net(), select_every=every)
+    for step in range(4 if every == 1 else 8):
         twins.step(loss(step))
-    if every == 1:
-        twins.check_same()
-    twins.check_close(2e-2)  # dense gradients pass through bfloat16
+    twins.check_same() if every == 1 else twins.check_close(2e-2)  # a whole gradient is rounded to bfloat16
 
 
 def test_frozen_layers_and_inputs_that_need_a_gradient():
@@ -296,18 +294,18 @@ def test_a_pass_that_comes_after_the_step_is_refused():
     sparse_backward(net, optimizer)
     for step in range(2):
         if step == 1:
-            late = loss_at(9)(net)
+            with torch.autograd.graph.save_on_cpu():  # copies, which torch does not compare with the weights
+                late = loss_at(9)(net)
         loss_at(step)(net).backward()
         optimizer.step()
-    for p in net.parameters():  # torch's own check would come first
-        p.data = p.data
     with pytest.raises(RuntimeError, match=r"expected the backward pass of .* before the optimizer's step"):
         late.backward()
 
 
 def test_create_graph_is_refused():
     net = Net()
-    sparse_backward(net, ID3AdamW(net.named_parameters(), budget=5, total_steps=8))
+    optimizer = ID3AdamW(net.named_parameters(), budget=5, total_steps=8)
+    sparse_backward(net, optimizer)
     with pytest.raises(RuntimeError, match="sparse_backward: does not apply to create_graph=True"):
         loss_at(0)(net).backward(create_graph=True)
 
@@ -420,4 +418,4 @@ def test_the_report_names_every_parameter_and_the_reason():
     }  # fmt: skip
     text = handle.report()
     assert "of a LayerNorm" in text and "the bias of a Conv1D" in text
-    assert text.endswith(f"sparse: {50 * 24 + 24 * 40 + 40 * 24 + 24 * 7:,} of {3423:,} entries")
+    assert text.endswith(f"sparse: {50 * 24 + 24 * 40 + 40 * 24 + 24 * 7:,} of {3399:,} entries")

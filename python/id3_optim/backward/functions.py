@@ -38,7 +38,7 @@ class _Linear(torch.autograd.Function):
             operands = [None if x is None else x.to(dtype) for x in operands]
         x, w, b = operands
         with torch.autocast(device, enabled=False):
-            output = F.linear(x, w.t() if transposed else w, b)
+            output = _transposed(x, w, b) if transposed else F.linear(x, w, b)
         ctx.site, ctx.use, ctx.transposed, ctx.shape = site, site.begin_use(), transposed, input.shape
         ctx.save_for_backward(weight, x.reshape(-1, x.shape[-1]) if site.needs_input() else None)
         return output
@@ -61,6 +61,10 @@ class _Linear(torch.autograd.Function):
                 grads[2] = dy.sum(0)
         ctx.site.end_use(ctx.use)
         return tuple(grads)
+
+
+def _transposed(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], weight.shape[1])
 
 
 class _Lookup(torch.autograd.Function):

@@ -6,7 +6,6 @@ A layer's class is replaced by a subclass that differs in `forward` alone, so th
 
 from __future__ import annotations
 
-import copyreg
 import sys
 from functools import cache
 
@@ -25,12 +24,17 @@ class _Sparse:
 
     def __reduce_ex__(self, protocol: int):
         state = {name: value for name, value in self.__dict__.items() if name != "sparse_weight"}
-        return copyreg.__newobj__, (self.plain,), state
+        return _bare, (self.plain,), state
 
     def forward(self, input: Tensor) -> Tensor:
         if torch.is_grad_enabled() and self.weight.requires_grad and self.sparse_weight.of(self.weight):
             return self.sparse_forward(input)
         return super().forward(input)
+
+
+def _bare(plain: type[nn.Module]) -> nn.Module:
+    """A layer without state, for copy and pickle to fill."""
+    return plain.__new__(plain)
 
 
 class _Linear(_Sparse):

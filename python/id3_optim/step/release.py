@@ -210,7 +210,7 @@ class Release:
 
 def _take(release: weakref.ref[Release], param: Tensor) -> None:
     alive = release()
-    if alive is None:
+    if alive is None or param.grad is None:  # a Function that gives no gradient calls the hook all the same
         return
     if torch.is_grad_enabled():  # create_graph=True
         with torch.no_grad():
