@@ -85,7 +85,7 @@ def test_a_file_of_the_right_size_that_does_not_load(files, stopped, capsys, nam
     file = stopped / "checkpoint-4" / name
     file.write_bytes(b"\xff" * file.stat().st_size)
     code, _, error = run(capsys, resume(files, stopped))
-    assert code == 2 and f"--resume: expected {file.parent} to load, got: " in error
+    assert code == 2 and f"--resume: expected {file.parent} to load, got " in error
 
 
 @pytest.mark.parametrize(
@@ -238,7 +238,7 @@ def test_a_disk_that_is_full(files, stopped, capsys):
             code, _, error = run(capsys, resume(files, stopped))
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, old)
-        assert code == 2 and f"--output: expected to write into {stopped}, got: " in error
+        assert code == 2 and f"--output: expected to write into {stopped}, got " in error
         assert f"--resume goes on from {stopped / 'checkpoint-4'}" in error
         assert snapshot(stopped) == before
     assert run(capsys, resume(files, stopped))[0] == 0 and same_result(files, stopped)

@@ -91,7 +91,7 @@ def check_settings(settings: Settings) -> None:
         raise ValueError(f"--seed: expected less than {_SEEDS}, got {settings.seed}")
     _check_alone("schedule", lambda: schedules.from_name(settings.schedule))
     _check_alone("budget", lambda: schedules.check_budget(settings.budget))
-    _check_alone("eps" if settings.eps < 0 else "exp", lambda: D3(eps=settings.eps, exp=settings.exp))
+    _check_d3(settings)
     if settings.backend is not None:
         _check_alone("backend", lambda: backend.require(settings.backend))
     _check_pairs(settings)
@@ -105,6 +105,14 @@ def _check_alone(name: str, check: Callable[[], object]) -> None:
         check()
     except ValueError as error:
         raise ValueError(f"{option(name)}: {str(error).removeprefix(f'{name}: ')}") from None
+
+
+def _check_d3(settings: Settings) -> None:
+    try:
+        D3(eps=settings.eps, exp=settings.exp)
+    except ValueError as error:
+        message = f"--{error}"  # it begins with `eps` or `exp`
+        raise ValueError(message) from None
 
 
 def _check_pairs(settings: Settings) -> None:

@@ -182,7 +182,7 @@ def run_trainer(trainer: WatchedTrainer, checkpoint: Path | None) -> None:
         if checkpoint is None or trainer.watch.begun:
             raise
         reason = first_line(error).partition(". ")[0]  # torch goes on with how to load unsafe files
-        raise ValueError(f"--resume: expected {checkpoint} to load, got: {reason}") from error
+        raise ValueError(f"--resume: expected {checkpoint} to load, got {reason}") from error
 
 
 def make_trainer(start, task, optimizer, settings, callbacks, watch) -> WatchedTrainer:
@@ -275,7 +275,7 @@ def stopping(output: Path) -> Iterator[None]:
         if type(error) is RuntimeError and not any((output / UNFINISHED).glob("*")):
             raise
         raise OSError(
-            f"--output: expected to write into {output}, got: {first_line(error)}; {how_to_go_on(output)}"
+            f"--output: expected to write into {output}, got {first_line(error)}; {how_to_go_on(output)}"
         ) from error
     finally:
         remove(output / UNFINISHED)
