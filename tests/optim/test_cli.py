@@ -85,7 +85,7 @@ def test_a_mistake_is_one_line_and_code_2(files, tmp_path, capsys, more, message
 
 
 def test_an_unknown_model_is_one_line(files, tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert main(command(files, tmp_path / "out", model="nowhere")) == 2
     errors = capsys.readouterr().err
     assert "Traceback" not in errors and "nowhere" in errors.splitlines()[-1]

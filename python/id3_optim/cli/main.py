@@ -1,15 +1,13 @@
 """The parser of `id3-optim`, and the commands train and env.
 
-A mistake in an argument or a file ends in one line on stderr and exit code 2; `--debug` shows the traceback.
+An error ends in one line on stderr and an exit status (`failures.run`); `--debug` shows the traceback.
 """
 
 import argparse
-import csv
 import importlib.metadata
 import math
 import os
 import platform
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +17,7 @@ import id3_kernels
 
 from ..extras import require
 from ..plots import save_plots
+from . import failures
 from .delta import add_delta_commands
 from .estimate import add_estimate
 from .models import quiet_transformers
@@ -43,6 +42,8 @@ def parser() -> argparse.ArgumentParser:
         prog="id3-optim", description="Selective fine-tuning by step-by-step unmasking."
     )
     whole.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    version = f"%(prog)s {version_of('id3-optim')}"
+    whole.add_argument("--version", action="version", version=version, help="print the version")
     commands = whole.add_subparsers(dest="command", required=True, metavar="command")
     add_train(commands.add_parser("train", help="fine-tune a model"))
     add_delta_commands(commands)
@@ -238,10 +239,7 @@ def run_env(arguments: argparse.Namespace) -> None:
         "safetensors",
         "matplotlib",
     ):
-        try:
-            print(f"{package} {importlib.metadata.version(package)}")
-        except importlib.metadata.PackageNotFoundError:
-            print(f"{package} not installed")
+        print(f"{package} {version_of(package)}")
     print(f"threads {torch.get_num_threads()} of {os.cpu_count()} cores")
     for device in range(torch.cuda.device_count()):
         print(f"cuda:{device} {torch.cuda.get_device_name(device)}")
@@ -249,18 +247,16 @@ def run_env(arguments: argparse.Namespace) -> None:
         print(f"backend {name}: {'available' if obstacle is None else obstacle}")
 
 
+def version_of(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Runs a command; returns the exit code: 0, or 2 for a mistake in the arguments or a file.
+    """Runs a command; returns the exit status of `failures.run`, and 2 for arguments that do not parse.
 
     argv: the words after the program's name; None: those of the process.
     """
-    arguments = parser().parse_args(argv)
-    try:
-        arguments.run(arguments)
-    except (ValueError, OSError, ImportError, csv.Error) as error:
-        if arguments.debug:
-            raise
-        line = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        print(f"id3-optim: error: {line}", file=sys.stderr)
-        return 2
-    return 0
+    return failures.run(parser().parse_args(argv))

@@ -123,6 +123,16 @@ def read(path: str | os.PathLike) -> Contents:
     return Contents(changes, None if fingerprint is None else int(fingerprint, 16), head["settings"])
 
 
+def is_delta(path: str | os.PathLike) -> bool:
+    """Whether a file has the header of a delta, or is empty. Raises OSError if it cannot be opened."""
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        try:
+            return size == 0 or bool(_head(_json(_header_bytes(file, size).decode("utf-8", "replace"), "")))
+        except DeltaError:
+            return False
+
+
 def _require(condition: bool, what: str, expected: str, got: object) -> None:
     if not condition:
         text = str(got)
