@@ -27,7 +27,7 @@ from .models import (
     model_facts,
     quiet_transformers,
 )
-from .outputs import (
+from .results import (
     check_new_directory,
     check_new_file,
     print_summary,
@@ -44,57 +44,48 @@ def add_delta_commands(commands) -> None:
     inspect = _add(commands, "inspect", run_inspect, "check a sparse delta and print its contents")
     inspect.add_argument("delta", help=_DELTA_HELP)
     inspect.add_argument("--plot", metavar="PNG", help="also draw the entries by layer and role")
-    for name, source in (("apply", "the base"), ("revert", "the tuned model")):
-        about = {"apply": "put a sparse delta on its base and write the model",
-                 "revert": "take a delta with originals off a tuned model and write the base"}  # fmt: skip
-        command = _add(commands, name, run_rewrite, about[name])
-        command.add_argument("delta", help=_DELTA_HELP)
-        command.add_argument("--model", required=True, help=f"{source}: local directory or hub name")
-        command.add_argument(
-            "--output", required=True, metavar="DIR", help="new or empty directory for the result"
-        )
-        _add_config(command)
-        if name == "apply":
-            command.add_argument(
-                "--cast",
-                action="store_true",
-                help="keep the dtype that the base is stored in, and round the delta's values to it "
-                "(default: load the base in the delta's dtype)",
-            )
-            _add_nonfinite(command)
+    about = "put a sparse delta on its base and write the model"
+    apply = _add_rewrite(commands, "apply", about, "the base")
+    about = "keep the dtype that the base is stored in, and round the delta's values to it"
+    apply.add_argument(
+        "--cast", action="store_true", help=f"{about} (default: the base in the delta's dtype)"
+    )
+    about = "take a delta with originals off a tuned model and write the base"
+    _add_rewrite(commands, "revert", about, "the tuned model")
     combine = _add(commands, "merge", run_merge, "add up what several deltas with originals changed")
     combine.add_argument("deltas", nargs="+", metavar="delta", help=f"{_DELTA_HELP}; each once")
     combine.add_argument(
         "--weights", nargs="+", type=float, metavar="W", help="one for each delta (default: 1)"
     )
-    combine.add_argument(
-        "--whole", choices=("agree", "first", "drop"), default="agree",
-        help="parameters stored whole, such as new heads: they must agree (default), come from the first "
-        "delta that has them, or are left out",
-    )  # fmt: skip
+    about = "parameters stored whole, such as new heads: they must agree (default), come from the first "
+    about += "delta that has them, or are left out"
+    combine.add_argument("--whole", choices=("agree", "first", "drop"), default="agree", help=about)
     compare = _add(commands, "diff", run_diff, "write the delta between a base and a tuned model")
     compare.add_argument("--base", required=True, help="local directory or hub name")
     compare.add_argument("--tuned", required=True, help="local directory or hub name")
-    compare.add_argument(
-        "--no-originals", action="store_true", help="a smaller file, which revert and merge cannot use"
-    )
-    convert = _add(
-        commands, "convert", run_convert, "write the delta of a summary that the method's toolkit saved"
-    )
+    about = "a smaller file, which revert and merge cannot use"
+    compare.add_argument("--no-originals", action="store_true", help=about)
+    about = "write the delta of a summary that the method's toolkit saved"
+    convert = _add(commands, "convert", run_convert, about)
     convert.add_argument("summary", help="file of the toolkit's write_summary_to_disk")
     convert.add_argument("--model", required=True, help="the base: local directory or hub name")
     _add_config(convert)
     for command in (combine, compare, convert):
         command.add_argument("--output", required=True, metavar="FILE", help="the delta file to write")
-        _add_nonfinite(command)
-        command.add_argument(
-            "--compact", action="store_true", help="indices as gaps: about 2 bytes less per entry"
-        )
+        about = "indices as gaps: about 2 bytes less per entry"
+        command.add_argument("--compact", action="store_true", help=about)
+    for command in (apply, combine, compare, convert):
+        about = "take values that are NaN or infinite, which are refused otherwise"
+        command.add_argument("--allow-nonfinite", action="store_true", help=about)
 
 
-def _add_nonfinite(command: argparse.ArgumentParser) -> None:
-    about = "take values that are NaN or infinite, which are refused otherwise"
-    command.add_argument("--allow-nonfinite", action="store_true", help=about)
+def _add_rewrite(commands, name: str, about: str, source: str) -> argparse.ArgumentParser:
+    command = _add(commands, name, run_rewrite, about)
+    command.add_argument("delta", help=_DELTA_HELP)
+    command.add_argument("--model", required=True, help=f"{source}: local directory or hub name")
+    command.add_argument("--output", required=True, metavar="DIR", help="new or empty folder for the result")
+    _add_config(command)
+    return command
 
 
 def _add_config(command: argparse.ArgumentParser) -> None:
@@ -162,7 +153,7 @@ def run_rewrite(arguments: argparse.Namespace) -> None:
     """Runs `apply` and `revert`: puts a delta on a model or takes it off, and writes the model."""
     quiet_transformers()
     if Path(arguments.output).resolve() == Path(arguments.model).resolve():
-        raise ValueError(f"--output: expected another directory than --model, got {arguments.output}")
+        raise ValueError(f"--output: expected another folder than --model, got {arguments.output}")
     check_new_directory(arguments.output)
     path, applies = delta_path(arguments.delta), arguments.command == "apply"
     _check_no_adapter(path.parent)
@@ -197,23 +188,22 @@ def _apply(delta: Delta, model: torch.nn.Module, arguments: argparse.Namespace) 
         delta.apply(model, cast=arguments.cast, allow_nonfinite=arguments.allow_nonfinite)
     except DeltaError as error:
         stored, own = (
-            load_config("--model", arguments.model).dtype,
+            load_config(arguments.model).dtype,
             {change.dtype for change in delta.changes.values()},
         )
         if arguments.cast or stored is None or stored in own:
             raise
         kinds = " and ".join(sorted(map(str, own)))
-        raise DeltaError(
-            f"{error}; --model holds {stored} and the delta {kinds}, which --cast rounds"
-        ) from error
+        remedy = f"--model holds {stored} and the delta {kinds}, which --cast rounds"
+        raise DeltaError(f"{error}; {remedy}".strip()) from error
 
 
 def run_diff(arguments: argparse.Namespace) -> None:
     """Writes the delta between two models of transformers."""
     quiet_transformers()
     check_new_file(arguments.output)
-    config = load_config("--tuned", arguments.tuned)
-    kind = load_config("--base", arguments.base).model_type
+    config = load_config(arguments.tuned, "--tuned")
+    kind = load_config(arguments.base, "--base").model_type
     if kind != config.model_type:
         raise ValueError(f"--base: expected a {config.model_type} model as --tuned, got {kind}")
     tuned, missing = load(config, arguments.tuned, config.dtype or "auto", "--tuned")
@@ -234,7 +224,7 @@ def run_convert(arguments: argparse.Namespace) -> None:
     """Writes the delta that a summary of the method's toolkit holds."""
     quiet_transformers()
     check_new_file(arguments.output)
-    given = ("--config", arguments.config) if arguments.config else ("--model", arguments.model)
+    given = (arguments.config, "--config") if arguments.config else (arguments.model, "--model")
     config = load_config(*given)
     base, fresh = load(config, arguments.model, config.dtype or "auto")
     delta = load_toolkit_summary(arguments.summary, base)

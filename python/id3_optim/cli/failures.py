@@ -41,14 +41,14 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.debug:
             raise
         _drop_unwritten()
-        return _report(error, arguments)
+        return _report(error)
 
 
-def _report(error: BaseException, arguments: argparse.Namespace) -> int:
+def _report(error: BaseException) -> int:
     if isinstance(error, BrokenPipeError):
         return CLOSED
     if isinstance(error, KeyboardInterrupt):
-        print(f"id3-optim: interrupted{_way_on(arguments)}", file=sys.stderr)
+        print(f"id3-optim: interrupted{f'; {error}' if str(error) else ''}", file=sys.stderr)
         return INTERRUPTED
     line = first_line(error)
     if isinstance(error, _EXPECTED):
@@ -65,14 +65,6 @@ def first_line(error: BaseException) -> str:
     for argument, option in _OPTIONS.items():
         line = line.replace(argument, option)
     return line if len(line) <= _LONGEST else f"{line[:_LONGEST]}…"
-
-
-def _way_on(arguments: argparse.Namespace) -> str:
-    if arguments.command != "train":
-        return ""
-    if arguments.save_every is None:
-        return "; with --save-every a run can go on from its newest checkpoint"
-    return f"; --resume goes on from the newest checkpoint in {arguments.output}"
 
 
 def _drop_unwritten() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from ..delta import Delta, DeltaError, load_delta
 from ..delta.merge import Conflict, merge
 from .models import delta_path, facts_of
-from .outputs import check_new_file, print_summary, save_delta, written
+from .results import check_new_file, print_summary, save_delta, written
 
 SHOWN = 20  # parameters with overlapping entries that are listed
 

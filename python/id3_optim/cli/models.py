@@ -87,9 +87,9 @@ def load_model(
     Raises ValueError if the checkpoint lacks any further parameter, which would hold random numbers.
     """
     beside = (folder / "config.json").is_file()
-    option, place = ("delta", folder) if beside else ("--model", source)
-    stored = load_config("--model", source).dtype
-    described = load_config(*(("--config", config) if config else (option, place)))
+    place, option = (folder, "delta") if beside else (source, "--model")
+    stored = load_config(source).dtype
+    described = load_config(*((config, "--config") if config else (place, option)))
     if config is None:
         _put(delta.settings.get("config", {}), described)
     dtypes = {change.dtype for change in delta.changes.values() if change.indices is not None}
@@ -137,22 +137,24 @@ def reading(what: str, expected: str) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, ValueError | TypeError) and re.match(r"[\w.: -]+: expected ", str(error)):
             raise
-        raise ValueError(f"{what}: expected {expected}, got: {first_line(error)}") from error
+        raise ValueError(f"{what}: expected {expected}, got {first_line(error)}") from error
 
 
 def check_source(option: str, source: str | Path) -> None:
     """Raises ValueError for a model that is neither a file or directory here nor a possible hub name."""
     text = str(source)
     if not text.strip():
-        raise ValueError(f"{option}: expected a directory or a hub name, got {text!r}")
+        raise ValueError(f"{option}: expected a folder or the name of a model on the hub, got {text!r}")
     is_path = os.path.isabs(text) or text[0] in ".~" or text.endswith(os.sep) or text.count(os.sep) > 1
     is_path |= os.sep in text and os.path.exists(os.path.dirname(text))
     if is_path and not os.path.exists(text):
-        raise ValueError(f"{option}: expected a directory or a hub name, got {text}, which does not exist")
+        raise ValueError(
+            f"{option}: expected a folder or the name of a model on the hub, got {text}, which does not exist"
+        )
 
 
-def load_config(option: str, source: str | Path):
-    """The configuration of transformers in a directory, or of a hub name. option: the name in an error."""
+def load_config(source: str | Path, option: str = "--model"):
+    """The configuration of transformers in a folder, or of a hub name. option: its name in an error."""
     import transformers
 
     check_source(option, source)
@@ -165,8 +167,8 @@ def load_config(option: str, source: str | Path):
         return transformers.AutoConfig.from_pretrained(source)
     except Exception as error:
         raise ValueError(
-            f"{option}: expected a directory or a hub name, got {source}: no such directory, and the hub "
-            "gave no such model (is the name right, is the model private, is there a network?)"
+            f"{option}: expected a folder or the name of a model on the hub, got {source}: there "
+            "is no such folder, and the hub gave none of that name (is it private, is there a network?)"
         ) from error
 
 

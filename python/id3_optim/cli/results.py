@@ -35,10 +35,10 @@ def check_new_directory(output: str) -> None:
     """Raises ValueError unless --output is an empty directory, or one that can be made."""
     if not output or (os.path.exists(output) and not os.path.isdir(output)):
         got = f"the file {output}" if output else repr(output)
-        raise ValueError(f"--output: expected a directory, got {got}")
+        raise ValueError(f"--output: expected a folder, got {got}")
     if held := atomic.contents(output):
         got = f"{output} with {min(held)} in it"
-        raise ValueError(f"--output: expected a new or an empty directory, got {got}; choose another")
+        raise ValueError(f"--output: expected a new or an empty folder, got {got}; choose another")
 
 
 def check_new_file(output: str, inputs: Iterable[str | Path] = ()) -> None:
@@ -48,8 +48,8 @@ def check_new_file(output: str, inputs: Iterable[str | Path] = ()) -> None:
     """
     target = Path(output)
     if not output or target.is_dir() or not target.parent.is_dir():
-        got = f"the directory {output}" if target.is_dir() and output else repr(output)
-        raise ValueError(f"--output: expected a file in an existing directory, got {got}")
+        got = f"the folder {output}" if target.is_dir() and output else repr(output)
+        raise ValueError(f"--output: expected a file in an existing folder, got {got}")
     if not os.path.exists(target):
         return
     for source in inputs:
