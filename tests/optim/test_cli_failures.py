@@ -92,6 +92,6 @@ def test_ctrl_c_is_a_signal(capsys, monkeypatch):
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(10)
 
-    monkeypatch.setattr("id3_optim.cli.delta.load_delta", interrupted)
+    monkeypatch.setattr("id3_optim.cli.delta.read_delta", interrupted)
     assert main(["inspect", "delta"]) == 130
     assert capsys.readouterr() == ("", "id3-optim: interrupted\n")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..analysis import Allocation, allocation_table, delta_allocation
-from ..delta import Delta, DeltaError, load_delta
+from ..delta import Delta, DeltaError
 from ..delta.diff import diff
 from ..delta.toolkit import load_toolkit_summary
 from ..extras import require
@@ -26,6 +26,7 @@ from .models import (
     load_tokenizer,
     model_facts,
     quiet_transformers,
+    read_delta,
 )
 from .results import (
     check_new_directory,
@@ -105,7 +106,7 @@ def run_inspect(arguments: argparse.Namespace) -> None:
     if arguments.plot:
         require("matplotlib", extra="plot")
     path = delta_path(arguments.delta)
-    delta = load_delta(path)
+    delta = read_delta(path)
     report = {"path": str(path), "bytes": path.stat().st_size, **delta.inspect()}
     report["nonfinite"] = delta.nonfinite()
     allocated = delta_allocation(delta)
@@ -157,7 +158,7 @@ def run_rewrite(arguments: argparse.Namespace) -> None:
     check_new_directory(arguments.output)
     path, applies = delta_path(arguments.delta), arguments.command == "apply"
     _check_no_adapter(path.parent)
-    delta = load_delta(path)
+    delta = read_delta(path)
     cast = applies and arguments.cast
     model = load_model(delta, path.parent, arguments.model, arguments.config, applies, cast)
     tokenizer = load_tokenizer({"delta": str(path.parent), "--model": arguments.model})

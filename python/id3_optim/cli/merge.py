@@ -7,9 +7,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ..delta import Delta, DeltaError, load_delta
+from ..delta import Delta, DeltaError
 from ..delta.merge import Conflict, merge
-from .models import delta_path, facts_of
+from .models import delta_path, facts_of, read_delta
 from .results import check_new_file, print_summary, save_delta, written
 
 SHOWN = 20  # parameters with overlapping entries that are listed
@@ -20,7 +20,7 @@ def run_merge(arguments: argparse.Namespace) -> None:
     paths = [delta_path(path) for path in arguments.deltas]
     check_new_file(arguments.output, paths)
     _check_different(paths)
-    deltas = [load_delta(path) for path in paths]
+    deltas = [read_delta(path) for path in paths]
     try:
         merged, conflicts = merge(
             deltas, arguments.weights, arguments.whole, allow_nonfinite=arguments.allow_nonfinite

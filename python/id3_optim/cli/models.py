@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..delta import Delta
+from ..delta import Delta, DeltaError, load_delta
 from ..extras import require
 from ..integrations.groups import fresh_parameters
 from .failures import first_line
@@ -24,6 +24,14 @@ _TWO_LABELS = {"0": "LABEL_0", "1": "LABEL_1"}
 def delta_path(path: str) -> Path:
     """The delta file at `path`, or in the directory at `path`."""
     return Path(path) / "delta.safetensors" if Path(path).is_dir() else Path(path)
+
+
+def read_delta(path: Path) -> Delta:
+    """`load_delta`, whose errors name the file."""
+    try:
+        return load_delta(path)
+    except DeltaError as error:
+        raise DeltaError(f"{path}: {error}") from error
 
 
 def quiet_transformers() -> None:
