@@ -1,11 +1,13 @@
 """A folder with all files that the commands of `id3-optim` read, the commands on them, and its contents."""
 
 import os
+import shutil
 import sys
 import types
 from pathlib import Path
 from unittest import mock
 
+import pytest
 import torch
 from delta_files import save_files
 from test_toolkit import SelectivePeftSummary, summary_of
@@ -13,9 +15,11 @@ from tiny_models import write_completions, write_reviews
 from transformers import AutoModel
 
 from id3_optim import load_delta
+from id3_optim.cli import main
 
 TOKENIZER = ["tokenizer.json", "tokenizer_config.json"]
 MODEL = ["config.json", "model.safetensors"]
+CHECKPOINT = ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"]
 QUICK = "--steps 2 --batch-size 4 --cpu --log-every 1 --max-length 8 --budget 50"
 # Command: its words, and the files that it reads. Outputs named old* exist, those named new do not.
 COMMANDS = {
@@ -45,6 +49,10 @@ COMMANDS = {
         f"train --model bert --train a.csv --eval b.csv --output new --report old.json {QUICK}",
         ["a.csv", "b.csv", *(f"bert/{name}" for name in [*MODEL, *TOKENIZER])],
     ),
+    "resume": (
+        f"train --model bert --train a.csv --eval b.csv --output run --resume --save-every 1 {QUICK}",
+        [f"run/checkpoint-1/{name}" for name in CHECKPOINT],
+    ),
 }
 
 
@@ -64,6 +72,13 @@ def save_all(folder: Path) -> Path:
     write_reviews(folder / "b.csv", rows=8)
     write_completions(folder / "facts.jsonl")
     load_delta(folder / "two" / "delta.safetensors").save(folder / "old")
+    with pytest.MonkeyPatch.context() as patch:  # a run that was stopped after its first step
+        patch.chdir(folder)
+        assert main(COMMANDS["resume"][0].replace(" --resume", "").split()) == 0
+    shutil.move(folder / "run", folder / "whole")
+    (folder / "run").mkdir()
+    shutil.move(folder / "whole" / "checkpoint-1", folder / "run")
+    shutil.rmtree(folder / "whole")
     (folder / "old.png").write_bytes(b"\x89PNG old")
     (folder / "old.json").write_text("{}")
     return folder

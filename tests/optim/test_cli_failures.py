@@ -31,6 +31,7 @@ def fail(error, debug=False):
         (ValueError(""), 2, "error: ValueError"),
         (MemoryError(), 2, "error: MemoryError"),
         (torch.OutOfMemoryError("no memory left"), 2, "error: no memory left"),
+        (Exception("full (os error 28)"), 2, "error: full (os error 28)"),
         (KeyError("x"), 1, "error: unexpected KeyError: 'x'; --debug shows where"),
         (RuntimeError("shape"), 1, "error: unexpected RuntimeError: shape; --debug shows where"),
         (KeyboardInterrupt(), 130, "interrupted"),

@@ -200,4 +200,4 @@ def test_damaged_files_and_arguments_are_made(originals):
                 return
 
     collect()
-    assert seen == set(COMMANDS_OF) == {*COMMANDS, "env"} and len(parsed) > 60
+    assert seen == set(COMMANDS_OF) == {*COMMANDS, "env"} - {"resume"} and len(parsed) > 60

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import csv
 import os
+import re
 import sys
 
 import torch
@@ -14,6 +15,7 @@ UNEXPECTED, FAILED, INTERRUPTED, CLOSED = 1, 2, 130, 141  # of a shell: 128 and 
 
 # Of arguments, files, the disk and the memory; a ValueError may be one of this package or of a library.
 _EXPECTED = (ValueError, OSError, ImportError, csv.Error, MemoryError, torch.OutOfMemoryError)
+_OF_THE_SYSTEM = re.compile(r"\(os error \d+\)")  # how libraries in Rust report a full disk, for one
 _LONGEST = 500  # characters of a message; those of libraries can list every model that there is
 
 # The package's errors name arguments of Python: here they are options.
@@ -51,7 +53,7 @@ def _report(error: BaseException) -> int:
         print(f"id3-optim: interrupted{f'; {error}' if str(error) else ''}", file=sys.stderr)
         return INTERRUPTED
     line = first_line(error)
-    if isinstance(error, _EXPECTED):
+    if isinstance(error, _EXPECTED) or _OF_THE_SYSTEM.search(str(error)):
         print(f"id3-optim: error: {line}", file=sys.stderr)
         return FAILED
     kind = type(error).__name__
