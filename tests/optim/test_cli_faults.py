@@ -30,7 +30,8 @@ def truncated(path):
 
 
 def garbled(path):
-    path.write_bytes(b"\xff\x00{" * (path.stat().st_size // 3))
+    size = path.stat().st_size
+    path.write_bytes((b"\xff\x00{" * size)[:size])
 
 
 def a_directory(path):
@@ -91,7 +92,7 @@ def check_refused(capsys, files, command, before, mentioned):
 def test_a_file_that_cannot_be_read(files, capsys, name, file, fault):
     if fault is unreadable and os.geteuid() == 0:
         pytest.skip("root reads every file")
-    command, folder = COMMANDS[name][0], file.split("/")[-2 if name == "resume" else 0]
+    command, folder = COMMANDS[name][0], file.split("/")[0]
     fault(files / file)
     if (name, file) in SPARE and fault in (missing, a_directory):
         assert run(capsys, *command.split())[0] == 0
@@ -147,7 +148,7 @@ def test_a_full_disk(files, capsys, name, limit):
     assert errors.count("\n") == 1 or name == "train", errors
     assert status == 2 and ("File too large" in errors or "os error 27" in errors), errors
     left = contents(files)
-    assert left == before
+    assert left == before or (name == "train" and left == before | {"new": None})
     assert not [path for path in files.rglob("*.partial")]
 
 
