@@ -32,6 +32,7 @@ def fail(error, debug=False):
         (MemoryError(), 2, "error: MemoryError"),
         (torch.OutOfMemoryError("no memory left"), 2, "error: no memory left"),
         (Exception("full (os error 28)"), 2, "error: full (os error 28)"),
+        (EOFError("Ran out"), 2, "error: expected a file of tensors, got a damaged one (EOFError)"),
         (KeyError("x"), 1, "error: unexpected KeyError: 'x'; --debug shows where"),
         (RuntimeError("shape"), 1, "error: unexpected RuntimeError: shape; --debug shows where"),
         (KeyboardInterrupt(), 130, "interrupted"),

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import csv
 import os
+import pickle
 import re
 import sys
 
@@ -14,7 +15,8 @@ import torch
 UNEXPECTED, FAILED, INTERRUPTED, CLOSED = 1, 2, 130, 141  # of a shell: 128 and the number of the signal
 
 # Of arguments, files, the disk and the memory; a ValueError may be one of this package or of a library.
-_EXPECTED = (ValueError, OSError, ImportError, csv.Error, MemoryError, torch.OutOfMemoryError)
+_DAMAGED = (pickle.UnpicklingError, EOFError)
+_EXPECTED = (ValueError, OSError, ImportError, csv.Error, MemoryError, torch.OutOfMemoryError, *_DAMAGED)
 _OF_THE_SYSTEM = re.compile(r"\(os error \d+\)")  # how libraries in Rust report a full disk, for one
 _LONGEST = 500  # characters of a message; those of libraries can list every model that there is
 
@@ -64,6 +66,8 @@ def _report(error: BaseException) -> int:
 def first_line(error: BaseException) -> str:
     """The message of an error, its first line alone, with options in place of Python's arguments."""
     line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    if isinstance(error, _DAMAGED):  # torch's own words advise to run the code in such a file
+        line = f"expected a file of tensors, got a damaged one ({type(error).__name__})"
     for argument, option in _OPTIONS.items():
         line = line.replace(argument, option)
     return line if len(line) <= _LONGEST else f"{line[:_LONGEST]}…"
