@@ -167,15 +167,26 @@ originals, work = Path(sys.argv[1]), Path(sys.argv[2])
 CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir"}
 count, stop_at = 0, None
 
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def after_open(frame, event, argument):
+    if frame.f_code is not watch.__code__:
+        die()
+
 def watch(event, args):
-    # Counts the moments before a change of the file system; at the given one the process dies.
+    # Counts the moments before a change of the file system, and after a file is opened to be written, when it
+    # is empty; at the given one the process dies.
     global count
     path = str(args[0]) if args else ""
     writes = event == "open" and isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR)
     if stop_at is not None and (event in CHANGES or writes) and not path.startswith(("/dev", "/proc")):
         count += 1
         if count == stop_at:
-            os.kill(os.getpid(), signal.SIGKILL)
+            die()
+        count += bool(writes)
+        if count == stop_at:
+            sys.setprofile(after_open)
 
 sys.addaudithook(watch)
 
