@@ -12,8 +12,8 @@ from .file import Change, DeltaError
 
 def nonfinite(changes: Mapping[str, Change]) -> dict[str, int]:
     """Parameter name → how many of its values are NaN or infinite, for parameters with any."""
-    counts = {name: int((~change.values.isfinite()).sum()) for name, change in changes.items()}
-    return {name: count for name, count in counts.items() if count}
+    bad = {name: c.values.numel() - int(c.values.isfinite().count_nonzero()) for name, c in changes.items()}
+    return {name: count for name, count in bad.items() if count}
 
 
 def check_finite(changes: Mapping[str, Change], where: str = "") -> None:
