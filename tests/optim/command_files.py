@@ -21,7 +21,7 @@ TOKENIZER = ["tokenizer.json", "tokenizer_config.json"]
 MODEL = ["config.json", "model.safetensors"]
 CHECKPOINT = ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"]
 QUICK = "--steps 2 --batch-size 4 --cpu --log-every 1 --max-length 8 --budget 50"
-# Command: its words, and the files that it reads. Outputs named old* exist, those named new do not.
+# What is done: the words of the command, and the files that it reads. Outputs named old* exist, those named new do not.
 COMMANDS = {
     "inspect": ("inspect one --plot old.png", ["one/delta.safetensors"]),
     "apply": (
@@ -48,6 +48,10 @@ COMMANDS = {
     "train": (
         f"train --model bert --train a.csv --eval b.csv --output new --report old.json {QUICK}",
         ["a.csv", "b.csv", *(f"bert/{name}" for name in [*MODEL, *TOKENIZER])],
+    ),
+    "causal": (
+        f"train --model llama --train facts.jsonl --eval facts.jsonl --output new {QUICK}",
+        ["facts.jsonl", *(f"llama/{name}" for name in [*MODEL, *TOKENIZER])],
     ),
     "resume": (
         f"train --model bert --train a.csv --eval b.csv --output run --resume --save-every 1 {QUICK}",
