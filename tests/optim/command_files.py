@@ -21,7 +21,7 @@ TOKENIZER = ["tokenizer.json", "tokenizer_config.json"]
 MODEL = ["config.json", "model.safetensors"]
 CHECKPOINT = ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"]
 QUICK = "--steps 2 --batch-size 4 --cpu --log-every 1 --max-length 8 --budget 50"
-# What is done: the words of the command, and the files that it reads. Outputs named old* exist, those named new do not.
+# What is done: the words of the command, and the files that it reads. Of the outputs those named old* exist.
 COMMANDS = {
     "inspect": ("inspect one --plot old.png", ["one/delta.safetensors"]),
     "apply": (
