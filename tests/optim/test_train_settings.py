@@ -80,7 +80,7 @@ OPTION = st.tuples(st.sampled_from(NUMBERED), VALUES) | st.tuples(st.sampled_fro
 CONTENT = st.text(st.sampled_from('text,label\n1203x;"\t {}[]:é\0'), max_size=60).map(str.encode)
 
 
-@settings(max_examples=500)
+@settings(max_examples=200)
 @given(
     options=st.lists(OPTION, max_size=4),
     content=CONTENT | CONTENT.map(lambda rows: b"text,label\n" + rows) | st.binary(max_size=60),

@@ -25,12 +25,16 @@ def run_env(arguments: argparse.Namespace) -> None:
         "safetensors",
         "matplotlib",
     ):
-        try:
-            print(f"{package} {importlib.metadata.version(package)}")
-        except importlib.metadata.PackageNotFoundError:
-            print(f"{package} not installed")
+        print(f"{package} {version_of(package)}")
     print(f"threads {torch.get_num_threads()} of {os.cpu_count()} cores")
     for device in range(torch.cuda.device_count()):
         print(f"cuda:{device} {torch.cuda.get_device_name(device)}")
     for name, obstacle in id3_kernels.available_backends().items():
         print(f"backend {name}: {'available' if obstacle is None else obstacle}")
+
+
+def version_of(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"

@@ -1,26 +1,23 @@
 """The parser of `id3-optim`, and the command train.
 
-A mistake in an argument or a file ends in one line on stderr and exit code 2; `--debug` shows the traceback.
+An error ends in one line on stderr and an exit status (`failures.run`); `--debug` shows the traceback.
 """
 
 import argparse
-import csv
-import sys
 from pathlib import Path
 from typing import NoReturn
 
 from ..extras import require
 from ..plots import save_plots
+from . import failures
 from .delta import add_delta_commands
-from .env import run_env
+from .env import run_env, version_of
 from .estimate import add_estimate
 from .models import quiet_transformers
 from .options import add_train, budget
-from .output import check_paths, replacing
+from .output import check_paths
 from .report import table, write_report
-from .settings import Settings, check_settings, first_line
-
-INTERRUPTED = 130  # the exit code of a shell for Ctrl-C
+from .settings import Settings, check_settings
 
 
 class Parser(argparse.ArgumentParser):
@@ -34,6 +31,8 @@ def parser() -> argparse.ArgumentParser:
     """The parser of the command line; each command sets `run`, a function of the parsed arguments."""
     whole = Parser(prog="id3-optim", description="Selective fine-tuning by step-by-step unmasking.")
     whole.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    version = f"%(prog)s {version_of('id3-optim')}"
+    whole.add_argument("--version", action="version", version=version, help="print the version")
     commands = whole.add_subparsers(dest="command", required=True, metavar="command")
     train = commands.add_parser("train", help="fine-tune a model")
     train.set_defaults(run=run_train)
@@ -63,8 +62,8 @@ def run_train(arguments: argparse.Namespace) -> None:
     quiet_transformers()
     report, start, optimizer = train(settings)
     if settings.save_plots:
-        with replacing(Path(settings.output) / "plots.png") as path:
-            save_plots(path, {"loss": report["history"]}, start.model, optimizer)
+        path = Path(settings.output) / "plots.png"
+        save_plots(path, {"loss": report["history"]}, start.model, optimizer)
     if settings.report:
         write_report(settings.report, report)
     print(table(report))
@@ -74,21 +73,8 @@ def run_train(arguments: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs a command; returns the exit code: 0, 2 for a mistake in the arguments or a file, 130 for Ctrl-C.
+    """Runs a command; returns the exit status of `failures.run`, and 2 for arguments that do not parse.
 
     argv: the words after the program's name; None: those of the process.
     """
-    arguments = parser().parse_args(argv)
-    try:
-        arguments.run(arguments)
-    except (ValueError, OSError, ImportError, csv.Error) as error:
-        if arguments.debug:
-            raise
-        print(f"id3-optim: error: {first_line(error)}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt as stop:
-        if arguments.debug:
-            raise
-        print(f"id3-optim: interrupted{f'; {stop}' if str(stop) else ''}", file=sys.stderr)
-        return INTERRUPTED
-    return 0
+    return failures.run(parser().parse_args(argv))

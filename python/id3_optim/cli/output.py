@@ -7,9 +7,10 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from .. import atomic
 from .settings import Settings
 
-UNFINISHED = "unfinished"  # in the output directory: the checkpoint or the result that is being written
+UNFINISHED = "unfinished"  # in the output directory: the checkpoint that is being written
 # Of an earlier run: what a result of another kind would leave behind, and what the first step removes.
 _WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
 _RESULTS = (*_WEIGHTS, "delta.safetensors", "plots.png")
@@ -53,7 +54,7 @@ def _same(a: Path, b: Path) -> bool:
 
 def _contents(output: Path) -> list[str]:
     """The names in a folder, without what a killed run was writing."""
-    return [name for name in os.listdir(output) if name != UNFINISHED] if output.is_dir() else []
+    return [name for name in atomic.contents(output) if name != UNFINISHED]
 
 
 def _check_writable(option: str, folder: Path) -> None:
@@ -97,37 +98,22 @@ def publishing(output: Path) -> Iterator[Path]:
     Only when the block has succeeded do its files replace those of their names, and weights or deltas that
     it did not write are removed: `output` holds the old result or the new one.
     """
-    unfinished = output / UNFINISHED
-    remove(unfinished)
-    unfinished.mkdir(parents=True)
-    try:
-        yield unfinished
-        written = {path.name for path in unfinished.iterdir()}
-        for name in sorted(written):
-            if (output / name).is_dir():
-                remove(output / name)
-            os.replace(unfinished / name, output / name)
-        for path in (path for pattern in _RESULTS for path in output.glob(pattern)):
-            if path.name not in written:
-                remove(path)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+    with atomic.directory(output, last="config.json") as folder:
+        yield folder
+        written = {path.name for path in folder.iterdir()}
+    for path in (path for pattern in _RESULTS for path in output.glob(pattern)):
+        if path.name not in written:
+            remove(path)
 
 
-@contextlib.contextmanager
-def replacing(path: str | Path) -> Iterator[Path]:
-    """`with replacing(path) as temporary:` gives the file that the block wrote its name when it is whole.
+def write_text(path: str | Path, text: str) -> None:
+    """Writes a file, which holds the old text or the new one afterwards. Makes its directory.
 
-    A symbolic link is followed; a device or a pipe, such as /dev/stdout, is written to directly.
+    A device or a pipe, such as /dev/stdout, is written to directly.
     """
-    target = Path(os.path.realpath(path))
-    if Path(path).absolute().is_relative_to("/dev") or (target.exists() and not target.is_file()):
-        yield Path(path)
+    path = Path(path)
+    if path.absolute().is_relative_to("/dev") or (path.exists() and not path.is_file()):
+        path.write_text(text)
         return
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{UNFINISHED}-{target.name}")  # keeps the ending, which may name a format
-    try:
-        yield temporary
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic.write(path, text.encode(), "a report")

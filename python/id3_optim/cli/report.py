@@ -8,7 +8,7 @@ from statistics import fmean
 import torch
 
 from ..analysis import count_changed
-from .output import replacing
+from .output import write_text
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
@@ -90,5 +90,4 @@ def write_report(path: str | Path, report: dict) -> None:
             return [plain(item) for item in value]
         return None if isinstance(value, float) and not math.isfinite(value) else value
 
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(plain(report), indent=2) + "\n")
+    write_text(path, json.dumps(plain(report), indent=2) + "\n")

@@ -72,11 +72,6 @@ def option(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message; the name of its class where it has none."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
-
-
 def check_settings(settings: Settings) -> None:
     """Raises ValueError or FileNotFoundError for settings that would fail late in training, or not at all."""
     for name in (*_LEAST, *_POSITIVE):

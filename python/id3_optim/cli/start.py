@@ -1,17 +1,15 @@
 """The start of `id3-optim train`: a model and its tokenizer, which must fit each other and the task."""
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
-import huggingface_hub
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from . import tasks
-from .models import load_config, load_pretrained
-from .settings import Settings, first_line
+from .models import load_config, load_pretrained, reading
+from .settings import Settings
 from .tasks import Task
 
 _AUTO = {"classification": AutoModelForSequenceClassification, "causal-lm": AutoModelForCausalLM}
@@ -20,7 +18,6 @@ _KNOWN = {
     "causal-lm": transformers.MODEL_FOR_CAUSAL_LM_MAPPING,
 }
 _SAMPLED = 200  # rows whose tokens are counted
-_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 @dataclass
@@ -62,35 +59,16 @@ def load_start(settings: Settings, task: Task, device: torch.device | str = "cpu
 
 
 def check_model(source: str, task: Task) -> None:
-    """Raises ValueError or OSError where there is no model, or one of a kind that has no such task."""
-    is_folder = Path(source).is_dir()
-    if is_folder and not (Path(source) / "config.json").is_file():
-        raise FileNotFoundError(f"--model: expected a folder with config.json, got {source} without it")
-    if not is_folder and (Path(source).exists() or not _HUB_NAME.fullmatch(source)):
-        raise FileNotFoundError(f"--model: expected a folder or the name of a model on the hub, got {source}")
-    huggingface_hub.logging.set_verbosity_error()  # it warns of each try to reach its host
-    try:
-        config = load_config(source)
-    except OSError as error:
-        if is_folder:
-            raise
-        # The hub client's own words are about hosts and connections.
-        raise FileNotFoundError(
-            f"--model: expected a folder or the name of a model on the hub, got {source!r}: there is no such "
-            "folder, and the hub gave none of that name"
-        ) from error
+    """Raises ValueError where there is no model, or one of a kind that has no such task."""
+    config = load_config(source)
     if type(config) not in _KNOWN[task.kind]:
         raise ValueError(f"--model: expected one that {task.kind} can train, got a {config.model_type}")
 
 
 def load_tokenizer(source: str):
     """The tokenizer at `source`. Raises ValueError where a folder has none, or one that cannot be read."""
-    try:
+    with reading("--model", f"a tokenizer in {source}"):
         tokenizer = AutoTokenizer.from_pretrained(source)
-    except Exception as error:  # the tokenizers library raises plain Exception
-        raise ValueError(
-            f"--model: expected a tokenizer in {source}, got none that loads: {first_line(error)}"
-        ) from error
     # Without these files transformers builds a tokenizer whose vocabulary is its special tokens.
     names = sorted(set(tokenizer.vocab_files_names.values()))
     if Path(source).is_dir() and names and not any((Path(source) / name).is_file() for name in names):

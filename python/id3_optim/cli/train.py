@@ -29,9 +29,10 @@ from .checkpoints import (
     weights_hash,
 )
 from .divergence import Diverged, FiniteLoss, WatchedTrainer
+from .failures import first_line
 from .output import UNFINISHED, begin, check_paths, publishing, remove
 from .report import summarise
-from .settings import Settings, check_settings, first_line
+from .settings import Settings, check_settings
 from .start import Start, check_tokens, load_start, longest_input
 from .tasks import Task
 
