@@ -227,6 +227,17 @@ def test_ctrl_c_without_a_checkpoint(files, tmp_path, capsys, monkeypatch):
     assert code == 130 and error == f"id3-optim: interrupted; {none}"
 
 
+@pytest.mark.parametrize("kind", [RuntimeError, torch.OutOfMemoryError])
+def test_an_error_of_the_training_keeps_its_own_words(files, stopped, capsys, monkeypatch, kind):
+    def fail(self, step, loss):
+        raise kind("of the training")
+
+    monkeypatch.setattr(FiniteLoss, "see", fail)
+    code, _, error = run(capsys, resume(files, stopped))
+    assert code in (1, 2) and "of the training" in error and "--output" not in error
+    assert not (stopped / "unfinished").exists()
+
+
 def test_a_disk_that_is_full(files, stopped, capsys):
     """No file can grow beyond what checkpoint-6 needs: the older ones stay, and the run goes on with room."""
     resource = pytest.importorskip("resource")

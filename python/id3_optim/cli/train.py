@@ -170,6 +170,7 @@ def fit(
     measured = trainer.evaluate()
     watch.check_end(start.model, trainer.state.global_step, measured["eval_loss"])
     checkpoints.remove_old()
+    remove(Path(settings.output) / UNFINISHED)
     names = ("eval_accuracy", "eval_token_loss", "eval_perplexity", "eval_loss")
     metrics = {name: float(measured[name]) for name in names if name in measured}
     return Run(metrics, trainer.state.log_history, clock)
@@ -273,7 +274,7 @@ def stopping(output: Path) -> Iterator[None]:
         raise KeyboardInterrupt(how_to_go_on(output)) from None
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:
         # torch reports a full disk as RuntimeError, which also has many other causes.
-        if type(error) is RuntimeError and not any((output / UNFINISHED).glob("*")):
+        if isinstance(error, RuntimeError) and not any((output / UNFINISHED).glob("*")):
             raise
         raise OSError(
             f"--output: expected to write into {output}, got {first_line(error)}; {how_to_go_on(output)}"
