@@ -3,10 +3,12 @@
 matplotlib is optional: only the functions that write a file import it.
 """
 
+import io
 from pathlib import Path
 
 import torch
 
+from . import atomic
 from .analysis import Allocation, allocation
 
 
@@ -62,6 +64,15 @@ def plot_spread(axes, history: list[dict]) -> None:
     axes.grid(alpha=0.3)
 
 
+def _save(figure, path: Path) -> None:
+    """Writes the figure in the format of the file's ending, atomically. Makes the directory."""
+    path = path if path.suffix else path.with_suffix(".png")
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format=path.suffix[1:])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic.write(path, drawn.getvalue(), "a picture")
+
+
 def save_plots(path: str | Path, curves: dict[str, list[dict]], model: torch.nn.Module, optimizer) -> None:
     """Writes one PNG: the loss curves, the allocation of `optimizer`, and the spread over the run.
 
@@ -77,8 +88,7 @@ def save_plots(path: str | Path, curves: dict[str, list[dict]], model: torch.nn.
     if selective:
         plot_allocation(panels[1], allocation(model, optimizer))
         plot_spread(panels[2], next(iter(curves.values())))
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    _save(figure, Path(path))
 
 
 def save_allocation(path: str | Path, allocated: Allocation, title: str) -> None:
@@ -103,5 +113,4 @@ def save_allocation(path: str | Path, allocated: Allocation, title: str) -> None
     above.margins(y=0.2)
     beside.margins(x=0.25)
     figure.suptitle(f"{title}: % of {int(allocated.active.sum()):,} changed entries", fontsize=11)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    _save(figure, Path(path))

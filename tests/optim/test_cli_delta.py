@@ -10,7 +10,7 @@ from delta_files import bits_of, classifier, run, same, save_files, train
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from id3_optim import load_delta
-from id3_optim.cli import delta as cli_delta
+from id3_optim.cli import merge as cli_merge
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +122,7 @@ def test_diff_finds_what_was_trained(files, tmp_path, capsys):
 
 
 def test_merge_reports_conflicts(files, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(cli_delta, "SHOWN", 3)
+    monkeypatch.setattr(cli_merge, "SHOWN", 3)
     output = tmp_path / "both.safetensors"
     for folder in ("one", "two"):  # their heads are whole and differ
         delta = load_delta(files / folder / "delta.safetensors")
@@ -178,7 +178,7 @@ MISTAKES = [
     ("apply one --model tuned --output {}/out", "expected the base with fingerprint"),
     ("apply one --model llama --output {}/out", "expected"),
     ("apply one --model {}/empty --output {}/out", "empty"),
-    ("apply one --model {}/damaged --output {}/out", "expected weights as safetensors, got:"),
+    ("apply one --model {}/damaged --output {}/out", "expected a model's weights in"),
     ("apply {}/adapter --model bert --output {}/out", "of the PEFT adapter in"),
     ("revert {}/adapter --model tuned --output {}/out", "of the PEFT adapter in"),
     (
@@ -190,8 +190,8 @@ MISTAKES = [
         "expected one that LlamaModel can hold, got a bert",
     ),
     ("apply one --model bert --config llama --output {}/out", "expected"),
-    ("apply one --model bert --output bert", "--output: expected another directory than --model"),
-    ("apply one --model bert --output {}/file", "--output: expected a directory, got the file"),
+    ("apply one --model bert --output bert", "--output: expected another folder than --model"),
+    ("apply one --model bert --output {}/file", "--output: expected a folder, got the file"),
     ("revert {}/bare --model tuned --output {}/out", "originals: expected them in the delta"),
     (
         "revert one --model bert --output {}/out",
@@ -205,23 +205,62 @@ MISTAKES = [
         "merge one {}/bare --output {}/out",
         "/bare: bert.embeddings.LayerNorm.bias: expected originals, got none",
     ),
-    ("merge one one --weights 1 --output {}/out", "weights: expected 2 finite numbers, got [1.0]"),
-    ("merge one one --weights 1 nan --output {}/out", "weights: expected 2 finite numbers"),
-    ("merge one one --output {}/empty", "path: expected a file name"),
-    ("merge one one --output {}/no/where", "No such file or directory: a delta of"),
+    ("merge one two --weights 1 --output {}/out", "weights: expected 2 finite numbers, got [1.0]"),
+    ("merge one two --weights 1 nan --output {}/out", "weights: expected 2 finite numbers"),
+    ("merge one two --output {}/empty", "--output: expected a file in an existing folder, got the folder"),
+    ("merge one two --output {}/no/where", "--output: expected a file in an existing folder, got '"),
+    ("merge one one --output {}/out", "deltas: expected each file once, got one/delta.safetensors twice"),
+    ("merge one one/delta.safetensors --output {}/out", "expected each file once"),
+    ("merge one two --output one/delta.safetensors", "expected another file than the delta one/delta"),
+    ("merge one two --output bert/model.safetensors", "expected a new file or a delta to replace, got bert/"),
+    ("diff --base bert --tuned tuned --output tuned/config.json", "expected a new file or a delta to rep"),
+    ("convert bert/config.json --model bert --output bert/model.safetensors", "expected a new file or a d"),
+    ("apply one --model bert --output two", "expected a new or an empty folder, got two with config.json"),
+    ("revert one --model tuned --output bert", "expected a new or an empty folder, got bert with config"),
+    (
+        "apply one --model ./nowhere --output {}/out",
+        "--model: expected a folder or the name of a model on the hub, got ./nowh",
+    ),
+    (
+        "apply one --model nowhere --output {}/out",
+        "--model: expected a folder or the name of a model on the hub, got nowhere:",
+    ),
+    ("revert one --model no/where/at/all --output {}/out", "got no/where/at/all, which does not exist"),
+    (
+        "apply one --model bert --config ~/no --output {}/out",
+        "--config: expected a folder or the name of a model on the hub",
+    ),
+    (
+        "diff --base nowhere --tuned tuned --output {}/out",
+        "--base: expected a folder or the name of a model on the hub, got",
+    ),
+    (
+        "diff --base bert --tuned /no/where --output {}/out",
+        "--tuned: expected a folder or the name of a model on the hub, got",
+    ),
+    ("convert one/config.json --model nowhere --output {}/out", "--model: expected a folder or the na"),
+    (
+        "estimate --model one/nowhere",
+        "--model: expected a folder or the name of a model on the hub, got one/nowhere, which does",
+    ),
+    (
+        "estimate --model nowhere",
+        "--model: expected a folder or the name of a model on the hub, got nowhere: there is no such f",
+    ),
+    ("estimate --model {}/empty", "--model: expected a config.json in"),
     (
         "diff --base llama --tuned tuned --output {}/out",
         "--base: expected a bert model as --tuned, got llama",
     ),
     ("diff --base bert --tuned {}/headless --output {}/out", "expected weights for classifier.bias"),
-    ("diff --base {}/damaged --tuned tuned --output {}/out", "expected weights as safetensors, got:"),
+    ("diff --base {}/damaged --tuned tuned --output {}/out", "expected a model's weights in"),
 ]
 
 
 @pytest.mark.parametrize(("command", "message"), MISTAKES)
 def test_a_mistake_is_one_line_and_code_2(files, tmp_path, capsys, monkeypatch, command, message):
     monkeypatch.chdir(files)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     broken(files, tmp_path)
     code, printed, errors = run(capsys, *command.format(tmp_path, tmp_path).split())
     assert (code, printed) == (2, ""), errors

@@ -35,6 +35,7 @@ def test_a_classifiers_diff_applies_by_itself(files, tmp_path, capsys):
     command = ["revert", output, "--model", applied, "--output", reverted]
     _, printed, _ = run(capsys, *command)
     assert printed.splitlines()[1] == "still tuned, since stored whole: classifier.bias, classifier.weight"
+    shutil.rmtree(reverted)
     summary = json.loads(run(capsys, *command, "--json")[1])
     assert sorted(summary["still_tuned"]) == ["classifier.bias", "classifier.weight"]
     assert 'model: ["BertForSequenceClassification"]' in run(capsys, "inspect", output)[1]
@@ -44,7 +45,9 @@ def test_two_classifiers_merge_with_the_first_head(files, tmp_path, capsys):
     output, applied = tmp_path / "both.safetensors", tmp_path / "applied"
     command = ["merge", files / "one", files / "two", "--output", output]
     code, _, errors = run(capsys, *command)
-    assert code == 2 and str(files / "two" / "delta.safetensors") in errors and "whole='first'" in errors
+    assert (
+        code == 2 and str(files / "two" / "delta.safetensors") in errors and "--whole first or drop" in errors
+    )
     assert run(capsys, *command, "--whole", "first")[0] == 0
     assert run(capsys, "apply", output, "--model", files / "bert", "--output", applied)[0] == 0
     found, one = bits_of(applied), bits_of(files / "tuned")
@@ -65,6 +68,7 @@ def test_dropped_heads_leave_a_model_of_another_class(files, tmp_path, capsys):
     own.config.save_pretrained(config)
     command = ["apply", output, "--model", tmp_path / "own", "--output", applied]
     for options in ([], ["--config", config]):
+        shutil.rmtree(applied, ignore_errors=True)
         assert run(capsys, *command, *options)[0] == 0
         assert torch.equal(bits_of(applied)["classifier.weight"], own.classifier.weight)
 

@@ -12,7 +12,7 @@ from hand_trained import BITS, Net, bits, same, train_by_hand
 from id3_optim import diff, load_delta, merge, save_delta
 from id3_optim.delta import Change, Delta, DeltaError
 from id3_optim.delta.fingerprint import fingerprint
-from id3_optim.delta.merge import _rounded
+from id3_optim.delta.values import rounded
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
@@ -48,9 +48,16 @@ def test_differences_are_weighted():
     assert conflict == (4, 2, 1)
 
 
-def test_equal_values_add_up_and_are_no_conflict():
+def test_a_delta_merged_with_itself_doubles_its_changes_and_overlaps_everywhere():
     values, conflict = of("w", delta_of(**A), delta_of(**A))
-    assert values == {0: 2.0, 2: 6.0, 5: -2.0} and conflict == (3, 0, 0)
+    assert values == {0: 2.0, 2: 6.0, 5: -2.0} and conflict == (3, 3, 0)
+
+
+def test_an_entry_that_one_delta_holds_unchanged_does_not_overlap():
+    """A delta holds entries that training may have changed; a merged one too."""
+    still = delta_of(indices=[0, 2], values=[1.0, 3.0], originals=[1.0, 2.0])
+    values, conflict = of("w", delta_of(**A), still)
+    assert values == {0: 1.5, 2: 5.0, 5: -1.0} and conflict == (3, 1, 0)
 
 
 def test_three_deltas_and_their_settings():
@@ -101,7 +108,7 @@ def test_an_entry_of_one_delta_keeps_its_bits(dtype):
     originals = values.flip(0)
     one = delta_of(indices=list(range(8)), values=values, originals=originals, dtype=dtype)
     other = delta_of("v", indices=[0], values=[1.0], originals=[2.0], dtype=dtype)
-    found = merge([one, other]).delta.changes["w"]
+    found = merge([one, other], allow_nonfinite=True).delta.changes["w"]
     assert torch.equal(found.values.view(BITS[width]), values.view(BITS[width]))
     assert torch.equal(found.originals.view(BITS[width]), originals.view(BITS[width]))
 
@@ -139,9 +146,9 @@ def test_rounding_agrees_with_numpy():
     exact = torch.tensor([*near_middle, *small, 1e300, math.nan, -math.inf], dtype=torch.float64)
     with np.errstate(over="ignore"):
         expected = exact.numpy().astype(np.float16)
-    assert _rounded(exact, torch.float16).numpy().tobytes() == expected.tobytes()
+    assert rounded(exact, torch.float16).numpy().tobytes() == expected.tobytes()
     middle = torch.tensor([1 + 2**-8, 1 + 2**-8 + 2**-40, 1 + 3 * 2**-8 - 2**-40], dtype=torch.float64)
-    assert _rounded(middle, torch.bfloat16).tolist() == [1.0, 1 + 2**-7, 1 + 2**-7]
+    assert rounded(middle, torch.bfloat16).tolist() == [1.0, 1 + 2**-7, 1 + 2**-7]
 
 
 def test_merging_one_gives_it_again(tmp_path):

@@ -26,7 +26,6 @@ KILLED_FIFTY_TIMES = """
 import os, random, signal, sys, time
 import torch
 from hand_trained import HandTrained
-from id3_optim.delta import file as delta_file
 from id3_optim.delta import DeltaError, load_delta, save_delta
 from id3_optim.optimizer import Touched
 
@@ -60,7 +59,7 @@ for _ in range(50):
 KILLED_BETWEEN_CALLS = """
 import os, signal, sys
 import torch
-from id3_optim.delta import file as delta_file
+from id3_optim import atomic
 from id3_optim.delta import Change, Delta, load_delta
 
 torch.set_num_threads(1)  # threads do not survive a fork
@@ -71,10 +70,10 @@ def delta(step):
     return Delta({"weight": change}, None, {"step": step})
 
 def trace(stop_at):
-    # Counts the calls that `delta_file.write` itself makes and their ends; at the given one the process dies.
+    # Counts the calls that `atomic.write` itself makes and their ends; at the given one the process dies.
     count = [0]
     def profile(frame, event, function):
-        if frame.f_code is delta_file.write.__code__ and event in ("c_call", "c_return"):
+        if frame.f_code is atomic.write.__code__ and event in ("c_call", "c_return"):
             count[0] += 1
             if count[0] == stop_at:
                 os.kill(os.getpid(), signal.SIGKILL)

@@ -3,16 +3,16 @@
 import pytest
 from tiny_models import word_tokenizer
 
-from id3_optim.cli import tasks
+from id3_optim.cli import reading, tasks
 
 
 def test_the_loss_sees_the_completion_alone():
     tokenizer = word_tokenizer(eos_token="</s>")
-    row = tasks.encode_completion(tasks.Completion("the film is", "one two"), tokenizer, 32)
+    row = tasks.encode_completion(reading.Completion("the film is", "one two"), tokenizer, 32)
     words = tokenizer.convert_ids_to_tokens(row["input_ids"])
     assert words == ["the", "film", "is", "one", "two", "</s>"]
     assert row["labels"] == [tasks.IGNORED] * 3 + row["input_ids"][3:]
-    cut = tasks.encode_completion(tasks.Completion("the film is", "one two"), tokenizer, 4)
+    cut = tasks.encode_completion(reading.Completion("the film is", "one two"), tokenizer, 4)
     assert tokenizer.convert_ids_to_tokens(cut["input_ids"]) == ["is", "one", "two", "</s>"]
     assert cut["labels"][0] == tasks.IGNORED and tasks.IGNORED not in cut["labels"][1:]
 
@@ -30,13 +30,13 @@ def test_padding_without_a_padding_token():
 def test_tsv_has_no_quoting(tmp_path):
     path = tmp_path / "pairs.tsv"
     path.write_text('one\ttwo\tlabel\n"The film\twas "good"\t10\n', encoding="utf-8-sig")
-    assert tasks.read_labelled(path, ["one", "two"], "label") == [(('"The film', 'was "good"'), "10")]
+    assert reading.read_labelled(path, ["one", "two"], "label") == [(('"The film', 'was "good"'), "10")]
 
 
 def test_csv_is_quoted(tmp_path):
     path = tmp_path / "reviews.csv"
     path.write_text('text,label\n"good, and ""fine""\nfilm",praise\n')
-    assert tasks.read_labelled(path, ["text"], "label") == [(('good, and "fine"\nfilm',), "praise")]
+    assert reading.read_labelled(path, ["text"], "label") == [(('good, and "fine"\nfilm',), "praise")]
 
 
 def test_labels_are_ordered_by_number_where_they_are_numbers():

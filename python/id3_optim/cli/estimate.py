@@ -3,7 +3,7 @@
 import argparse
 import json
 
-from .models import quiet_transformers
+from .models import load_config, quiet_transformers, reading
 
 
 def add_estimate(commands, budget) -> None:
@@ -32,5 +32,7 @@ def run_estimate(arguments: argparse.Namespace) -> None:
 
     names = ("budget", "batch", "length", "steps", "static", "bf16", "checkpointing")
     options = {name: getattr(arguments, name) for name in names}
-    report = estimate_from_config(arguments.model, **options)
+    load_config(arguments.model)  # its errors name the option
+    with reading("--model", f"a configuration of a model that can run in {arguments.model}"):
+        report = estimate_from_config(arguments.model, **options)
     print(json.dumps(report, indent=2) if arguments.json else memory_table(report))

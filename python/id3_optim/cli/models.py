@@ -1,28 +1,47 @@
-"""The models and their configurations that the commands on deltas load and write."""
+"""What the commands on deltas read: deltas, models, their configurations and tokenizers."""
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping
+import os
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..delta import Delta
+from ..delta import Delta, DeltaError, load_delta
 from ..extras import require
 from ..integrations.groups import fresh_parameters
+from .failures import first_line
 
 # A configuration file omits the labels where they have transformers' default values, which are these.
 _TWO_LABELS = {"0": "LABEL_0", "1": "LABEL_1"}
 
 
+def delta_path(path: str) -> Path:
+    """The delta file at `path`, or in the directory at `path`."""
+    return Path(path) / "delta.safetensors" if Path(path).is_dir() else Path(path)
+
+
+def read_delta(path: Path) -> Delta:
+    """`load_delta`, whose errors name the file."""
+    try:
+        return load_delta(path)
+    except DeltaError as error:
+        raise DeltaError(f"{path}: {error}") from error
+
+
 def quiet_transformers() -> None:
     """Turns the messages of transformers off. Raises ImportError where it is not installed."""
     require("transformers", extra="hf")
+    import huggingface_hub
     import transformers
 
     transformers.logging.set_verbosity_error()
+    huggingface_hub.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
 
 
@@ -37,48 +56,76 @@ def model_facts(config: Mapping[str, Any]) -> dict[str, Any]:
 def facts_of(delta: Delta, folder: Path) -> dict[str, Any]:
     """`model_facts` from the delta's settings, else from the configuration in `folder`; {} without both."""
     if "config" in delta.settings:
-        return delta.settings["config"]
+        return _checked(delta.settings["config"])
     file = folder / "config.json"
-    return model_facts(json.loads(file.read_text())) if file.is_file() else {}
+    if not file.is_file():
+        return {}
+    with reading(str(file), "a configuration in JSON"):
+        return _checked(model_facts(json.loads(file.read_text(encoding="utf-8"))))
+
+
+def _checked(facts: Any) -> dict[str, Any]:
+    """The facts. Raises ValueError unless they can be put into a configuration."""
+    labels, names = {}, None
+    if isinstance(facts, dict):
+        labels, names = facts.get("id2label", {}), facts.get("architectures")
+    fits = isinstance(facts, dict) and isinstance(labels, dict) and isinstance(names, list | None)
+    fits = fits and all(isinstance(name, str) for name in names or ())
+    fits = fits and all(isinstance(label, str) for label in labels.values())
+    fits = fits and all(number.isdecimal() for number in map(str, labels))
+    if not (fits and isinstance(facts.get("problem_type"), str | None)):
+        raise ValueError(f"settings: expected a config of architectures and labels, got {facts}")
+    return facts
 
 
 def load_model(
-    delta: Delta, folder: Path, source: str, config: str | None = None, brings_whole: bool = True
+    delta: Delta,
+    folder: Path,
+    source: str,
+    config: str | None = None,
+    brings_whole: bool = True,
+    cast: bool = False,
 ) -> torch.nn.Module:
     """The model at `source` that `delta` fits, each parameter in the dtype that the delta has for it.
 
     The configuration, which gives the class, is the one at `config`. Without `config` it is the one in
     `folder`, else the one at `source`, with the class and the labels that the delta recorded.
     brings_whole: the delta's whole parameters will be written to the model, so the checkpoint may lack them.
+    cast: the parameters keep the dtype of the checkpoint instead.
     Raises ValueError if the checkpoint lacks any further parameter, which would hold random numbers.
     """
-    beside = folder if (folder / "config.json").is_file() else source
-    described = load_config(config or beside)
+    beside = (folder / "config.json").is_file()
+    place, option = (folder, "delta") if beside else (source, "--model")
+    stored = load_config(source).dtype
+    described = load_config(*((config, "--config") if config else (place, option)))
     if config is None:
         _put(delta.settings.get("config", {}), described)
     dtypes = {change.dtype for change in delta.changes.values() if change.indices is not None}
     dtype = dtypes.pop() if len(dtypes) == 1 else described.dtype or torch.float32
     # transformers loads all parameters in one dtype; float32 represents 16-bit values without loss.
     mixed = any(change.dtype != dtype for change in delta.changes.values())
-    model, fresh = load(described, source, torch.float32 if mixed else dtype)
+    if cast:
+        described.dtype = stored
+    model, fresh = load(described, source, "auto" if cast else torch.float32 if mixed else dtype)
     whole = {name for name, change in delta.changes.items() if change.indices is None and brings_whole}
     check_held("--model", fresh - whole, source)
     for name, param in model.named_parameters():
         change = delta.changes.get(name)
-        param.data = param.data.to(dtype if change is None else change.dtype)
+        kept = model.dtype if cast else dtype if change is None else change.dtype
+        param.data = param.data.to(kept)
     return model
 
 
 def _put(facts: dict[str, Any], config) -> None:
     """Writes the recorded facts into a transformers configuration, in place."""
-    if not isinstance(facts, dict) or not isinstance(facts.get("id2label", {}), dict):
-        raise ValueError(f"settings: expected a config of architectures and labels, got {facts}")
-    for name in ("architectures", "problem_type"):
-        if name in facts:
-            setattr(config, name, facts[name])
-    if "id2label" in facts:
-        config.id2label = {int(i): label for i, label in facts["id2label"].items()}
-        config.label2id = {label: i for i, label in config.id2label.items()}
+    _checked(facts)
+    with reading("settings", "a config of architectures and labels"):
+        for name in ("architectures", "problem_type"):
+            if name in facts:
+                setattr(config, name, facts[name])
+        if "id2label" in facts:
+            config.id2label = {int(i): label for i, label in facts["id2label"].items()}
+            config.label2id = {label: i for i, label in config.id2label.items()}
 
 
 def check_held(option: str, missing: set[str], source: str) -> None:
@@ -87,19 +134,62 @@ def check_held(option: str, missing: set[str], source: str) -> None:
         raise ValueError(f"{option}: expected weights for {min(missing)} in {source}, got none")
 
 
-def load_config(source: str | Path):
-    """The configuration of transformers in a directory, or of a hub name."""
+@contextlib.contextmanager
+def reading(what: str, expected: str) -> Iterator[None]:
+    """Turns the errors of libraries that read a damaged file, which can be of any type, into ValueError.
+
+    Errors of this package, whose messages have its form, pass.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, ValueError | TypeError) and re.match(r"[\w.: -]+: expected ", str(error)):
+            raise
+        raise ValueError(f"{what}: expected {expected}, got {first_line(error)}") from error
+
+
+def check_source(option: str, source: str | Path) -> None:
+    """Raises ValueError for a model that is neither a file or directory here nor a possible hub name."""
+    text = str(source)
+    if not text.strip():
+        raise ValueError(f"{option}: expected a folder or the name of a model on the hub, got {text!r}")
+    is_path = os.path.isabs(text) or text[0] in ".~" or text.endswith(os.sep) or text.count(os.sep) > 1
+    is_path |= os.sep in text and os.path.exists(os.path.dirname(text))
+    if is_path and not os.path.exists(text):
+        raise ValueError(
+            f"{option}: expected a folder or the name of a model on the hub, got {text}, which does not exist"
+        )
+
+
+def load_config(source: str | Path, option: str = "--model"):
+    """The configuration of transformers in a folder, or of a hub name. option: its name in an error."""
     import transformers
 
-    return transformers.AutoConfig.from_pretrained(source)
+    check_source(option, source)
+    if os.path.isdir(source) and not os.path.isfile(Path(source) / "config.json"):
+        raise ValueError(f"{option}: expected a config.json in {source}, got none")
+    if os.path.exists(source):
+        with reading(option, f"a model's configuration in {source}"):
+            return transformers.AutoConfig.from_pretrained(source)
+    try:
+        return transformers.AutoConfig.from_pretrained(source)
+    except Exception as error:
+        raise ValueError(
+            f"{option}: expected a folder or the name of a model on the hub, got {source}: there "
+            "is no such folder, and the hub gave none of that name (is it private, is there a network?)"
+        ) from error
 
 
-def load_pretrained(model_class: type, source: str, **options) -> tuple[torch.nn.Module, set[str]]:
+def load_pretrained(
+    model_class: type, source: str, option: str = "--model", **options
+) -> tuple[torch.nn.Module, set[str]]:
     """The model, and the names of its parameters that the checkpoint lacks; these are float32.
 
-    options: of `from_pretrained`.
+    options: of `from_pretrained`. Raises ValueError, which begins with `option`, for what cannot be loaded.
     """
-    model, loading_info = model_class.from_pretrained(source, output_loading_info=True, **options)
+    check_source(option, source)
+    with reading(option, f"a model's weights in {source}"):
+        model, loading_info = model_class.from_pretrained(source, output_loading_info=True, **options)
     fresh = fresh_parameters(model, loading_info)
     for name, parameter in model.named_parameters():
         if name in fresh:
@@ -107,31 +197,33 @@ def load_pretrained(model_class: type, source: str, **options) -> tuple[torch.nn
     return model, fresh
 
 
-def load(config, source: str, dtype: torch.dtype | str) -> tuple[torch.nn.Module, set[str]]:
+def load(
+    config, source: str, dtype: torch.dtype | str, option: str = "--model"
+) -> tuple[torch.nn.Module, set[str]]:
     """The model, and the names of its parameters that the checkpoint at `source` lacks."""
-    import safetensors
     import transformers
 
-    name = (config.architectures or ["AutoModel"])[0]
+    names = config.architectures or ["AutoModel"]
+    name = names[0] if isinstance(names, list) else names
     model_class = getattr(transformers, str(name), None)
     known = isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)
     if name != "AutoModel" and not known:
         raise ValueError(f"architectures: expected a model class of transformers, got {name}")
     if known and not isinstance(config, model_class.config_class or type(config)):
-        raise ValueError(f"--model: expected one that {name} can hold, got a {config.model_type}")
+        raise ValueError(f"{option}: expected one that {name} can hold, got a {config.model_type}")
     options = {"config": config, "dtype": dtype, "ignore_mismatched_sizes": True}
-    try:
-        return load_pretrained(model_class, source, **options)
-    except safetensors.SafetensorError as error:
-        raise OSError(f"{source}: expected weights as safetensors, got: {error}") from error
+    return load_pretrained(model_class, source, option, **options)
 
 
-def save_tokenizer(sources: list[str], output: str) -> bool:
-    """Copies the tokenizer of the first source that has one; a source that is no directory is a hub name."""
+def load_tokenizer(sources: Mapping[str, str]):
+    """The tokenizer of the first source that has one, or None; a source that is no directory is a hub name.
+
+    sources: by the option that gives them.
+    """
     import transformers
 
-    for source in sources:
+    for option, source in sources.items():
         if not Path(source).is_dir() or (Path(source) / "tokenizer_config.json").is_file():
-            transformers.AutoTokenizer.from_pretrained(source).save_pretrained(output)
-            return True
-    return False
+            with reading(option, f"a tokenizer in {source}"):
+                return transformers.AutoTokenizer.from_pretrained(source)
+    return None

@@ -8,6 +8,7 @@ from statistics import fmean
 import torch
 
 from ..analysis import count_changed
+from .output import write_text
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
@@ -76,8 +77,11 @@ def table(report: dict) -> str:
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
 
 
-def write_report(path: str, report: dict) -> None:
-    """Writes JSON; NaN and infinities, which JSON lacks, are written as null. Makes the directory."""
+def write_report(path: str | Path, report: dict) -> None:
+    """Writes JSON; NaN and infinities, which JSON lacks, are written as null. Makes the directory.
+
+    The file holds the old report or the new one afterwards, never a part.
+    """
 
     def plain(value):
         if isinstance(value, dict):
@@ -86,5 +90,4 @@ def write_report(path: str, report: dict) -> None:
             return [plain(item) for item in value]
         return None if isinstance(value, float) and not math.isfinite(value) else value
 
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(json.dumps(plain(report), indent=2) + "\n")
+    write_text(path, json.dumps(plain(report), indent=2) + "\n")

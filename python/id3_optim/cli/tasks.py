@@ -1,33 +1,16 @@
-"""The data of `id3-optim train`: labelled text (CSV, TSV), and prompts with completions (JSONL).
+"""The tasks of `id3-optim train`: the rows of both files, tokenising, padding and metrics."""
 
-Reading, tokenising, padding and metrics. A mistake in a file raises ValueError with the file and the line.
-"""
-
-import csv
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
+from .reading import Completion, LabelledText, read_completions, read_labelled
+
+FEW_CLASSES = 20  # so many labels are classes, however few rows there are
 IGNORED = -100  # torch.nn.CrossEntropyLoss excludes targets of this value
-
-
-class LabelledText(NamedTuple):
-    """A row of a classification task."""
-
-    texts: tuple[str, ...]  # one sentence, or the two of a pair
-    label: str
-
-
-class Completion(NamedTuple):
-    """A row of a causal language model's task."""
-
-    prompt: str
-    completion: str
 
 
 @dataclass(frozen=True)
@@ -35,8 +18,8 @@ class Task:
     """`kind` is "classification" or "causal-lm"; `labels` (classification only) orders the classes."""
 
     kind: str
-    train: list
-    eval: list
+    train: list[LabelledText] | list[Completion]
+    eval: list[LabelledText] | list[Completion]
     labels: list[str]
 
 
@@ -58,90 +41,65 @@ def read_task(
     kind: str | None = None,
     text_columns: list[str] | None = None,
     label_column="label",
+    encoding: str = "utf-8",
+    delimiter: str | None = None,
 ) -> Task:
-    """Reads both files. The label set is that of `train`; a label that only `eval` has is refused."""
-    kind = kind or infer_kind(train)
-    if kind == "causal-lm":
-        return Task(kind, read_completions(train), read_completions(eval), [])
+    """Reads both files. The label set is that of `train`; a label that only `eval` has is refused.
+
+    kind: None: by the ending of `train`. Only then are labels refused that do not look like classes.
+    """
+    chosen = kind or infer_kind(train)
+    if chosen == "causal-lm":
+        if delimiter is not None:
+            raise ValueError("--delimiter: does not apply to causal-lm: its files are JSONL")
+        return Task(chosen, read_completions(train, encoding), read_completions(eval, encoding), [])
     text_columns = text_columns or ["text"]
-    rows = read_labelled(train, text_columns, label_column)
-    eval_rows = read_labelled(eval, text_columns, label_column)
+    rows, eval_rows = (
+        read_labelled(path, text_columns, label_column, encoding, delimiter) for path in (train, eval)
+    )
     labels = sorted_labels({row.label for row in rows})
     if len(labels) < 2:
         raise ValueError(
             f"{train}: expected two labels or more in column {label_column!r}, got {labels[0]!r} alone"
         )
+    if kind is None:
+        check_classes(train, label_column, labels, len(rows))
     unknown = sorted({row.label for row in eval_rows} - set(labels))
     if unknown:
         raise ValueError(
             f"{eval}: expected labels that occur in {train}, got {', '.join(map(repr, unknown[:5]))} "
             f"({len(unknown)} such labels)"
         )
-    return Task(kind, rows, eval_rows, labels)
+    return Task(chosen, rows, eval_rows, labels)
+
+
+def check_classes(path: str, column: str, labels: list[str], rows: int) -> None:
+    """Raises ValueError for labels that are scores, or that hardly any two rows share."""
+    numbers = [_number(label) for label in labels]
+    scores = [label for label, n in zip(labels, numbers, strict=True) if n is not None and n != int(n)]
+    got = f"{len(labels)} different values in {rows} rows"
+    if scores and None not in numbers:
+        got = f"{len(labels)} numbers such as {scores[0]}, which are scores"
+    elif len(labels) <= max(FEW_CLASSES, rows / 2):
+        return
+    raise ValueError(
+        f"{path}: expected classes in column {column!r}, got {got}; "
+        "--task classification trains each as a class"
+    )
+
+
+def _number(label: str) -> float | None:
+    try:
+        number = float(label)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
 
 
 def sorted_labels(labels: set[str]) -> list[str]:
     """By number where all are whole numbers (so that label 10 follows 9), else by text."""
     numeric = all(label.removeprefix("-").isdecimal() for label in labels)
     return sorted(labels, key=int if numeric else str)
-
-
-def read_labelled(path: str, text_columns: list[str], label_column: str) -> list[LabelledText]:
-    """Reads CSV with quoting, or TSV (by the file's ending) without; the first row names the columns."""
-    tab = Path(path).suffix.lower() == ".tsv"
-    dialect: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tab else {}
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, **dialect)
-        columns = reader.fieldnames or []
-        for column in (*text_columns, label_column):
-            if columns and column not in columns:
-                raise ValueError(
-                    f"{path}: expected a column {column!r}, got {', '.join(map(repr, columns))}; "
-                    "choose with --text-column and --label-column"
-                )
-        rows = []
-        for row in reader:
-            fields = [row[column] for column in (*text_columns, label_column)]
-            if None in row or None in fields:
-                n = sum(value is not None for name, value in row.items() if name is not None) + len(
-                    row.get(None, [])
-                )
-                raise ValueError(f"{path}:{reader.line_num}: expected {len(columns)} fields, got {n}")
-            rows.append(LabelledText(tuple(fields[:-1]), fields[-1].strip()))
-    if not rows:
-        raise ValueError(f"{path}: expected rows, got none")
-    return rows
-
-
-def read_completions(path: str) -> list[Completion]:
-    """Reads JSONL: an object per line, with the strings `prompt` and `completion`; ignores other keys."""
-    rows = []
-    with open(path, encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                got = _shortened(line.strip())
-                raise ValueError(f"{path}:{number}: expected JSON, got {got} ({error.msg})") from None
-            for key in ("prompt", "completion"):
-                if not isinstance(row, dict) or not isinstance(row.get(key), str):
-                    got = _shortened(row)
-                    raise ValueError(
-                        f"{path}:{number}: expected an object with the string {key!r}, got {got}"
-                    )
-            if not row["completion"]:
-                raise ValueError(f"{path}:{number}: completion: expected a text to learn, got ''")
-            rows.append(Completion(row["prompt"], row["completion"]))
-    if not rows:
-        raise ValueError(f"{path}: expected rows, got none")
-    return rows
-
-
-def _shortened(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:60]}…"
 
 
 def encode(rows: list, task: Task, tokenizer, max_length: int) -> list[dict]:

@@ -1,15 +1,15 @@
 """The training run behind `id3-optim train`: a pre-trained transformer, a budget, `transformers.Trainer`."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import safetensors
 import torch
 import transformers
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
-from transformers.trainer_utils import get_last_checkpoint
 
 from .. import schedules
 from ..delta import save_delta
@@ -20,62 +20,21 @@ from ..integrations.groups import parameter_groups
 from ..integrations.huggingface import DELTA_NAME, ID3Callback, StepClock
 from ..optimizer import ID3AdamW
 from . import tasks
-from .models import load_pretrained
+from .checkpoints import (
+    Checkpoints,
+    check_same_run,
+    how_to_go_on,
+    newest_checkpoint,
+    run_record,
+    weights_hash,
+)
+from .divergence import Diverged, FiniteLoss, WatchedTrainer
+from .failures import first_line
+from .output import UNFINISHED, begin, check_paths, publishing, remove
 from .report import summarise
+from .settings import Settings, check_settings
+from .start import Start, check_tokens, load_start, longest_input
 from .tasks import Task
-
-
-@dataclass(frozen=True)
-class Settings:
-    """The options of `id3-optim train`; the command's help explains each."""
-
-    model: str
-    train: str
-    eval: str
-    output: str
-    task: str | None = None
-    text_column: tuple[str, ...] = ("text",)
-    label_column: str = "label"
-    max_length: int = 256
-    optimizer: str = "id3"
-    budget: int | float = 0.005
-    heuristic: str = "d3"
-    eps: float = 1.0
-    exp: float = 2.0
-    strategy: str = "increment"
-    schedule: str = "uniform"
-    bias_correction: str = "tensor"
-    epochs: float = 3.0
-    steps: int | None = None
-    lr: float = 1e-3
-    head_lr: float | None = None
-    weight_decay: float = 0.0
-    warmup: float = 0.05
-    max_grad_norm: float = 1.0
-    batch_size: int = 16
-    accumulate: int = 1
-    seed: int = 42
-    bf16: bool = False
-    release_gradients: bool = False
-    memory_report: bool = False
-    backend: str | None = None
-    cpu: bool = False
-    delta_only: bool = False
-    originals: bool = False
-    save_every: int | None = None
-    keep: int | None = None
-    resume: bool = False
-    save_at: tuple[int | float, ...] = ()
-    log_every: int = 10
-
-
-@dataclass
-class Start:
-    """A model before training; `fresh` names its parameters that no checkpoint held."""
-
-    model: torch.nn.Module
-    tokenizer: object
-    fresh: set[str]
 
 
 @dataclass
@@ -90,6 +49,8 @@ class Run:
 class ProgressBar(transformers.TrainerCallback):
     """One line: loss, active entries, entries changed."""
 
+    _bar = None
+
     def on_train_begin(self, args, state, control, **kwargs):
         self._bar = tqdm(total=state.max_steps, unit="step", dynamic_ncols=True)
 
@@ -102,8 +63,10 @@ class ProgressBar(transformers.TrainerCallback):
             shown = {name: f"{count:,}" for name, count in counts.items() if count is not None}
             self._bar.set_postfix(loss=f"{logs['loss']:.3f}", **shown)
 
-    def on_train_end(self, args, state, control, **kwargs):
-        self._bar.close()
+    def close(self) -> None:
+        """Ends the line, so that what is printed next has its own."""
+        if self._bar is not None:
+            self._bar.close()
 
 
 def trainer_arguments(settings: Settings) -> transformers.TrainingArguments:
@@ -111,10 +74,17 @@ def trainer_arguments(settings: Settings) -> transformers.TrainingArguments:
 
     The Trainer would clip by the norm of all N gradients; ID3AdamW clips by the norm of the active entries'
     (`max_grad_norm`). Even at 0 the Trainer measures the norm of all gradients for its log; the report
-    counts that time as forward and backward.
+    counts that time as forward and backward. A machine without an accelerator trains on the CPU.
+
+    Raises ValueError for bfloat16 on a GPU that lacks it.
     """
+    cpu = settings.cpu or not torch.accelerator.is_available()
+    if settings.bf16 and not cpu and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
+        raise ValueError(
+            f"--bf16: expected a GPU with bfloat16, or --cpu, got {torch.cuda.get_device_name()}"
+        )
     return transformers.TrainingArguments(
-        output_dir=settings.output,
+        output_dir=str(Path(settings.output) / UNFINISHED),
         num_train_epochs=settings.epochs,
         max_steps=settings.steps or -1,
         per_device_train_batch_size=settings.batch_size,
@@ -125,40 +95,16 @@ def trainer_arguments(settings: Settings) -> transformers.TrainingArguments:
         warmup_steps=settings.warmup,
         max_grad_norm=0.0 if settings.optimizer == "id3" else settings.max_grad_norm,
         bf16=settings.bf16,
-        use_cpu=settings.cpu,
+        use_cpu=cpu,
         seed=settings.seed,
         logging_steps=settings.log_every,
         save_strategy="no" if settings.save_every is None else "steps",
         save_steps=settings.save_every or 500,
-        save_total_limit=settings.keep,
         report_to="none",
         disable_tqdm=True,
-        dataloader_pin_memory=torch.cuda.is_available() and not settings.cpu,
+        dataloader_pin_memory=torch.cuda.is_available() and not cpu,
         remove_unused_columns=False,
     )
-
-
-def load_start(settings: Settings, task: Task, device: torch.device | str = "cpu") -> Start:
-    """Loads model and tokenizer; the seed fixes the numbers of a new head.
-
-    With `bf16` and ID3 the weights are bfloat16 (each active entry owns a float32 master), except for fresh
-    parameters, which are float32. Without ID3 the weights are float32 and the arithmetic alone is bfloat16.
-    """
-    transformers.set_seed(settings.seed)
-    tokenizer = AutoTokenizer.from_pretrained(settings.model)
-    low = settings.bf16 and settings.optimizer == "id3"
-    options = {"dtype": torch.bfloat16 if low else torch.float32}
-    if task.kind == "classification":
-        labels = dict(enumerate(task.labels))
-        options |= {"id2label": labels, "label2id": {label: i for i, label in labels.items()}}
-        options |= {"num_labels": len(labels), "ignore_mismatched_sizes": True}
-    auto = AutoModelForSequenceClassification if task.kind == "classification" else AutoModelForCausalLM
-    model, fresh = load_pretrained(auto, settings.model, **options)
-    if model.config.pad_token_id is None:
-        model.config.pad_token_id = tasks.padding_token(tokenizer)
-    model.config.architectures = [type(model).__name__]
-    # The optimizer chooses its backend by the parameters' device.
-    return Start(model.to(device), tokenizer, fresh)
 
 
 def build_optimizer(settings: Settings, start: Start) -> torch.optim.Optimizer:
@@ -200,73 +146,99 @@ def fit(
     optimizer: torch.optim.Optimizer,
     settings: Settings,
     callbacks: Sequence[transformers.TrainerCallback] = (),
+    checkpoint: Path | None = None,
 ) -> Run:
     """Trains `start.model` in place and evaluates it. The same settings give the same batches and dropout.
 
     callbacks: added to a progress bar and a clock. ID3AdamW needs `ID3Callback` among them, or its
-    `total_steps` set.
+    `total_steps` set. checkpoint: to go on from; its record must be that of this run (ValueError).
+    Raises `divergence.Diverged` where the loss or the weights leave the finite numbers.
     """
-    length = min(settings.max_length, start.tokenizer.model_max_length)
-    # Rows of similar length share a batch, which halves the padding; no metric depends on their order.
-    to_measure = sorted(
-        tasks.encode(task.eval, task, start.tokenizer, length), key=lambda row: len(row["input_ids"])
-    )
-    clock = StepClock()
-    trainer = transformers.Trainer(
-        model=start.model,
-        args=trainer_arguments(settings),
-        train_dataset=tasks.encode(task.train, task, start.tokenizer, length),
-        eval_dataset=to_measure,
-        data_collator=partial(tasks.collate, pad_token_id=tasks.padding_token(start.tokenizer)),
-        optimizers=(optimizer, None),
-        callbacks=[*callbacks, ProgressBar(), clock],
-        preprocess_logits_for_metrics=tasks.reduce_logits(task.kind),
-        compute_metrics=tasks.metrics(task.kind),
-    )
-    trainer.remove_callback(transformers.PrinterCallback)
-    trainer.train(resume_from_checkpoint=newest_checkpoint(settings))
+    clock, watch = StepClock(), FiniteLoss()
+    record = run_record(settings, task)
+    if settings.save_every or checkpoint:
+        record["weights"] = weights_hash(start.model, start.fresh)
+    if checkpoint:
+        check_same_run(checkpoint, record)
+    checkpoints = Checkpoints(settings, record, watch)
+    # The watch refuses to save weights that are not finite; `checkpoints` moves what the Trainer saved.
+    progress = ProgressBar()
+    callbacks = [watch, *callbacks, progress, clock, checkpoints]
+    trainer = make_trainer(start, task, optimizer, settings, callbacks, watch)
+    with contextlib.closing(progress):
+        run_trainer(trainer, checkpoint)
     measured = trainer.evaluate()
+    watch.check_end(start.model, trainer.state.global_step, measured["eval_loss"])
+    checkpoints.remove_old()
+    remove(Path(settings.output) / UNFINISHED)
     names = ("eval_accuracy", "eval_token_loss", "eval_perplexity", "eval_loss")
     metrics = {name: float(measured[name]) for name in names if name in measured}
     return Run(metrics, trainer.state.log_history, clock)
 
 
-def newest_checkpoint(settings: Settings) -> str | None:
-    """The newest checkpoint with `resume`, else None. Raises ValueError where there is no checkpoint."""
-    if not settings.resume:
-        return None
-    folder = get_last_checkpoint(settings.output) if Path(settings.output).is_dir() else None
-    if folder is None:
-        raise ValueError(f"--resume: expected a checkpoint of --save-every in {settings.output}, got none")
-    return folder
+def run_trainer(trainer: WatchedTrainer, checkpoint: Path | None) -> None:
+    """Trains, from a checkpoint where one is given. Raises ValueError for one that does not load."""
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+    except Exception as error:  # each kind of file has its own kinds of errors
+        if checkpoint is None or trainer.watch.begun:
+            raise
+        reason = first_line(error).partition(". ")[0]  # torch goes on with how to load unsafe files
+        raise ValueError(f"--resume: expected {checkpoint} to load, got {reason}") from error
 
 
-def write_model(settings: Settings, start: Start, optimizer) -> Path:
+def make_trainer(start, task, optimizer, settings, callbacks, watch) -> WatchedTrainer:
+    """The Trainer of `fit`, with the encoded rows of both files."""
+    length = min(settings.max_length, longest_input(start))
+    train, eval = (tasks.encode(rows, task, start.tokenizer, length) for rows in (task.train, task.eval))
+    check_tokens(settings.model, start.model, [*train, *eval])
+    # Rows of similar length share a batch, which halves the padding; no metric depends on their order.
+    eval = sorted(eval, key=lambda row: len(row["input_ids"]))
+    trainer = WatchedTrainer(
+        watch,
+        model=start.model,
+        args=trainer_arguments(settings),
+        train_dataset=train,
+        eval_dataset=eval,
+        data_collator=partial(tasks.collate, pad_token_id=tasks.padding_token(start.tokenizer)),
+        optimizers=(optimizer, None),
+        callbacks=callbacks,
+        preprocess_logits_for_metrics=tasks.reduce_logits(task.kind),
+        compute_metrics=tasks.metrics(task.kind),
+    )
+    trainer.remove_callback(transformers.PrinterCallback)
+    return trainer
+
+
+def write_model(settings: Settings, start: Start, optimizer) -> None:
     """Writes the tuned model, or its delta beside the configuration that `id3-optim apply` reads."""
-    output = Path(settings.output)
-    start.tokenizer.save_pretrained(output)
-    if not settings.delta_only:
-        start.model.save_pretrained(output)
-        return output
-    start.model.config.save_pretrained(output)
-    save_delta(output / DELTA_NAME, start.model, optimizer, settings.originals)
-    return output / DELTA_NAME
+    with publishing(Path(settings.output)) as folder:
+        start.tokenizer.save_pretrained(folder)
+        if not settings.delta_only:
+            start.model.save_pretrained(folder)
+            return
+        start.model.config.save_pretrained(folder)
+        save_delta(folder / DELTA_NAME, start.model, optimizer, settings.originals)
 
 
 def train(settings: Settings) -> tuple[dict, Start, torch.optim.Optimizer]:
     """The whole run: read, load, train, evaluate, write. Returns the report, the model, its optimizer."""
-    if settings.optimizer != "id3" and (settings.delta_only or settings.save_at):
-        option = "--delta-only" if settings.delta_only else "--save-at"
-        raise ValueError(f"--optimizer: expected id3 with {option}, got {settings.optimizer}, which changes "
-                         "every entry")  # fmt: skip
-    newest_checkpoint(settings)  # raises before the model is loaded
+    check_settings(settings)
+    check_paths(settings)
+    checkpoint = newest_checkpoint(settings)
     task = tasks.read_task(
         settings.train,
         settings.eval,
         kind=settings.task,
         text_columns=list(settings.text_column),
         label_column=settings.label_column,
+        encoding=settings.encoding,
+        delimiter=settings.delimiter,
     )
+    if checkpoint:  # before the model is loaded; `fit` compares the weights too
+        check_same_run(checkpoint, run_record(settings, task))
+    if task.eval == task.train:
+        print("--eval has the rows of --train: the metrics say nothing about other texts")
     watch = MemoryWatch() if settings.memory_report else None
     predicted = predicted_memory(settings) if watch else {}  # before the run, which a failure would lose
     start = load_start(settings, task, trainer_arguments(settings).device)
@@ -274,16 +246,41 @@ def train(settings: Settings) -> tuple[dict, Start, torch.optim.Optimizer]:
         print(f"new in this model, so trained whole (dense): {', '.join(sorted(start.fresh))}")
     optimizer = build_optimizer(settings, start)
     callbacks = [ID3Callback(originals=settings.originals)] if settings.optimizer == "id3" else []
+    begin(settings)
     if settings.save_at:
         DeltaSeries(settings.output, start.model, optimizer, settings.save_at, originals=settings.originals)
     if watch:
         callbacks.append(watch)
-    run = fit(start, task, optimizer, settings, callbacks)
-    write_model(settings, start, optimizer)
+    with stopping(Path(settings.output)):
+        run = fit(start, task, optimizer, settings, callbacks, checkpoint)
+        write_model(settings, start, optimizer)
     report = summarise(settings, start, optimizer, run)
     if watch:
         report["memory"] = {"predicted": predicted, "measured": watch.measured}
     return report, start, optimizer
+
+
+@contextlib.contextmanager
+def stopping(output: Path) -> Iterator[None]:
+    """Ends a run that stops early: says how to go on, and removes what it was writing.
+
+    Raises Diverged, KeyboardInterrupt, and OSError for whatever went wrong while files were written.
+    """
+    try:
+        yield
+    except Diverged as error:
+        raise Diverged(f"{error}; nothing is written, and {how_to_go_on(output)}") from None
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(how_to_go_on(output)) from None
+    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
+        # torch reports a full disk as RuntimeError, which also has many other causes.
+        if isinstance(error, RuntimeError) and not any((output / UNFINISHED).glob("*")):
+            raise
+        raise OSError(
+            f"--output: expected to write into {output}, got {first_line(error)}; {how_to_go_on(output)}"
+        ) from error
+    finally:
+        remove(output / UNFINISHED)
 
 
 def predicted_memory(settings: Settings) -> dict[str, int]:

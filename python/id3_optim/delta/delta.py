@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from ..wrappers import check_holds, plain_names, unwrapped
 from . import file
 from .file import Change, Contents, DeltaError
-from .fingerprint import fingerprint
+from .fingerprint import fingerprint, same_bits
 from .patches import Patch, check_param, find, first_changed, read, write
+from .values import check_finite, nonfinite, rounded
 
 
 class Undo:
@@ -90,14 +91,23 @@ class Delta:
             "tensors": tensors,
         }
 
-    def save(self, path: str | os.PathLike, compact: bool = False) -> None:
+    def nonfinite(self) -> dict[str, int]:
+        """Parameter name → how many of its values are NaN or infinite, for parameters with any."""
+        return nonfinite(self.changes)
+
+    def save(self, path: str | os.PathLike, compact: bool = False, allow_nonfinite: bool = False) -> None:
         """Writes the delta file atomically. compact: indices as gaps, about 2 bytes less per entry.
 
-        Raises OSError if writing fails (`file.write`).
+        Raises DeltaError for values that are NaN or infinite without allow_nonfinite, OSError if writing
+        fails (`atomic.write`).
         """
+        if not allow_nonfinite:
+            check_finite(self.changes)
         file.write(path, Contents(self.changes, self.fingerprint, self.settings), compact)
 
-    def apply(self, model: nn.Module, strict: bool = True) -> Undo:
+    def apply(
+        self, model: nn.Module, strict: bool = True, cast: bool = False, allow_nonfinite: bool = False
+    ) -> Undo:
         """Writes the delta's values into the model's parameters, in place; returns an Undo that reverts it.
 
         Works on any device, dtype and stride; costs O(entries). Parameters are found by their names in the
@@ -105,9 +115,16 @@ class Delta:
         and names that the model lacks, nothing else; at least one name must match. strict=False is needed for
         a delta without a fingerprint (trained with keep_originals=False), and for a delta on top of another
         that changed some of its entries, unless its training started there.
-        Raises DeltaError before any weight changes: for a name, shape or dtype that differs, a parameter that
-        is not a plain dense tensor, or a base with other values than those that training started from.
+        cast: applies `self.cast(model, strict)`, for a model in another dtype than the delta.
+        allow_nonfinite: take values that are NaN or infinite.
+        Raises DeltaError before any weight changes: for a name, shape or dtype that differs, a value that is
+        not finite, a parameter that is not a plain dense tensor, or a base with other values than those that
+        training started from.
         """
+        if cast:
+            return self.cast(model, strict).apply(model, strict, allow_nonfinite=allow_nonfinite)
+        if not allow_nonfinite:
+            check_finite(self.changes)
         placed = find(model, self.changes, strict)
         patches = list(placed.values())
         previous = read(patches)
@@ -115,6 +132,27 @@ class Delta:
             self._check_base(list(placed), previous)
         write(patches)
         return Undo(model, {name: self.changes[name] for name in placed}, previous)
+
+    def cast(self, base: nn.Module, strict: bool = True) -> Delta:
+        """This delta in the dtypes of `base`, with the originals and the fingerprint of `base`.
+
+        Values are rounded to nearest even, once; to a wider dtype that is exact. The result applies, reverts,
+        saves and merges like a delta that was trained on `base`. Mutates nothing. strict: as for `apply`. A
+        base in another dtype has the fingerprint if its values, rounded to the delta's dtype, have it, or if
+        they are the delta's originals, rounded to the dtype of the base. The latter needs stored originals.
+        Raises DeltaError as `apply` does.
+        """
+        placed = find(base, self.changes, strict, cast=True)
+        held = read(list(placed.values()))
+        if strict:
+            self._check_base(list(placed), held)
+        changes = {}
+        for (name, patch), now in zip(placed.items(), held, strict=True):
+            kept = None if patch.indices is None else now.values.cpu()
+            shape, dtype = self.changes[name].shape, patch.param.dtype
+            changes[name] = Change(shape, dtype, patch.indices, patch.values, kept)
+        rows = {n: (c.indices, c.originals) for n, c in changes.items() if c.indices is not None}
+        return Delta(changes, fingerprint(rows), self.settings)
 
     def revert(self, model: nn.Module) -> None:
         """Puts the originals stored in this delta (`save_delta(originals=True)`) back into a tuned model.
@@ -135,14 +173,16 @@ class Delta:
         write([placed[n]._replace(values=c.originals) for n, c in sparse.items()])
 
     @contextmanager
-    def applied(self, model: nn.Module, strict: bool = True) -> Iterator[nn.Module]:
+    def applied(
+        self, model: nn.Module, strict: bool = True, cast: bool = False, allow_nonfinite: bool = False
+    ) -> Iterator[nn.Module]:
         """`with delta.applied(model):` puts the delta on the model for the block, and takes it off after it.
 
         After the block the delta's entries hold the base's bits, after an error too. Changes that the block
         made to them are discarded with a UserWarning: to train on top of a delta, use `apply`. Changes to
-        further entries stay.
+        further entries stay. strict, cast, allow_nonfinite: as for `apply`.
         """
-        undo = self.apply(model, strict)
+        undo = self.apply(model, strict, cast, allow_nonfinite)
         try:
             yield model
         finally:
@@ -155,12 +195,19 @@ class Delta:
         if self.fingerprint is None:
             raise DeltaError("fingerprint: expected one in the delta, got none (trained with "
                              "keep_originals=False); strict=False applies it unchecked")  # fmt: skip
-        rows = {n: p[1:] for n, p in zip(names, previous, strict=True) if p.indices is not None}
+        held = {n: p for n, p in zip(names, previous, strict=True) if p.indices is not None}
+        rows = {n: (p.indices, rounded(p.values, self.changes[n].dtype)) for n, p in held.items()}
         got = fingerprint(rows)
-        if got != self.fingerprint:
+        if got != self.fingerprint and not all(map(_is_rounded, map(self.changes.get, held), held.values())):
             expected = f"the base with fingerprint {self.fingerprint:016x}"
             raise DeltaError(f"model: expected {expected}, got {got:016x} (another base, or changed since); "
                              "load the base, or pass strict=False")  # fmt: skip
+
+
+def _is_rounded(change: Change, held: Patch) -> bool:
+    """The values held are the originals of the change, rounded to another dtype."""
+    kept, values = change.originals, held.values.cpu()
+    return kept is not None and kept.dtype != values.dtype and same_bits(rounded(kept, values.dtype), values)
 
 
 def load_delta(path: str | os.PathLike) -> Delta:
@@ -175,16 +222,22 @@ def load_delta(path: str | os.PathLike) -> Delta:
 
 
 def save_delta(
-    path: str | os.PathLike, model: nn.Module, optimizer: Any, originals: bool = False, compact: bool = False
+    path: str | os.PathLike,
+    model: nn.Module,
+    optimizer: Any,
+    originals: bool = False,
+    compact: bool = False,
+    allow_nonfinite: bool = False,
 ) -> None:
     """Writes the delta of `model` that `optimizer` (an ID3AdamW, or a wrapper that holds one) has trained.
 
     The file holds the absolute values of the entries that training may have changed, whole parameters of
     dense groups, the fingerprint of the base, and with originals=True the values before training. Under
-    keep_originals=False the originals are unknown, and the file has no fingerprint. compact: as in
-    `Delta.save`. The write is atomic.
+    keep_originals=False the originals are unknown, and the file has no fingerprint. compact, allow_nonfinite:
+    as in `Delta.save`. The write is atomic.
     Raises ValueError for originals=True without known originals, or a parameter that is not in the model or
-    not a plain dense tensor; TypeError for another optimizer; OSError if writing fails (`file.write`).
+    not a plain dense tensor; DeltaError for values that are NaN or infinite, as after a run that diverged;
+    TypeError for another optimizer; OSError if writing fails (`atomic.write`).
     """
     optimizer, names = unwrapped(optimizer), plain_names(model)
     touched = [t for t in optimizer.touched() if t.indices.numel()]
@@ -200,7 +253,8 @@ def save_delta(
         )
     rows = {names[id(t.param)]: (t.indices, t.originals) for t in touched}
     mark = fingerprint(rows) if known else None
-    Delta(_collect(touched, dense, names, originals), mark, optimizer.settings()).save(path, compact)
+    changes = _collect(touched, dense, names, originals)
+    Delta(changes, mark, optimizer.settings()).save(path, compact, allow_nonfinite)
 
 
 def _collect(

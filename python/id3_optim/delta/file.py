@@ -9,15 +9,12 @@ parameters in ascending order of their names, the fingerprint 16 hex digits or n
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
 import re
-import secrets
 import struct
 from collections import Counter
-from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import safetensors.torch
@@ -25,13 +22,13 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from .. import atomic
 from . import gaps
 
 VERSION = 1
 KEY = "id3_delta"
 # The limit of the safetensors library, some 250 000 parameters. It bounds the JSON of a crafted file.
 _HEADER_LIMIT_BYTES = 100_000_000
-_STALE_SECONDS = 3600.0  # longer than any write of one delta takes
 _STORED = {
     "F32": torch.float32,
     "BF16": torch.bfloat16,
@@ -73,52 +70,8 @@ class Contents(NamedTuple):
 
 
 def write(path: str | os.PathLike, contents: Contents, compact: bool = False) -> None:
-    """Writes a delta file at path, which holds the old file or the new one afterwards, never a part.
-
-    A symbolic link is followed. Raises OSError (for a full disk with the path and the bytes needed) and
-    removes the unfinished file. A killed process can leave a `.<name>.<hex>.partial` beside the file, which a
-    later write to the same name removes once it is an hour old.
-    """
-    target = Path(os.path.realpath(path))
-    if target.exists() and not target.is_file():
-        raise OSError(f"path: expected a file name, got {target}, which is not a regular file")
-    content = _to_bytes(contents, compact)
-    partial = target.with_name(f".{target.name}.{secrets.token_hex(8)}.partial")
-    try:
-        with open(partial, "xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, target)
-    except OSError as error:
-        reason = f"{error.strerror}: a delta of {len(content)} bytes was not written"
-        raise OSError(error.errno, reason, str(target)) from error
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(partial)
-    _sync_directory(target.parent)
-    _remove_stale(target)
-
-
-def _sync_directory(directory: Path) -> None:
-    """Makes the rename durable where the file system supports it; some network file systems do not."""
-    if os.name == "posix":
-        with contextlib.suppress(OSError):
-            handle = os.open(directory, os.O_RDONLY)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
-
-
-def _remove_stale(target: Path) -> None:
-    """Removes the partial files of killed writers. Ages are differences of the file system's own clock."""
-    pattern = re.compile(re.escape(f".{target.name}.") + "[0-9a-f]{16}" + re.escape(".partial"))
-    with contextlib.suppress(OSError), os.scandir(target.parent) as listing:
-        newest = target.stat().st_mtime
-        for entry in listing:
-            if pattern.fullmatch(entry.name) and newest - entry.stat().st_mtime > _STALE_SECONDS:
-                os.unlink(entry.path)
+    """Writes a delta file at path, atomically, as `atomic.write` does. Raises OSError."""
+    atomic.write(path, _to_bytes(contents, compact), "a delta")
 
 
 def _to_bytes(contents: Contents, compact: bool) -> bytes:
@@ -168,6 +121,16 @@ def read(path: str | os.PathLike) -> Contents:
     changes = {name: _change(name, layout[name], shape, tensors) for name, shape in shapes.items()}
     fingerprint = head["fingerprint"]
     return Contents(changes, None if fingerprint is None else int(fingerprint, 16), head["settings"])
+
+
+def is_delta(path: str | os.PathLike) -> bool:
+    """Whether a file has the header of a delta, or is empty. Raises OSError if it cannot be opened."""
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        try:
+            return size == 0 or bool(_head(_json(_header_bytes(file, size).decode("utf-8", "replace"), "")))
+        except DeltaError:
+            return False
 
 
 def _require(condition: bool, what: str, expected: str, got: object) -> None:

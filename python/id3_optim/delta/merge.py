@@ -12,12 +12,13 @@ from torch import Tensor
 from .delta import Delta
 from .file import Change, DeltaError
 from .fingerprint import bits, fingerprint, first_difference
+from .values import check_finite, rounded
 
 Whole = Literal["agree", "first", "drop"]
 
 
 class Conflict(NamedTuple):
-    """Counts of one parameter's entries: all, those with different values, those with opposed differences."""
+    """Counts of one parameter's entries: all, those that several deltas change, the opposed ones."""
 
     entries: int
     overlapping: int
@@ -31,18 +32,26 @@ class Merged(NamedTuple):
     conflicts: dict[str, Conflict]
 
 
-def merge(deltas: Sequence[Delta], weights: Sequence[float] | None = None, whole: Whole = "agree") -> Merged:
+def merge(
+    deltas: Sequence[Delta],
+    weights: Sequence[float] | None = None,
+    whole: Whole = "agree",
+    allow_nonfinite: bool = False,
+) -> Merged:
     """The delta of value = original + Σ weight_i · (value_i − original), and a report of the conflicts.
 
     Computed in float64 and rounded once to the parameter's dtype; an entry of one delta alone, with weight 1,
-    keeps its bits. weights: a finite number per delta, 1 by default. Overlapping entries have values of
-    different bits in two deltas. Opposed entries have a positive difference in one delta and a negative one
-    in another, before the weights. The result has originals and their fingerprint. Mutates nothing.
+    keeps its bits. So two equal deltas double their changes, unless weights say otherwise.
+    weights: a finite number per delta, 1 by default. Overlapping entries are those that two deltas or more
+    change: whose values differ from the originals in bits. Opposed entries have a positive difference in one
+    delta and a negative one in another, before the weights. The result has originals and their fingerprint.
+    allow_nonfinite: take values that are NaN or infinite, and sums that overflow. Mutates nothing.
     whole: the rule for parameters stored whole, such as new heads, which cannot be summed. "agree" takes them
     from the deltas that have them, which must agree bit for bit; "first" takes each unchanged from the first
     delta that has it; "drop" omits them all. The weights do not apply to them.
     Raises TypeError for a single delta, ValueError for weights or a rule out of range, DeltaError where
-    originals are missing, or where originals, shapes or dtypes differ between two deltas.
+    originals are missing, where originals, shapes or dtypes differ between two deltas, and where a value that
+    the result needs, or the result itself, is not finite.
     """
     if isinstance(deltas, Delta):
         raise TypeError("deltas: expected a list of deltas, got one Delta")
@@ -58,10 +67,18 @@ def merge(deltas: Sequence[Delta], weights: Sequence[float] | None = None, whole
         held = {i: delta.changes[name] for i, delta in enumerate(deltas) if name in delta.changes}
         _check_alike(name, held, whole)
         first = next(iter(held.values()))
-        if first.indices is None:
-            changes |= {} if whole == "drop" else {name: first}
+        complete = first.indices is None
+        if complete and whole == "drop":
+            continue
+        used = dict([next(iter(held.items()))]) if complete else held
+        for i, change in used.items() if not allow_nonfinite else ():
+            check_finite({name: change}, f"deltas[{i}]: ")
+        if complete:
+            changes[name] = first
         else:
             changes[name], conflicts[name] = _sum(name, held, weights)
+    if not allow_nonfinite:
+        check_finite(changes, "sum: ")
     rows = {name: (changes[name].indices, changes[name].originals) for name in conflicts}
     settings = {"method": "merge", "weights": weights, "whole": whole}
     settings["merged"] = [delta.settings for delta in deltas]
@@ -106,23 +123,23 @@ def _sum(name: str, held: dict[int, Change], weights: list[float]) -> tuple[Chan
     places = dict(zip(held, owners.split([c.indices.numel() for c in held.values()]), strict=True))
     originals = _originals(name, held, indices, places)
     moved = torch.zeros(n, dtype=torch.float64)
-    deltas_with = torch.zeros(n, dtype=torch.int32)
+    deltas_with, deltas_changing = (torch.zeros(n, dtype=torch.int32) for _ in range(2))
     values, exact = originals.clone(), torch.zeros(n, dtype=torch.bool)
-    up, down, differing = (torch.zeros(n, dtype=torch.bool) for _ in range(3))
+    up, down = (torch.zeros(n, dtype=torch.bool) for _ in range(2))
     for i, change in held.items():
         at, difference = places[i], change.values.double() - change.originals.double()
         moved[at] += weights[i] * difference
         up[at] |= difference > 0
         down[at] |= difference < 0
-        differing[at] |= (deltas_with[at] > 0) & (bits(values)[at] != bits(change.values))
         deltas_with[at] += 1
+        deltas_changing[at] += (bits(change.values) != bits(change.originals)).int()
         values[at] = change.values
         exact[at] = weights[i] == 1
     exact &= deltas_with == 1
-    summed = _rounded(originals.double() + moved, first.dtype)
+    summed = rounded(originals.double() + moved, first.dtype)
     # An entry that did not move keeps the original's bits: -0.0 + 0.0 would be 0.0.
     values = torch.where(exact, values, torch.where(moved == 0, originals, summed))
-    conflict = Conflict(n, int(differing.sum()), int((up & down).sum()))
+    conflict = Conflict(n, int((deltas_changing > 1).sum()), int((up & down).sum()))
     return Change(first.shape, first.dtype, indices, values, originals), conflict
 
 
@@ -146,18 +163,3 @@ def _originals(name: str, held: dict[int, Change], indices: Tensor, places: dict
         originals[at] = change.originals
         owner[at] = i
     return originals
-
-
-def _rounded(wide: Tensor, dtype: torch.dtype) -> Tensor:
-    """float64 to dtype, to nearest even, rounded once.
-
-    torch converts to 16 bits through float32, which would round twice. Rounding to odd in float32 makes the
-    second rounding equal to that of the exact number.
-    """
-    if dtype.itemsize > 2:
-        return wide.to(dtype)
-    narrow = wide.float()
-    inexact = (narrow.double() != wide) & ~wide.isnan()
-    away = narrow.double().abs() > wide.abs()
-    odd = (narrow.view(torch.int32) - away.int()) | 1
-    return torch.where(inexact, odd.view(torch.float32), narrow).to(dtype)

@@ -14,6 +14,7 @@ from id3_kernels import Entries
 from ..wrappers import plain_parameters
 from .file import VALUE_DTYPES, Change, DeltaError
 from .fingerprint import by_kind, first_difference
+from .values import rounded
 
 
 class Patch(NamedTuple):
@@ -44,8 +45,13 @@ def check_param(name: str, param: Tensor) -> None:
         raise DeltaError(f"{name}: expected a tensor with values, got one on the meta device")
 
 
-def find(model: nn.Module, changes: Mapping[str, Change], strict: bool) -> dict[str, Patch]:
-    """The parameter and the new values of each change, all checked; strict=False omits missing names."""
+def find(
+    model: nn.Module, changes: Mapping[str, Change], strict: bool, cast: bool = False
+) -> dict[str, Patch]:
+    """The parameter and the new values of each change, all checked; strict=False omits missing names.
+
+    cast: the values are rounded to the parameters' dtypes, which may differ from the delta's.
+    """
     present, found, owner = plain_parameters(model), {}, {}
     for name, change in changes.items():
         param = present.get(name)
@@ -54,19 +60,27 @@ def find(model: nn.Module, changes: Mapping[str, Change], strict: bool) -> dict[
                 raise DeltaError(f"{name}: expected a parameter of this name in the model, got none")
             continue
         check_param(name, param)
-        if (tuple(param.shape), param.dtype) != (change.shape, change.dtype):
-            expected, got = f"{change.dtype} {change.shape}", f"{param.dtype} {tuple(param.shape)}"
-            raise DeltaError(f"{name}: expected a parameter of {expected}, got {got}")
+        _check_alike(name, param, change, cast)
         if any(size > 1 and step == 0 for size, step in zip(param.shape, param.stride(), strict=True)):
             raise DeltaError(
                 f"{name}: expected memory for each entry, got an expanded tensor; clone it first"
             )
         if id(param) in owner:
             raise DeltaError(f"{name}: expected a tensor of its own, got the one of {owner[id(param)]}")
-        found[name], owner[id(param)] = Patch(param, change.indices, change.values), name
+        values = rounded(change.values, param.dtype)
+        found[name], owner[id(param)] = Patch(param, change.indices, values), name
     if changes and not found:
         raise DeltaError(f"model: expected some of the delta's {len(changes)} parameters, got none of them")
     return found
+
+
+def _check_alike(name: str, param: Tensor, change: Change, cast: bool) -> None:
+    fits = tuple(param.shape) == change.shape
+    if fits and (cast or param.dtype == change.dtype):
+        return
+    expected, got = f"{change.dtype} {change.shape}", f"{param.dtype} {tuple(param.shape)}"
+    remedy = "; apply(cast=True) rounds the delta's values to the model's dtype" if fits else ""
+    raise DeltaError(f"{name}: expected a parameter of {expected}, got {got}{remedy}")
 
 
 def first_changed(patches: Mapping[str, Patch]) -> Difference | None:

@@ -24,7 +24,7 @@ class DeltaSeries:
     budgets writes one file. A resumed run continues the series of the saved one.
 
     budgets: entries (int) or shares of N (float), each at most the optimizer's own budget.
-    originals, compact: as for `save_delta`.
+    originals, compact, allow_nonfinite: as for `save_delta`.
     Raises ValueError for a budget out of range, a strategy other than "increment" (which reaches its whole
     budget at the first step), or a model that lacks a parameter that the optimizer trains.
     """
@@ -37,9 +37,10 @@ class DeltaSeries:
         budgets: Sequence[int | float],
         originals: bool = False,
         compact: bool = False,
+        allow_nonfinite: bool = False,
     ) -> None:
         self.directory, self.model, self.optimizer = Path(directory), model, unwrapped(optimizer)
-        self.options = {"originals": originals, "compact": compact}
+        self.options = {"originals": originals, "compact": compact, "allow_nonfinite": allow_nonfinite}
         if self.optimizer.strategy != "increment":
             raise ValueError(f"optimizer: expected the strategy increment, got {self.optimizer.strategy}")
         check_model(model, self.optimizer)

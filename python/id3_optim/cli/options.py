@@ -1,0 +1,161 @@
+"""The options of `id3-optim train`, as its parser shows them."""
+
+import argparse
+from collections.abc import Callable
+
+
+def budget(text: str) -> int | float:
+    """Reads a budget: `320000` counts entries; `0.5%` and `0.005` are shares of the model.
+
+    Raises ArgumentTypeError, with the text as typed, for anything else and for shares out of range.
+    """
+    expected = "expected entries (320000) or a share of more than 0 and at most 100% (0.5%)"
+    try:
+        if text.replace("_", "").isdecimal():
+            return int(text.replace("_", ""))
+        share = float(text[:-1]) / 100.0 if text.endswith("%") else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{expected}, got {text!r}") from None
+    if not 0.0 < share <= 1.0:
+        raise argparse.ArgumentTypeError(f"{expected}, got {text!r}")
+    return share
+
+
+def delimiter(text: str) -> str:
+    """Reads a delimiter: `tab` and `\\t` are the tab, which a shell makes hard to type."""
+    return "\t" if text in ("tab", "\\t") else text
+
+
+def adder(group) -> Callable[..., None]:
+    """`group.add_argument` that ends an option's help with its default, where the option has one."""
+
+    def add(name: str, help: str, **options) -> None:
+        shown = options.get("default") not in (None, [])
+        group.add_argument(name, help=f"{help} (default: %(default)s)" if shown else help, **options)
+
+    return add
+
+
+def add_train(train: argparse.ArgumentParser) -> None:
+    """Adds the options to the subparser of the command."""
+    add_data(train.add_argument_group("data"))
+    add_output(train.add_argument_group("model and output"))
+    add_selection(train.add_argument_group("what is trained"))
+    add_schedule(train.add_argument_group("how"))
+
+
+def add_data(group) -> None:
+    add = adder(group)
+    add("--train", required=True, metavar="FILE", help="CSV or TSV (classification), JSONL (causal-lm)")
+    add("--eval", required=True, metavar="FILE", help="the same, to measure on")
+    add(
+        "--task",
+        choices=("classification", "causal-lm"),
+        help="default: by the file's ending; classification: labels that look like scores too are classes",
+    )
+    add("--text-column", nargs="+", default=["text"], metavar="NAME", help="one column, or two for pairs")
+    add("--label-column", default="label", metavar="NAME", help="column of the class")
+    add("--encoding", default="utf-8", metavar="NAME", help="of both files, such as latin-1 or utf-16")
+    add(
+        "--delimiter",
+        type=delimiter,
+        metavar="CHAR",
+        help="between columns: ';', tab (default: by the ending)",
+    )
+    add("--max-length", type=int, default=256, metavar="TOKENS", help="longer texts are truncated")
+
+
+def add_output(group) -> None:
+    add = adder(group)
+    add("--model", required=True, help="local directory or hub name")
+    add("--output", required=True, metavar="DIR", help="new or empty folder for the tuned model or its delta")
+    add(
+        "--overwrite", action="store_true", help="replace the results and checkpoints of an earlier run there"
+    )
+    add("--delta-only", action="store_true", help="write the changed entries instead of the model")
+    add(
+        "--originals",
+        action="store_true",
+        help="in deltas: also the values before training, for revert and merge",
+    )
+    add(
+        "--save-every",
+        type=int,
+        metavar="STEPS",
+        help="write checkpoints, each with its delta, to resume from",
+    )
+    add("--keep", type=int, metavar="N", help="with --save-every: only the newest N checkpoints")
+    add("--resume", action="store_true", help="continue from the newest whole checkpoint in --output")
+    add(
+        "--save-at",
+        nargs="+",
+        type=budget,
+        default=[],
+        metavar="BUDGET",
+        help="also a delta at these budgets",
+    )
+    add("--report", metavar="JSON", help="also write every number of the run to this file")
+    add("--save-plots", action="store_true", help="also draw losses and allocation into the output directory")
+
+
+def add_selection(group) -> None:
+    add = adder(group)
+    add(
+        "--optimizer",
+        choices=("id3", "adamw"),
+        default="id3",
+        help="adamw trains every entry, for comparison",
+    )
+    add("--budget", type=budget, default="0.5%", help="entries (320000) or a share of the model (0.5%%)")
+    add(
+        "--heuristic",
+        choices=("d3", "magnitude", "random", "bias"),
+        default="d3",
+        help="which entries are selected first",
+    )
+    add("--eps", type=float, default=1.0, help="D3's ε")
+    add("--exp", type=float, default=2.0, help="D3's exponent: 0 is the gradient alone")
+    add(
+        "--strategy",
+        choices=("increment", "static", "repeat"),
+        default="increment",
+        help="when entries are selected",
+    )
+    add("--schedule", default="uniform", help="uniform, cosine, exponential:<a>, one-shot")
+    add(
+        "--bias-correction",
+        choices=("tensor", "entry"),
+        default="tensor",
+        help="whether Adam counts the steps of a tensor or of each entry",
+    )
+    add("--backend", help="kernels to use: reference, cpu, triton, cuda (default: the best for the device)")
+
+
+def add_schedule(group) -> None:
+    add = adder(group)
+    add("--epochs", type=float, default=3.0, help="passes over the training file")
+    add("--steps", type=int, help="optimizer steps, instead of --epochs")
+    add("--batch-size", type=int, default=16, help="rows of one forward pass")
+    add("--accumulate", type=int, default=1, metavar="BATCHES", help="batches of one optimizer step")
+    add("--lr", type=float, default=1e-3, help="learning rate, decaying linearly to 0")
+    add("--head-lr", type=float, help="learning rate of a new head (default: --lr)")
+    add("--warmup", type=float, default=0.05, help="steps, or a share of them, before the full learning rate")
+    add("--weight-decay", type=float, default=0.0, help="on active entries alone, decoupled")
+    add(
+        "--max-grad-norm",
+        type=float,
+        default=1.0,
+        help="clips the gradients of active entries; 0: no clipping",
+    )
+    add("--seed", type=int, default=42, help="the same seed gives the same run")
+    add("--bf16", action="store_true", help="bfloat16 weights, with float32 masters for active entries alone")
+    add("--release-gradients", action="store_true", help="free each gradient during the backward pass")
+    add("--memory-report", action="store_true", help="also print predicted and measured memory")
+    add("--cpu", action="store_true", help="use the CPU, even if there is a GPU")
+    add(
+        "--log-every",
+        type=int,
+        default=10,
+        metavar="STEPS",
+        help="steps between two values of the loss curve",
+    )

@@ -1,0 +1,164 @@
+"""The settings of `id3-optim train`, and the checks that need neither the model nor transformers."""
+
+import codecs
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from id3_kernels import backend
+
+from .. import schedules
+from ..heuristics import D3
+
+# Setting: its least value.
+_LEAST = {"steps": 1, "batch_size": 1, "accumulate": 1, "log_every": 1, "max_length": 2, "warmup": 0}
+_LEAST |= {"save_every": 1, "keep": 1, "weight_decay": 0, "max_grad_norm": 0, "seed": 0}
+_POSITIVE = ("epochs", "lr", "head_lr")
+_SEEDS = 2**32  # numpy's generator takes no larger ones
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The options of `id3-optim train`; the command's help explains each."""
+
+    model: str
+    train: str
+    eval: str
+    output: str
+    task: str | None = None
+    text_column: tuple[str, ...] = ("text",)
+    label_column: str = "label"
+    max_length: int = 256
+    optimizer: str = "id3"
+    budget: int | float = 0.005
+    heuristic: str = "d3"
+    eps: float = 1.0
+    exp: float = 2.0
+    strategy: str = "increment"
+    schedule: str = "uniform"
+    bias_correction: str = "tensor"
+    epochs: float = 3.0
+    steps: int | None = None
+    lr: float = 1e-3
+    head_lr: float | None = None
+    weight_decay: float = 0.0
+    warmup: float = 0.05
+    max_grad_norm: float = 1.0
+    batch_size: int = 16
+    accumulate: int = 1
+    seed: int = 42
+    bf16: bool = False
+    release_gradients: bool = False
+    memory_report: bool = False
+    backend: str | None = None
+    cpu: bool = False
+    delta_only: bool = False
+    originals: bool = False
+    save_every: int | None = None
+    keep: int | None = None
+    resume: bool = False
+    save_at: tuple[int | float, ...] = ()
+    log_every: int = 10
+    encoding: str = "utf-8"
+    delimiter: str | None = None
+    overwrite: bool = False
+    report: str | None = None
+    save_plots: bool = False
+
+
+def option(name: str) -> str:
+    """The option of the command line for a setting: `--batch-size` for `batch_size`."""
+    return f"--{name.replace('_', '-')}"
+
+
+def check_settings(settings: Settings) -> None:
+    """Raises ValueError or FileNotFoundError for settings that would fail late in training, or not at all."""
+    for name in (*_LEAST, *_POSITIVE):
+        value = getattr(settings, name)
+        if value is not None and not math.isfinite(value):
+            raise ValueError(f"{option(name)}: expected a finite number, got {value}")
+        if value is not None and name in _LEAST and value < _LEAST[name]:
+            raise ValueError(f"{option(name)}: expected at least {_LEAST[name]}, got {value}")
+        if value is not None and name in _POSITIVE and value <= 0:
+            raise ValueError(f"{option(name)}: expected more than 0, got {value}")
+    if settings.seed >= _SEEDS:
+        raise ValueError(f"--seed: expected less than {_SEEDS}, got {settings.seed}")
+    _check_alone("schedule", lambda: schedules.from_name(settings.schedule))
+    _check_alone("budget", lambda: schedules.check_budget(settings.budget))
+    _check_d3(settings)
+    if settings.backend is not None:
+        _check_alone("backend", lambda: backend.require(settings.backend))
+    _check_pairs(settings)
+    _check_save_at(settings)
+    _check_data(settings)
+
+
+def _check_alone(name: str, check: Callable[[], object]) -> None:
+    """Runs the library's own check of one argument; its error gets the option's name."""
+    try:
+        check()
+    except ValueError as error:
+        raise ValueError(f"{option(name)}: {str(error).removeprefix(f'{name}: ')}") from None
+
+
+def _check_d3(settings: Settings) -> None:
+    try:
+        D3(eps=settings.eps, exp=settings.exp)
+    except ValueError as error:
+        message = f"--{error}"  # it begins with `eps` or `exp`
+        raise ValueError(message) from None
+
+
+def _check_pairs(settings: Settings) -> None:
+    """Raises ValueError for options that need another one, or exclude one."""
+    if settings.optimizer != "id3":
+        for name in ("delta_only", "save_at", "release_gradients", "memory_report"):
+            if getattr(settings, name):
+                raise ValueError(f"--optimizer: expected id3 with {option(name)}, got {settings.optimizer}, "
+                                 "which changes every entry")  # fmt: skip
+    if settings.originals and not (settings.delta_only or settings.save_at or settings.save_every):
+        raise ValueError("--originals: expected --delta-only, --save-at or --save-every with it, got none")
+    if settings.keep and not settings.save_every:
+        raise ValueError("--keep: expected --save-every with it, got none")
+    if settings.resume and settings.overwrite:
+        raise ValueError("--overwrite: does not apply to --resume: the run goes on with what is there")
+
+
+def _check_save_at(settings: Settings) -> None:
+    """Raises ValueError for budgets of `save_at` that the run does not pass through."""
+    for budget in settings.save_at:
+        _check_alone("save_at", lambda budget=budget: schedules.check_budget(budget))
+        if type(budget) is type(settings.budget) and not 0 < budget <= settings.budget:
+            raise ValueError(f"--save-at: expected more than 0 and at most --budget, {settings.budget}, "
+                             f"got {budget}")  # fmt: skip
+    if settings.save_at and settings.strategy != "increment":
+        raise ValueError(f"--strategy: expected increment with --save-at, got {settings.strategy}, which has "
+                         "the whole budget from the first step on")  # fmt: skip
+
+
+def _check_data(settings: Settings) -> None:
+    """Raises ValueError or FileNotFoundError for files and columns that cannot be read."""
+    columns = settings.text_column
+    if len(columns) not in (1, 2):
+        raise ValueError(f"--text-column: expected one or two columns, got {len(columns)}")
+    if len({*columns, settings.label_column}) < len(columns) + 1:
+        given = ", ".join(map(repr, columns))
+        raise ValueError(
+            f"--text-column: expected each column once and not --label-column, {settings.label_column!r}, "
+            f"got {given}"
+        )
+    try:
+        codecs.lookup(settings.encoding)
+        "".encode(settings.encoding)  # refuses codecs that are no encodings of text, such as hex
+    except LookupError:
+        raise ValueError(
+            f"--encoding: expected a name such as utf-8, utf-16 or latin-1, got {settings.encoding!r}"
+        ) from None
+    delimiter = settings.delimiter
+    if delimiter is not None and (len(delimiter) != 1 or delimiter in '"\r\n \0'):
+        raise ValueError(f"--delimiter: expected one character, such as ';' or tab, got {delimiter!r}")
+    for name in ("train", "eval"):
+        path = getattr(settings, name)
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"{option(name)}: expected a file, got {path}, which is none")

@@ -1,0 +1,122 @@
+"""The start of `id3-optim train`: a model and its tokenizer, which must fit each other and the task."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from . import tasks
+from .models import load_config, load_pretrained, reading
+from .settings import Settings
+from .tasks import Task
+
+_AUTO = {"classification": AutoModelForSequenceClassification, "causal-lm": AutoModelForCausalLM}
+_KNOWN = {
+    "classification": transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    "causal-lm": transformers.MODEL_FOR_CAUSAL_LM_MAPPING,
+}
+_SAMPLED = 200  # rows whose tokens are counted
+
+
+@dataclass
+class Start:
+    """A model before training; `fresh` names its parameters that no checkpoint held."""
+
+    model: torch.nn.Module
+    tokenizer: object
+    fresh: set[str]
+
+
+def load_start(settings: Settings, task: Task, device: torch.device | str = "cpu") -> Start:
+    """Loads model and tokenizer; the seed fixes the numbers of a new head.
+
+    With `bf16` and ID3 the weights are bfloat16 (each active entry owns a float32 master), except for fresh
+    parameters, which are float32. Without ID3 the weights are float32 and the arithmetic alone is bfloat16.
+    Raises ValueError or OSError for a model that does not fit the task, or a tokenizer that does not fit the
+    texts.
+    """
+    check_model(settings.model, task)
+    transformers.set_seed(settings.seed)
+    tokenizer = load_tokenizer(settings.model)
+    check_tokenizer(settings.model, tokenizer, task)
+    low = settings.bf16 and settings.optimizer == "id3"
+    options = {"dtype": torch.bfloat16 if low else torch.float32}
+    if task.kind == "classification":
+        labels = dict(enumerate(task.labels))
+        options |= {"id2label": labels, "label2id": {label: i for i, label in labels.items()}}
+        options |= {"num_labels": len(labels), "ignore_mismatched_sizes": True}
+    model, fresh = load_pretrained(_AUTO[task.kind], settings.model, **options)
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tasks.padding_token(tokenizer)
+    model.config.architectures = [type(model).__name__]
+    # The optimizer chooses its backend by the parameters' device.
+    model = model.to(device)
+    if task.kind == "causal-lm":
+        check_causal(settings.model, model)
+    return Start(model, tokenizer, fresh)
+
+
+def check_model(source: str, task: Task) -> None:
+    """Raises ValueError where there is no model, or one of a kind that has no such task."""
+    config = load_config(source)
+    if type(config) not in _KNOWN[task.kind]:
+        raise ValueError(f"--model: expected one that {task.kind} can train, got a {config.model_type}")
+
+
+def load_tokenizer(source: str):
+    """The tokenizer at `source`. Raises ValueError where a folder has none, or one that cannot be read."""
+    with reading("--model", f"a tokenizer in {source}"):
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    # Without these files transformers builds a tokenizer whose vocabulary is its special tokens.
+    names = sorted(set(tokenizer.vocab_files_names.values()))
+    if Path(source).is_dir() and names and not any((Path(source) / name).is_file() for name in names):
+        raise ValueError(f"--model: expected a tokenizer ({' or '.join(names)}) in {source}, got none")
+    return tokenizer
+
+
+def check_tokenizer(source: str, tokenizer, task: Task) -> None:
+    """Raises ValueError where most tokens of the training texts are the tokenizer's unknown one."""
+    texts = [text for row in task.train[:_SAMPLED] for text in (row.texts if task.labels else row)]
+    tokens = [token for ids in tokenizer(texts, add_special_tokens=False)["input_ids"] for token in ids]
+    unknown = tokens.count(tokenizer.unk_token_id)
+    if not tokens or 2 * unknown > len(tokens):
+        got = f"{unknown} of {len(tokens)} tokens unknown ({tokenizer.unk_token})"
+        raise ValueError(f"--model: expected a tokenizer for the texts of --train, got one with {got}")
+
+
+def longest_input(start: Start) -> int:
+    """How many tokens the tokenizer and the model's positions allow."""
+    positions = getattr(start.model.config, "max_position_embeddings", None)
+    return min(start.tokenizer.model_max_length, positions or start.tokenizer.model_max_length)
+
+
+def check_tokens(source: str, model: torch.nn.Module, rows: list[dict]) -> None:
+    """Raises ValueError where a row has a token that the model has no embedding for.
+
+    rows: as `tasks.encode` returns them.
+    """
+    known = model.get_input_embeddings().weight.shape[0]
+    largest = max((token for row in rows for token in row["input_ids"]), default=0)
+    if largest >= known:
+        raise ValueError(
+            f"--model: expected a tokenizer within the model's {known} tokens, got token {largest} from the "
+            f"one in {source}"
+        )
+
+
+@torch.no_grad()
+def check_causal(source: str, model: torch.nn.Module) -> None:
+    """Raises ValueError where a logit depends on a later token, as in an encoder, which sees its targets."""
+    tokens = torch.arange(4, device=next(model.parameters()).device).repeat(2, 1)
+    tokens[1, -1] = 0  # the last token alone differs
+    model.eval()
+    logits = model(input_ids=tokens).logits[:, :-1].float()
+    difference, largest = (logits[0] - logits[1]).abs().max(), logits.abs().max()
+    # Equal but for rounding; an encoder's logits differ by about their own size.
+    if difference > 0.01 * largest:
+        raise ValueError(
+            f"--model: expected a causal language model for JSONL, got {source}, a "
+            f"{type(model).__name__} whose tokens see later ones; an encoder trains on CSV"
+        )
