@@ -8,7 +8,7 @@ anew.
 import math
 import numbers
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 Schedule = Callable[[int, int, int], int]
@@ -67,6 +67,17 @@ def tabulate(schedule: Schedule, total_steps: int, budget: int) -> list[int]:
         reached = min(max(reached, operator.index(target)), budget)
         targets.append(reached)
     targets[-1] = budget
+    return targets
+
+
+def grown(targets: list[int], schedule: Schedule, growth: Sequence[tuple[int, int]]) -> list[int]:
+    """The targets of a budget that has grown: each (step, entries) is spent by the schedule over the steps
+    that were left then, or at once where none were."""
+    targets = list(targets)
+    for step, entries in growth:
+        targets += [targets[-1]] * (step + 1 - len(targets))
+        added = tabulate(schedule, len(targets) - step, entries)
+        targets[step:] = [target + more for target, more in zip(targets[step:], added, strict=True)]
     return targets
 
 

@@ -48,6 +48,8 @@ class Shard:
         self.kernels = table.kernels_for(device, layout.backend)
         self.params: list[Tensor] = []
         self.positions: list[int] = []
+        self.shapes: list[torch.Size] = []  # when added: the indices are those of this shape
+        self.strides: list[tuple[int, ...]] = []  # when last checked
         self.slices: list[Slice] = []
         # Row 0: the settled run's offsets. Row 1: the recent run's, counted from `_begin`, zeros without one.
         self._rows = torch.zeros(2, 1, dtype=torch.int64, device=device)
@@ -77,6 +79,8 @@ class Shard:
         """Appends a tensor; positions must ascend."""
         self.params.append(param)
         self.positions.append(position)
+        self.shapes.append(param.shape)
+        self.strides.append(param.stride())
         n = len(self.params)
         if self.slices and self.slices[-1].group == group:
             self.slices[-1] = self.slices[-1]._replace(last=n)
