@@ -85,8 +85,10 @@ def checked(member: Member, state: dict[str, Any], layout: Layout, cast: bool) -
 def _check_columns(
     where: str, state: dict[str, Any], columns: dict[str, torch.dtype], own: torch.dtype
 ) -> None:
-    n = state["indices"].numel()
-    for name, dtype in columns.items():
+    expected = [(name, dtype, state["indices"].numel()) for name, dtype in columns.items()]
+    if "ever_originals" in state:
+        expected.append(("ever_originals", own, state["ever_indices"].numel()))
+    for name, dtype, n in expected:
         if name not in state:
             remedy = _REMEDY if name == "master" else ""
             raise ValueError(f"{where}: {name}: expected it in the saved state, got none{remedy}")

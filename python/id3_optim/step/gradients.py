@@ -167,13 +167,14 @@ def _check_gradient(name: str, param: Tensor) -> None:
 def _plain(shard: Shard, grads: list[Tensor | None]) -> bool:
     """Whether no tensor needs a check of its own. Sets take a fifth of the time of single checks.
 
-    Another shape of as many entries has other strides, and so have expanded tensors.
+    Another shape of as many entries has other strides, and so have expanded tensors. Reading the number of a
+    device takes half the time of reading the device.
     """
     given = [g for g in grads if g is not None]
     return (
         {p.dtype for p in shard.params} == {shard.dtype}
-        and {p.device for p in shard.params} == {shard.device}
-        and [p.stride() for p in shard.params] == shard.strides
+        and set(map(Tensor.get_device, shard.params)) == {shard.steps.get_device()}
+        and list(map(Tensor.stride, shard.params)) == shard.strides
         and {g.dtype for g in given} <= {shard.dtype}
         and {g.layout for g in given} <= {torch.strided}
     )
