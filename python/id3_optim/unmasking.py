@@ -63,8 +63,8 @@ class Unmasking:
         names = parameter_names(groups)
         if self.n_entries is not None and not group["dense"]:
             validation.check_countable(groups, names)
-            self.n_entries += trainable_entries([group])
             self._warn_if_spent(group)
+            self.n_entries += trainable_entries([group])
             active.adopt(member for member in members(groups, dense=False) if member.group == i)
             active.reserve(self.budget)
         active.names = names

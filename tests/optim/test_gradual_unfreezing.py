@@ -38,6 +38,10 @@ def test_a_spent_budget_is_said_once(model, train):
         r"add_param_group: the budget of 246 entries is spent, so that no entry of the new group will be "
         r"trained; grow_budget\(\) extends it, dense=True trains the group whole"
     )
+    with warnings.catch_warnings(), pytest.raises(UserWarning):  # an error leaves all as it was
+        warnings.simplefilter("error")
+        optimizer.add_param_group({"params": rest[2:]})
+    assert counts(optimizer) == (246, 246, 2580) and len(optimizer.param_groups) == 2
     with pytest.warns(UserWarning, match=message) as caught:
         optimizer.add_param_group({"params": rest[2:]})
     assert caught[0].filename == __file__
