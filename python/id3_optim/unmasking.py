@@ -56,12 +56,12 @@ class Unmasking:
         i, active = len(groups) - 1, self.active
         group = groups[i]
         validation.check_group(group, i)
-        held = [p for shard in active.shards for p in shard.params]
-        validation.check_devices(active.layout, held + group["params"], group["dense"])
+        held = (p for shard in active.shards for p in shard.params)
+        validation.check_devices(active.layout, chain(held, group["params"]), group["dense"])
         active.names = parameter_names(groups)
         if self.n_entries is not None and not group["dense"]:
             self.n_entries += trainable_entries([group])
-            active.adopt(member for member in members(groups, dense=False) if member.group == i)
+            active.adopt(members(groups, dense=False, since=i))
             active.reserve(self.budget)
         if self.release is not None:
             self.release.attach(selectable(groups))

@@ -6,6 +6,7 @@ sees the dense groups' state alone.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import fields
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -48,13 +49,21 @@ class Restored(NamedTuple):
 def sparse_state(active: ActiveSet) -> dict[Tensor, dict[str, Any]]:
     """Every parameter's own state: copies, so that later steps leave what was saved alone."""
     return {
-        p: _cut(active, i, j) for i, shard in enumerate(active.shards) for j, p in enumerate(shard.params)
+        p: _own_state(active, i, j, columns)
+        for i, shard in enumerate(active.shards)
+        for j, (p, columns) in enumerate(zip(shard.params, _columns(active, shard), strict=True))
     }
 
 
-def _cut(active: ActiveSet, i: int, j: int) -> dict[str, Any]:
+def _columns(active: ActiveSet, shard: Shard) -> Iterator[dict[str, Tensor]]:
+    """For each tensor of a shard its part of every saved array."""
+    names = tuple(active.layout.columns(shard.dtype))
+    for parts in zip(*(shard.parts(name) for name in names), strict=True):
+        yield dict(zip(names, parts, strict=True))
+
+
+def _own_state(active: ActiveSet, i: int, j: int, columns: dict[str, Tensor]) -> dict[str, Any]:
     shard = active.shards[i]
-    columns = {name: shard.column(name, j) for name in active.layout.columns(shard.dtype)}
     state = {name: column.clone() for name, column in active.ranks.whole(columns).items()}
     state |= {"step": shard.steps[j].clone(), "shape": list(shard.params[j].shape)}
     if active.layout.repeat:
@@ -223,8 +232,8 @@ def _fill_shard(shard: Shard, states: list[dict], steps_done: int) -> None:
     shard.reserve(bounds[-1])
     shard.hold(torch.tensor(bounds, dtype=torch.int64, device=shard.device), bounds[-1], {})
     for name in shard.layout.columns(shard.dtype):
-        for j, s in enumerate(states):
-            shard.column(name, j).copy_(s[name])
+        for part, s in zip(shard.parts(name), states, strict=True):
+            part.copy_(s[name])
 
 
 def _fill_ever(ever: EverActive, states: list[dict], device: torch.device) -> None:
