@@ -79,6 +79,9 @@ class Unmasking:
 
     def begin(self, groups: Groups) -> None:
         """Fixes N, the budget and the shards, at the first gradient or step or when a state is loaded."""
+        if not self.active.shards:
+            for i, group in enumerate(groups):
+                validation.check_params(group, i)
         if self.n_entries is None:
             n_entries = trainable_entries(groups)
             self.budget = schedules.resolve_budget(self.method.budget_given, n_entries)

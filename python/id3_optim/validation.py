@@ -13,7 +13,7 @@ from id3_kernels import backend, checks
 
 from . import schedules
 from .heuristics import Bias, Heuristic, Random
-from .ranks import world_size
+from .ranks import check_builder, check_whole, world_size
 from .state.layout import Layout
 
 STRATEGIES = ("increment", "static", "repeat")
@@ -50,7 +50,8 @@ def check_method(strategy: str, bias_correction: str, heuristic: Heuristic) -> N
 
 
 def check_options(strategy: str, release_gradients: bool, select_from: str, capturable: bool) -> None:
-    """Refuses released gradients and capturable steps where they cannot work."""
+    """Refuses ZeroRedundancyOptimizer, and released gradients and capturable steps where they cannot work."""
+    check_builder()
     _check_release(release_gradients, select_from, strategy)
     _check_capturable(capturable, strategy, release_gradients)
 
@@ -133,13 +134,15 @@ def check_group(group: dict[str, Any], i: int) -> None:
     ):
         if not in_range:
             raise ValueError(f"{where}: {name}: expected {expected}, got {value}")
+    check_params(group, i)
+
+
+def check_params(group: dict[str, Any], i: int) -> None:
+    """Refuses what is no whole plain tensor: of a new group, and before the first step of all groups, since
+    trainers replace parameters in between."""
     for j, p in enumerate(group["params"]):
-        name = group["param_names"][j] if "param_names" in group else f"{where}['params'][{j}]"
-        if hasattr(p, "ds_id"):
-            raise ValueError(
-                f"{name}: expected a whole parameter, got one partitioned by DeepSpeed ZeRO, "
-                "which is not supported"
-            )
+        name = group["param_names"][j] if "param_names" in group else f"param_groups[{i}]['params'][{j}]"
+        check_whole(name, p)
         checks.plain(name, p)
 
 

@@ -66,6 +66,7 @@ def id3_optimizer(
     Raises TypeError for an option that ID3AdamW does not have, ValueError for an option that contradicts
     `args` or is out of range.
     """
+    _refuse_deepspeed(args)
     for name, argument in _FROM_ARGUMENTS.items():
         if name in options:
             raise ValueError(f"{name}: expected it in TrainingArguments ({argument}), got {options[name]}")
@@ -85,6 +86,15 @@ def id3_optimizer(
         return ID3AdamW(groups(model, fresh), **kwargs)
 
     return lambda: build, options
+
+
+def _refuse_deepspeed(args: TrainingArguments) -> None:
+    """Raises ValueError: DeepSpeed puts other parameters, flat parts of all, into the optimizer."""
+    if getattr(args, "deepspeed_plugin", None) is not None:
+        raise ValueError(
+            "deepspeed: does not apply to ID3AdamW: DeepSpeed gives it flat parts of the parameters; use "
+            "DistributedDataParallel"
+        )
 
 
 class ID3Callback(TrainerCallback, ExportableState):
@@ -139,6 +149,7 @@ class ID3Callback(TrainerCallback, ExportableState):
         self.total_steps_from_run, self._optimizer, self._attempt = False, None, None  # of an earlier Trainer
 
     def on_train_begin(self, args, state, control, optimizer=None, train_dataloader=None, **kwargs):
+        _refuse_deepspeed(args)
         if args.report_to and not self.reports_first and state.is_world_process_zero:
             warnings.warn(
                 f"ID3Callback: its numbers do not reach {args.report_to} without report_first(trainer)",
