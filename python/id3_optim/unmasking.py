@@ -58,14 +58,14 @@ class Unmasking:
         i, active = len(groups) - 1, self.active
         group = groups[i]
         validation.check_group(group, i)
-        held = [p for shard in active.shards for p in shard.params]
-        validation.check_devices(active.layout, held + group["params"], group["dense"])
+        held = (p for shard in active.shards for p in shard.params)
+        validation.check_devices(active.layout, chain(held, group["params"]), group["dense"])
         names = parameter_names(groups)
         if self.n_entries is not None and not group["dense"]:
             validation.check_countable(groups, names)
             self._warn_if_spent(group)
             self.n_entries += trainable_entries([group])
-            active.adopt(member for member in members(groups, dense=False) if member.group == i)
+            active.adopt(members(groups, dense=False, since=i))
             active.reserve(self.budget)
         active.names = names
         if self.release is not None:
@@ -115,12 +115,17 @@ class Unmasking:
 
         As long as nothing requires a gradient but dense groups, there is nothing to fix.
         """
-        if self.n_entries is None:
+        n_entries = self.n_entries
+        if n_entries is None:
             validation.check_countable(groups, self.active.names)
             n_entries = trainable_entries(groups)
-            if n_entries == 0:
-                validation.check_nothing_to_train(groups, self.active.names)
-                return
+        if not self.active.shards and (n_entries or self.progress.steps_done == 0):
+            for i, group in enumerate(groups):
+                validation.check_params(group, i)
+        if n_entries == 0:
+            validation.check_nothing_to_train(groups, self.active.names)
+            return
+        if self.n_entries is None:
             self.budget = schedules.resolve_budget(self.method.budget_given, n_entries)
             self.n_entries = n_entries
         if not self.active.shards:

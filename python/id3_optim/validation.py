@@ -14,7 +14,7 @@ from id3_kernels import backend, checks
 from . import schedules
 from .heuristics import Bias, Heuristic, Random
 from .param_groups import members
-from .ranks import world_size
+from .ranks import check_builder, check_whole, world_size
 from .state.layout import Layout
 
 STRATEGIES = ("increment", "static", "repeat")
@@ -57,7 +57,8 @@ def check_method(strategy: str, bias_correction: str, heuristic: Heuristic) -> N
 
 
 def check_options(strategy: str, release_gradients: bool, select_from: str, capturable: bool) -> None:
-    """Refuses released gradients and capturable steps where they cannot work."""
+    """Refuses ZeroRedundancyOptimizer, and released gradients and capturable steps where they cannot work."""
+    check_builder()
     _check_release(release_gradients, select_from, strategy)
     _check_capturable(capturable, strategy, release_gradients)
 
@@ -128,9 +129,7 @@ def check_group(group: dict[str, Any], i: int) -> None:
     where = f"param_groups[{i}]"
     check_options_of_group(group, where)
     _check_numbers(group, where)
-    for j, p in enumerate(group["params"]):
-        name = group["param_names"][j] if "param_names" in group else f"{where}['params'][{j}]"
-        _check_parameter(name, p)
+    check_params(group, i)
 
 
 def check_options_of_group(group: dict[str, Any], where: str) -> None:
@@ -165,17 +164,17 @@ def _check_numbers(group: dict[str, Any], where: str) -> None:
             raise ValueError(f"{where}: {name}: expected {expected}, got {named[name]}")
 
 
-def _check_parameter(name: str, p: torch.Tensor) -> None:
-    if hasattr(p, "ds_id"):
-        raise ValueError(
-            f"{name}: expected a whole parameter, got one partitioned by DeepSpeed ZeRO, "
-            "which is not supported"
-        )
-    if torch.nn.parameter.is_lazy(p):  # has a dtype, and no shape before its module's first forward pass
-        checks.plain(name, torch.empty(0, dtype=p.dtype, device=p.device))
-    else:
-        checks.plain(name, p)
-        check_memory(name, p)
+def check_params(group: dict[str, Any], i: int) -> None:
+    """Refuses what is no whole plain tensor: of a new group, and before the first step of all groups, since
+    trainers replace parameters in between."""
+    for j, p in enumerate(group["params"]):
+        name = group["param_names"][j] if "param_names" in group else f"param_groups[{i}]['params'][{j}]"
+        check_whole(name, p)
+        if torch.nn.parameter.is_lazy(p):  # has a dtype; no shape before its module's first forward pass
+            checks.plain(name, torch.empty(0, dtype=p.dtype, device=p.device))
+        else:
+            checks.plain(name, p)
+            check_memory(name, p)
 
 
 def check_memory(name: str, p: torch.Tensor) -> None:

@@ -18,7 +18,16 @@ from ..method import Method
 from ..param_groups import members
 from .active_set import ActiveSet
 from .layout import Layout
-from .parameter_state import OWN, by_hooks, check_shape, checked, differs, saved_state, without_entries
+from .parameter_state import (
+    OWN,
+    by_hooks,
+    check_shape,
+    checked,
+    columns_of,
+    differs,
+    saved_state,
+    without_entries,
+)
 
 # torch.distributed.checkpoint takes an empty `optimizer.state` for one that has never stepped, and steps it
 # with zero gradients to make state: that would use up a step of the budget.
@@ -47,9 +56,9 @@ class Restored(NamedTuple):
 def sparse_state(active: ActiveSet) -> dict[Tensor, dict[str, Any]]:
     """Every parameter's own state: copies, so that later steps leave what was saved alone."""
     return {
-        p: saved_state(active, i, j)
+        p: saved_state(active, i, j, columns)
         for i, shard in enumerate(active.shards)
-        for j, p in enumerate(shard.params)
+        for j, (p, columns) in enumerate(zip(shard.params, columns_of(active, shard), strict=True))
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import accumulate
 from typing import Any
 
@@ -23,10 +24,16 @@ OWN = {"step", "shape", "ever_indices", "ever_originals", *_COLUMNS}
 _REMEDY = "; cast=True converts the state of a parameter of another dtype"
 
 
-def saved_state(active: ActiveSet, i: int, j: int) -> dict[str, Any]:
-    """The state of tensor j of shard i over all ranks: a copy."""
+def columns_of(active: ActiveSet, shard: Shard) -> Iterator[dict[str, Tensor]]:
+    """For each tensor of a shard its part of every saved array."""
+    names = tuple(active.layout.columns(shard.dtype))
+    for parts in zip(*(shard.parts(name) for name in names), strict=True):
+        yield dict(zip(names, parts, strict=True))
+
+
+def saved_state(active: ActiveSet, i: int, j: int, columns: dict[str, Tensor]) -> dict[str, Any]:
+    """The state of tensor j of shard i over all ranks: a copy. columns: its parts of the arrays."""
     shard = active.shards[i]
-    columns = {name: shard.column(name, j) for name in active.layout.columns(shard.dtype)}
     state = {name: column.clone() for name, column in active.ranks.whole(columns).items()}
     state |= {"step": shard.steps[j].clone(), "shape": list(shard.params[j].shape)}
     if active.layout.repeat:
@@ -134,8 +141,8 @@ def _fill_shard(shard: Shard, states: list[dict], steps_done: int) -> None:
     shard.reserve(bounds[-1])
     shard.hold(torch.tensor(bounds, dtype=torch.int64, device=shard.device), bounds[-1], {})
     for name in shard.layout.columns(shard.dtype):
-        for j, s in enumerate(states):
-            shard.column(name, j).copy_(s[name])
+        for part, s in zip(shard.parts(name), states, strict=True):
+            part.copy_(s[name])
 
 
 def _fill_ever(ever: EverActive, states: list[dict], device: torch.device) -> None:
