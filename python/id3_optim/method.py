@@ -15,7 +15,7 @@ class Method:
     """What defines a run, apart from its length and the number of entries; see `ID3AdamW` for each field.
 
     Its plain form (`describe`) goes into state dicts and delta files; a state dict is refused by an optimizer
-    whose plain form differs.
+    whose plain form differs. Raises TypeError for what is no heuristic or no schedule.
     """
 
     budget_given: int | float
@@ -25,10 +25,19 @@ class Method:
     bias_correction: str
     max_grad_norm: float | None
     keep_originals: bool
+    select_every: int
+
+    def __post_init__(self) -> None:
+        self.describe()
 
     def describe(self) -> dict[str, Any]:
-        """Plain values by field: the heuristic and the schedule by name and numbers."""
+        """Plain values by field: the heuristic and the schedule by name and numbers.
+
+        Without `select_every` where that is 1, as before there was such a field: files keep their bytes.
+        """
         plain = {field.name: getattr(self, field.name) for field in fields(self)}
+        if self.select_every == 1:
+            del plain["select_every"]
         described = {
             "heuristic": heuristics.describe(self.heuristic),
             "schedule": schedules.describe(self.schedule),

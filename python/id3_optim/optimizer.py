@@ -41,6 +41,8 @@ class ID3AdamW(torch.optim.Optimizer):
     strategy: "increment" (ID3), "static" (the whole budget at the first step), "repeat" (a fresh top B at
         every step; entries that leave lose their state and keep their value).
     schedule: f(step, total_steps, budget) -> entries active after that step; ignored unless increment.
+    select_every: K: entries join in steps 0, K, 2K, … alone, as many as the schedule gives to K steps; the
+        steps between do not read N entries. 1 is the paper's. Does not apply to "repeat".
     bias_correction: "tensor": by the steps in which the tensor had a gradient, as in torch and the paper;
         "entry": by the steps since the entry joined.
     max_grad_norm: clip by the norm over everything that this step updates: the active entries, the new
@@ -75,6 +77,7 @@ class ID3AdamW(torch.optim.Optimizer):
         heuristic: Heuristic = D3(eps=1.0, exp=2.0),  # noqa: B008 - frozen
         strategy: str = "increment",
         schedule: Schedule = uniform,
+        select_every: int = 1,
         bias_correction: str = "tensor",
         max_grad_norm: float | None = None,
         keep_originals: bool = True,
@@ -86,11 +89,10 @@ class ID3AdamW(torch.optim.Optimizer):
         **not_applicable: Any,
     ):
         validation.refuse_not_applicable(not_applicable)
-        validation.check_method(strategy, bias_correction, heuristic)
+        validation.check_method(strategy, bias_correction, heuristic, select_every)
         validation.check_options(strategy, release_gradients, select_from, capturable)
-        budget, norm = validation.plain_budget(budget), validation.plain_norm(max_grad_norm)
-        method = Method(budget, strategy, heuristic, schedule, bias_correction, norm, keep_originals)
-        method.describe()  # refuses what is no heuristic or no schedule
+        rest = bias_correction, validation.plain_norm(max_grad_norm), keep_originals, int(select_every)
+        method = Method(validation.plain_budget(budget), strategy, heuristic, schedule, *rest)
         backend, age = validation.usable_backend(backend), bias_correction == "entry"
         layout = Layout(keep_originals, age, strategy == "repeat", backend, release_gradients, capturable)
         self._unmasking = Unmasking(method, layout)
@@ -119,9 +121,9 @@ class ID3AdamW(torch.optim.Optimizer):
         """Lets a budget given as a share follow N: for layers added or unfrozen after the first step.
 
         Counts N anew (it never falls) and makes the budget its share of that N. The schedule spends what was
-        added over the steps that are left of `total_steps`, or in the next step where none is. All entries
-        compete, those of older tensors too. Does nothing before the first step, which counts N itself. Saved
-        states remember it. Raises ValueError for a budget given as a number of entries.
+        added over the steps that are left of `total_steps`, or in the next selection where none is. All
+        entries compete, those of older tensors too. Does nothing before the first step, which counts N
+        itself. Saved states remember it. Raises ValueError for a budget given as a number of entries.
         """
         self._unmasking.grow_budget(self.param_groups)
 

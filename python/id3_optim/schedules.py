@@ -47,14 +47,36 @@ class Exponential:
         return math.floor(budget * math.expm1(-self.a * (step + 1) / total_steps) / math.expm1(-self.a))
 
 
-exponential = Exponential
+@dataclass(frozen=True)
+class FrontLoaded:
+    """`uniform` over the first `share` of the steps, ceil(share·T) of them, and nothing after.
+
+    Raises ValueError unless 0 < share ≤ 1 (1 is `uniform`).
+    """
+
+    share: float
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.share <= 1.0:
+            raise ValueError(f"share: expected a number in (0, 1] (1 is `uniform`), got {self.share!r}")
+        object.__setattr__(self, "share", float(self.share))
+
+    def __call__(self, step: int, total_steps: int, budget: int) -> int:
+        # A share such as 0.1 lies above its decimal value: the small term keeps 0.1 of 10 steps at 1.
+        spending = max(1, math.ceil(self.share * total_steps - 1e-6))
+        return budget * min(step + 1, spending) // spending
+
+
+exponential, front_loaded = Exponential, FrontLoaded
 
 _BY_NAME = {"uniform": uniform, "cosine": cosine, "one_shot": one_shot}
+_WITH_NUMBER = {"exponential": Exponential, "front_loaded": FrontLoaded}
 
 
-def tabulate(schedule: Schedule, total_steps: int, budget: int) -> list[int]:
+def tabulate(schedule: Schedule, total_steps: int, budget: int, select_every: int = 1) -> list[int]:
     """The targets c(0) … c(T−1): non-decreasing, within 0 … budget, the last one equal to budget.
 
+    select_every: see `in_windows`.
     Raises ValueError for total_steps < 1 and TypeError for a schedule that returns anything but an integer.
     """
     check_total_steps(total_steps)
@@ -67,7 +89,15 @@ def tabulate(schedule: Schedule, total_steps: int, budget: int) -> list[int]:
         reached = min(max(reached, operator.index(target)), budget)
         targets.append(reached)
     targets[-1] = budget
-    return targets
+    return in_windows(targets, select_every)
+
+
+def in_windows(targets: list[int], select_every: int) -> list[int]:
+    """All steps of a window mK … mK+K−1 have the target of the window's last step, so that its first step
+    selects what the window is due and the whole budget is spent. select_every: K."""
+    steps = range(len(targets))
+    last_of_window = (step - step % select_every + select_every - 1 for step in steps)
+    return [targets[min(last, len(targets) - 1)] for last in last_of_window]
 
 
 def grown(targets: list[int], schedule: Schedule, growth: Sequence[tuple[int, int]]) -> list[int]:
@@ -93,6 +123,8 @@ def describe(schedule: Schedule) -> dict:
     """The schedule's name and numbers as plain values: equal dicts mean equal schedules on resume."""
     if isinstance(schedule, Exponential):
         return {"name": "exponential", "a": schedule.a}
+    if isinstance(schedule, FrontLoaded):
+        return {"name": "front_loaded", "share": schedule.share}
     if not callable(schedule):
         raise TypeError(f"schedule: expected f(step, total_steps, budget) -> int, got {schedule!r}")
     for name, known in _BY_NAME.items():
@@ -104,20 +136,21 @@ def describe(schedule: Schedule) -> dict:
 def from_name(text: str) -> Schedule:
     """The schedule of a name, as on the command line.
 
-    text: `uniform`, `cosine`, `one_shot` (or `one-shot`), or `exponential:3` for a = 3.
+    text: `uniform`, `cosine`, `one_shot`, `exponential:3` for a = 3 or `front_loaded:0.2` for a share of 0.2;
+    a hyphen is as good as an underscore.
     Raises ValueError for any other text.
     """
-    plain = text.replace("one-shot", "one_shot")
-    if plain in _BY_NAME:
-        return _BY_NAME[plain]
     name, colon, number = text.partition(":")
-    if name == "exponential" and colon:
+    name = name.replace("-", "_")
+    if name in _BY_NAME and not colon:
+        return _BY_NAME[name]
+    if name in _WITH_NUMBER and colon:
         try:
-            a = float(number)
+            value = float(number)
         except ValueError:
-            raise ValueError(f"schedule: expected a number after 'exponential:', got {number!r}") from None
-        return Exponential(a)
-    known = ", ".join([*_BY_NAME, "exponential:<a>"])
+            raise ValueError(f"schedule: expected a number after '{name}:', got {number!r}") from None
+        return _WITH_NUMBER[name](value)
+    known = ", ".join([*_BY_NAME, "exponential:<a>", "front_loaded:<share>"])
     raise ValueError(f"schedule: expected one of {known}, got {text!r}")
 
 

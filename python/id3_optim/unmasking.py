@@ -43,7 +43,10 @@ class Unmasking:
         self.growth: list[tuple[int, int]] = []  # (step, entries) of every growth of the budget
         self.last_selection: Selection | None = None
         self.phase_seconds = {"select": 0.0, "update": 0.0}
-        self.active, self.progress = ActiveSet(layout), Progress(layout.capturable)
+        self.active, self.progress = (
+            ActiveSet(layout),
+            Progress(layout.capturable, select_every=method.select_every),
+        )
         self.release: Release | None = None
 
     # --- before the first step -------------------------------------------------------------------------
@@ -209,7 +212,7 @@ class Unmasking:
 
     def restore(self, saved: Restored, groups: Groups) -> None:
         """Takes over a checked state; the param groups are those that torch has loaded."""
-        self.progress = Progress(self.active.layout.capturable, saved.steps_done)
+        self.progress = Progress(self.active.layout.capturable, saved.steps_done, self.method.select_every)
         if self.total_steps is None:
             self.total_steps = saved.total_steps
         self.active = ActiveSet(self.active.layout, parameter_names(groups))

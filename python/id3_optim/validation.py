@@ -29,8 +29,8 @@ _NOT_APPLICABLE = {
 
 # What ID3AdamW takes once, and torch would leave unread in a param group.
 OPTIONS_OF_A_RUN = (
-    *("budget", "total_steps", "heuristic", "strategy", "schedule", "bias_correction", "max_grad_norm"),
-    *("keep_originals", "backend", "release_gradients", "select_from", "capturable"),
+    *("budget", "total_steps", "heuristic", "strategy", "schedule", "select_every", "bias_correction"),
+    *("max_grad_norm", "keep_originals", "backend", "release_gradients", "select_from", "capturable"),
 )
 
 
@@ -42,12 +42,19 @@ def refuse_not_applicable(not_applicable: dict[str, Any], where: str = "") -> No
             raise ValueError(f"{where}{name}: does not apply to ID3AdamW: {_NOT_APPLICABLE[name]}")
 
 
-def check_method(strategy: str, bias_correction: str, heuristic: Heuristic) -> None:
+def check_method(strategy: str, bias_correction: str, heuristic: Heuristic, select_every: int) -> None:
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy: expected one of {', '.join(STRATEGIES)}, got {strategy!r}")
     if bias_correction not in BIAS_CORRECTIONS:
         raise ValueError(
             f"bias_correction: expected one of {', '.join(BIAS_CORRECTIONS)}, got {bias_correction!r}"
+        )
+    whole = isinstance(select_every, numbers.Integral) and not isinstance(select_every, bool)
+    if not whole or select_every < 1:
+        raise ValueError(f"select_every: expected an int of at least 1, got {select_every!r}")
+    if strategy == "repeat" and select_every > 1:
+        raise ValueError(
+            f"select_every: does not apply to strategy 'repeat': it selects at every step, got {select_every}"
         )
     if strategy == "repeat" and isinstance(heuristic, Random | Bias):
         kind = type(heuristic).__name__

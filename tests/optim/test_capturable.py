@@ -54,6 +54,7 @@ VARIANTS = {
     "bfloat16": {"dtype": torch.bfloat16},
     "clipped": {"max_grad_norm": 0.5},
     "cosine": {"schedule": cosine},
+    "every third": {"select_every": 3},
     "static": {"strategy": "static"},
     "by entry": {"bias_correction": "entry"},
     "exponent": {"heuristic": D3(eps=1e-3, exp=0.5)},

@@ -95,6 +95,19 @@ def test_the_share_of_new_layers_is_spent_over_the_steps_left(model, train, sche
     assert optimizer.n_active == 361
 
 
+def test_what_is_added_joins_in_the_steps_that_select(model, train):
+    twin, rest, optimizer = layered(model, select_every=4)
+    joined = []
+    for t in range(14):
+        if t == 5:
+            optimizer.add_param_group({"params": rest})
+            optimizer.grow_budget()
+        before = optimizer.n_active
+        train(twin, optimizer, t, t + 1)
+        joined += [t] if optimizer.n_active > before else []
+    assert joined == [0, 4, 8] and counts(optimizer) == (361, 361, 3617)
+
+
 def test_unfrozen_layers_count_too(model, train):
     twin = copy.deepcopy(model)
     twin[0].requires_grad_(False)

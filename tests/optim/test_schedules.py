@@ -11,9 +11,25 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from id3_optim import schedules
-from id3_optim.schedules import cosine, exponential, one_shot, resolve_budget, tabulate, uniform
+from id3_optim.schedules import (
+    cosine,
+    exponential,
+    front_loaded,
+    one_shot,
+    resolve_budget,
+    tabulate,
+    uniform,
+)
 
-EVERY = [uniform, cosine, exponential(3.0), exponential(-2.0), exponential(700.0), one_shot]
+EVERY = [
+    uniform,
+    cosine,
+    exponential(3.0),
+    exponential(-2.0),
+    exponential(700.0),
+    front_loaded(0.2),
+    one_shot,
+]
 steps = st.integers(1, 300)
 budgets = st.integers(0, 10**12)
 
@@ -45,6 +61,19 @@ def test_uniform_is_exact_and_even(total_steps, budget):
 def test_budgets_below_the_number_of_steps(budget):
     targets = tabulate(uniform, 10, budget)
     assert targets[-1] == budget and len(set(targets) | {0}) == budget + 1
+
+
+@given(total_steps=steps, budget=budgets, share=st.sampled_from([0.05, 0.1, 0.2, 0.3, 0.7, 1.0]))
+def test_front_loaded_is_uniform_over_its_share(total_steps, budget, share):
+    spending = max(1, -(-round(100 * share) * total_steps // 100))  # ceil, in whole hundredths
+    expected = tabulate(uniform, spending, budget) + [budget] * (total_steps - spending)
+    assert tabulate(front_loaded(share), total_steps, budget) == expected
+
+
+@pytest.mark.parametrize("share", [0.0, -0.1, 1.01, math.nan])
+def test_front_loaded_refuses(share):
+    with pytest.raises(ValueError, match=r"share: expected a number in \(0, 1\]"):
+        front_loaded(share)
 
 
 @pytest.mark.parametrize("schedule", EVERY, ids=str)
@@ -106,6 +135,7 @@ def test_descriptions_tell_schedules_apart():
 @pytest.mark.parametrize(
     ("text", "schedule"),
     [("uniform", uniform), ("cosine", cosine), ("one_shot", one_shot), ("one-shot", one_shot),
+     ("front-loaded:0.2", front_loaded(0.2)), ("front_loaded:1", front_loaded(1.0)),
      ("exponential:3", exponential(3.0)), ("exponential:-0.5", exponential(-0.5))],
 )  # fmt: skip
 def test_names(text, schedule):
@@ -113,10 +143,22 @@ def test_names(text, schedule):
 
 
 @pytest.mark.parametrize(
-    "text", ["linear", "", "uniform:2", "exponential", "exponential:", "exponential:x", "exponential:0"]
+    "text",
+    [
+        "linear",
+        "",
+        "uniform:2",
+        "exponential",
+        "exponential:",
+        "exponential:x",
+        "exponential:0",
+        "front_loaded",
+        "front_loaded:0",
+        "front_loaded:1.5",
+    ],
 )
 def test_wrong_names(text):
-    with pytest.raises(ValueError, match=r"(schedule|a): expected"):
+    with pytest.raises(ValueError, match=r"(schedule|a|share): expected"):
         schedules.from_name(text)
 
 

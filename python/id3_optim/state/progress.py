@@ -56,10 +56,11 @@ class Progress:
     """The count of steps, on the device where it is capturable: a graph that is replayed runs no Python.
 
     `targets` is c(t) for every step, tabulated once the budget and the number of steps are known.
+    select_every: K; entries join in every K-th step alone.
     """
 
-    def __init__(self, capturable: bool, steps_done: int = 0):
-        self.capturable = capturable
+    def __init__(self, capturable: bool, steps_done: int = 0, select_every: int = 1):
+        self.capturable, self.select_every = capturable, select_every
         self.done: int | Tensor = steps_done  # capturable: int64 [1] from the first step on
         self.targets: list[int] = []
         self._table: Tensor | None = None
@@ -96,8 +97,8 @@ class Progress:
     ) -> None:
         """growth: (step, entries) of what was added later to the budget, which counts it."""
         first = budget - sum(entries for _, entries in growth)
-        targets = schedules.tabulate(schedule, total_steps, first)
-        self.targets = schedules.grown(targets, schedule, growth)
+        targets = schedules.grown(schedules.tabulate(schedule, total_steps, first), schedule, growth)
+        self.targets = schedules.in_windows(targets, self.select_every)
         increments = [b - a for a, b in pairwise([0, *self.targets])]
         self._most_at_once = min(4 * max(increments), budget)
         if self.capturable:
@@ -110,13 +111,13 @@ class Progress:
         self.done += 1 if not_overflowed is None else not_overflowed
 
     def wanted(self, active: ActiveSet) -> Wanted | None:
-        """The schedule's increment, and what earlier steps could not give; None where that is known to be 0.
-        With the strategy "repeat" the whole budget, at every step.
+        """The schedule's increment, and what earlier steps could not give; None where that is known to be 0,
+        and between two selections. With the strategy "repeat" the whole budget, at every step.
 
         On the CPU the number is at hand and the capacity exact. The number of active entries is not read from
         a GPU: what it reported of earlier steps is a lower bound, since the active set only grows.
         """
-        if not active.shards:
+        if not active.shards or (not self.capturable and self.done % self.select_every):
             return None
         home, last = active.shards[0].device, len(self.targets) - 1
         if active.layout.repeat:
@@ -131,6 +132,7 @@ class Progress:
         if self.capturable:
             target = self._table.index_select(0, self.done.clamp(max=last))
             k = (target - n_active).clamp_(0, self._most_at_once)
+            k *= self.done % self.select_every == 0
             return Wanted(k, self._most_at_once, self.done.clone(), self.targets[-1])
         target = self.targets[min(self.done, last)]
         if home.type == "cuda":
