@@ -28,6 +28,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "parts": _from("run", "run_kind", "parts"),
     "growth": _from("run", "run_kind", "growth"),
     "deltas": _from("run", "run_kind", "deltas"),
+    "many": _from("many"),
     "release": _from("release"),
     "against": _from("against"),
     "report": _from("report"),

@@ -8,6 +8,7 @@ from benchmarks.ours import EPS
 from benchmarks.parts import KERNELS, Update, wanted
 from benchmarks.shapes import Inputs
 from id3_kernels import Entries
+from id3_optim.param_groups import Member
 from id3_optim.state.layout import Layout
 from id3_optim.state.shard import RECENT_SHARE, Shard
 
@@ -29,8 +30,7 @@ class Joins:
         self._held, self._increments = held, increments
         self._shard = Shard(weights[0].device, weights[0].dtype, Layout(True, False, False, None))
         self._shard.kernels = kernels
-        for position, weight in enumerate(weights):
-            self._shard.add(weight, position, 0)
+        self._shard.extend([Member(position, 0, weight) for position, weight in enumerate(weights)])
         self._shard.limit = budget
         self._shard.reserve(budget)
         for array in self._shard.arrays.values():

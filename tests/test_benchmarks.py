@@ -11,6 +11,7 @@ from benchmarks import render
 from benchmarks.__main__ import COMMANDS, main
 from benchmarks.against import slower
 from benchmarks.growth import timed_growth
+from benchmarks.many import Side, check, many_inputs, ours
 from benchmarks.measure import Interleaved, Timed
 from benchmarks.shapes import make_inputs
 from benchmarks.worker import digest
@@ -146,7 +147,23 @@ def test_links_are_relative_to_the_page():
     assert render.link(Path("/elsewhere/x.png"), render.README) == "x.png"
 
 
-# --- growth and other checkouts -----------------------------------------------------------------------
+# --- many tensors, growth and other checkouts ---------------------------------------------------------
+
+
+def test_many_tensors_have_a_row_for_each_measurement(capsys):
+    main(["many", "--tensors", "100", "200", "--rounds=1", "--threads=1"])
+    printed = capsys.readouterr().out
+    assert printed.count("| 100 tensors, ") == printed.count("| 200 tensors, ") == 4
+    assert "first step / AdamW(fused=True)'s, 200 tensors | ≤ 3" in printed
+
+
+def test_many_tensors_whose_first_step_chose_wrongly_are_not_timed():
+    inputs = many_inputs(100)
+    side = Side(ours, inputs)
+    check(side, inputs)
+    side.first = side.first + 1
+    with pytest.raises(AssertionError, match="selection differs from a stable sort"):
+        check(side, inputs)
 
 
 def test_a_growing_run_times_windows_of_joins_with_a_merge_in_each():

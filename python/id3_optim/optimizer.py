@@ -99,7 +99,7 @@ class ID3AdamW(torch.optim.Optimizer):
         self._unmasking = Unmasking(method, layout)
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, defaults | {"maximize": maximize, "dense": False})
-        self.state[checkpoint.MARKER] = {}
+        self.state[checkpoint.MARKER] = dict(checkpoint.MARKED)
         validation.check_names(heuristic, self.param_groups[0])
         if total_steps is not None:
             self.set_total_steps(total_steps)
@@ -107,13 +107,26 @@ class ID3AdamW(torch.optim.Optimizer):
             self.release_gradients(select_from)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As torch's. After the first step the new tensors extend N; a budget already fixed stays."""
+        """As torch's. After the first step the new tensors extend N; a budget already fixed stays.
+
+        Warns where that budget is spent: the new tensors get no entries then. See `grow_budget`.
+        """
         super().add_param_group(param_group)
         try:
             self._unmasking.add_group(self.param_groups)
         except Exception:
             self.param_groups.pop()
             raise
+
+    def grow_budget(self) -> None:
+        """Lets a budget given as a share follow N: for layers added or unfrozen after the first step.
+
+        Counts N anew (it never falls) and makes the budget its share of that N. The schedule spends what was
+        added over the steps that are left of `total_steps`, or in the next selection where none is. All
+        entries compete, those of older tensors too. Does nothing before the first step, which counts N
+        itself. Saved states remember it. Raises ValueError for a budget given as a number of entries.
+        """
+        self._unmasking.grow_budget(self.param_groups)
 
     def set_total_steps(self, total_steps: int) -> None:
         """Sets T, the steps over which the budget is spent. Raises ValueError to change it after step 0."""
@@ -230,28 +243,52 @@ class ID3AdamW(torch.optim.Optimizer):
     # --- state ---------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """torch's shape, settings in `param_groups[0]["id3"]`; `torch.load(weights_only=True)` reads it."""
-        sparse = checkpoint.sparse_state(self._unmasking.active)
-        self.state.update(sparse)  # lent to torch, which packs it
-        try:
-            torch_state = super().state_dict()
-        finally:
-            for p in sparse:
-                del self.state[p]
-        return checkpoint.packed(torch_state, self.settings())
+        """torch's shape, settings in `param_groups[0]["id3"]`; `torch.load(weights_only=True)` reads it.
 
-    def load_state_dict(self, state_dict: dict[str, Any], strict: bool = True) -> None:
+        Hooks see the whole state: pre-hooks in `self.state`, post-hooks in the dict. What they add for a
+        parameter is saved too. Raises ValueError where it has the name of something of ID3AdamW's.
+        """
+
+        def pack(_: Any, state: dict[str, Any]) -> None:
+            checkpoint.pack(state, self.settings())
+
+        sparse = checkpoint.sparse_state(self._unmasking.active)
+        with self.register_state_dict_post_hook(pack, prepend=True), checkpoint.lent(self.state, sparse):
+            return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any], strict: bool = True, cast: bool = False) -> None:
         """Continues bit for bit where the saved run stood, on the same backend.
 
         Raises ValueError with both values where the state does not fit (shapes, names, T, B, heuristic,
-        schedule, strategy), before anything changes; `strict=False` lets settings differ.
+        schedule, strategy), before anything changes; `strict=False` lets settings differ, and parameters
+        without a state begin without active entries. cast: converts the state of parameters of another
+        dtype; a low-precision parameter's master copy then starts from the parameter.
+
+        As in torch, pre-hooks may change or replace what is loaded, and the checks see their result;
+        post-hooks run when all is loaded. What a param group of the state lacks is as at construction.
         """
-        layout = self._unmasking.active.layout
-        saved = checkpoint.check(state_dict, self.settings(), self.param_groups, layout, strict)
-        super().load_state_dict(saved.for_torch)
+        found = []
+
+        def check(_: Any, state: dict[str, Any]) -> dict[str, Any]:
+            layout = self._unmasking.active.layout
+            found.append(checkpoint.check(state, self.settings(), self.param_groups, layout, strict, cast))
+            return found[0].for_torch
+
+        def restore(_: Any) -> None:
+            self._restore(found[0])
+
+        with (
+            self.register_load_state_dict_pre_hook(check),  # behind the user's
+            self.register_load_state_dict_post_hook(restore, prepend=True),
+        ):
+            super().load_state_dict(state_dict)
+
+    def _restore(self, saved: checkpoint.Restored) -> None:
         for p, dense_state in self.state.items():
-            dense_state["step"] = dense_state["step"].to(p.device, torch.float32)
-        self.state[checkpoint.MARKER] = {}
+            if isinstance(p, Tensor) and "step" in dense_state:
+                step = torch.as_tensor(dense_state["step"])
+                dense_state["step"] = step.to(p.device, torch.float32)
+        self.state[checkpoint.MARKER] = dict(checkpoint.MARKED)
         self._unmasking.restore(saved, self.param_groups)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -259,6 +296,9 @@ class ID3AdamW(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        for group in self.param_groups:  # an older state may lack what came later
+            for name in ("lr", "betas", "eps", "weight_decay", "maximize", "dense"):
+                group.setdefault(name, self.defaults[name])
         # torch's own load_state_dict calls this too, without an `_unmasking`: then nothing is copied.
         if "_unmasking" in state and self._unmasking.release is not None:
             self._unmasking.release.rebind(self._begin_pass, selectable(self.param_groups))

@@ -19,11 +19,14 @@ class Member(NamedTuple):
     param: Tensor
 
 
-def members(groups: list[dict[str, Any]], dense: bool) -> Iterator[Member]:
-    """The parameters of the dense groups, or of all other groups, in the order of their positions."""
+def members(groups: list[dict[str, Any]], dense: bool, since: int = 0) -> Iterator[Member]:
+    """The parameters of the dense groups, or of all other groups, in the order of their positions.
+
+    since: the number of the first group that counts.
+    """
     position = 0
     for i, group in enumerate(groups):
-        if group["dense"] == dense:
+        if i >= since and group["dense"] == dense:
             yield from (Member(position + j, i, p) for j, p in enumerate(group["params"]))
         position += len(group["params"])
 

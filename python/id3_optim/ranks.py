@@ -1,10 +1,14 @@
-"""What one rank has to learn from the other ranks. One process holds every entry, so it answers alone.
+"""What one rank has to learn from the other ranks, and the trainers that leave it a part of the parameters.
+
+One process holds every entry, so it answers alone.
 
 Selection, the count of active entries, clipping, checkpoints and deltas go through this module, so that
 parameters sharded over ranks have one place to begin. Released gradients refuse several processes.
 """
 
 from __future__ import annotations
+
+import sys
 
 import torch
 from torch import Tensor
@@ -27,6 +31,58 @@ class OneProcess:
         """One parameter's entries from all ranks: `indices` into the unsharded tensor, ascending, and the
         columns beside them."""
         return entries
+
+
+# --- refusals ----------------------------------------------------------------------------------------
+
+_REMEDY = "which is not supported: each rank would select within its own part; use DistributedDataParallel"
+
+
+def check_whole(name: str, param: Tensor) -> None:
+    """Raises ValueError for a parameter of which this rank holds a part, as its marks or its type say.
+
+    FullyShardedDataParallel marks its flat parameter and, with use_orig_params, the views into it, which it
+    puts into parameters that exist when a model is wrapped: check again before the first step.
+    """
+    splitter = None
+    if getattr(param, "_fsdp_flattened", False) or getattr(param, "_is_flat_param", False):
+        splitter = "FullyShardedDataParallel (FSDP1)"
+    elif type(param).__name__ == "DTensor":
+        splitter = "FSDP2 or tensor parallelism (DTensor)"
+    elif hasattr(param, "ds_id"):
+        splitter = "DeepSpeed ZeRO"
+    if splitter is not None:
+        raise ValueError(f"{name}: expected a whole parameter, got one split by {splitter}, {_REMEDY}")
+
+
+def check_module(name: str) -> None:
+    """Raises ValueError where a parameter's name says that FullyShardedDataParallel wraps its module."""
+    if "_fsdp_wrapped_module" in name.split("."):
+        raise ValueError(
+            f"model: expected whole parameters, got one in FullyShardedDataParallel ({name}), {_REMEDY}"
+        )
+
+
+def check_builder() -> None:
+    """Raises ValueError where torch's ZeroRedundancyOptimizer builds the optimizer that calls this function.
+
+    It hands each rank its share of the parameters as if these were all. Neither the parameters nor the
+    arguments show this, and a comparison of the ranks would wait for ranks that do not build an optimizer:
+    what shows it is the method that calls.
+    """
+    module = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
+    frame = sys._getframe() if module is not None else None
+    while frame is not None:
+        if isinstance(frame.f_locals.get("self"), module.ZeroRedundancyOptimizer):
+            raise ValueError(
+                "optimizer_class: expected an optimizer that works on some of the parameters, got ID3AdamW, "
+                "which chooses among all: drop ZeroRedundancyOptimizer (the state is small) and use "
+                "DistributedDataParallel"
+            )
+        frame = frame.f_back
+
+
+# --- processes ---------------------------------------------------------------------------------------
 
 
 def writes_files() -> bool:

@@ -8,7 +8,7 @@ anew.
 import math
 import numbers
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 Schedule = Callable[[int, int, int], int]
@@ -76,8 +76,7 @@ _WITH_NUMBER = {"exponential": Exponential, "front_loaded": FrontLoaded}
 def tabulate(schedule: Schedule, total_steps: int, budget: int, select_every: int = 1) -> list[int]:
     """The targets c(0) … c(T−1): non-decreasing, within 0 … budget, the last one equal to budget.
 
-    select_every: K; all steps of a window mK … mK+K−1 have the target of the window's last step, so that its
-    first step selects what the window is due and the whole budget is spent.
+    select_every: see `in_windows`.
     Raises ValueError for total_steps < 1 and TypeError for a schedule that returns anything but an integer.
     """
     check_total_steps(total_steps)
@@ -90,8 +89,26 @@ def tabulate(schedule: Schedule, total_steps: int, budget: int, select_every: in
         reached = min(max(reached, operator.index(target)), budget)
         targets.append(reached)
     targets[-1] = budget
-    last_of_window = (step - step % select_every + select_every - 1 for step in range(total_steps))
-    return [targets[min(last, total_steps - 1)] for last in last_of_window]
+    return in_windows(targets, select_every)
+
+
+def in_windows(targets: list[int], select_every: int) -> list[int]:
+    """All steps of a window mK … mK+K−1 have the target of the window's last step, so that its first step
+    selects what the window is due and the whole budget is spent. select_every: K."""
+    steps = range(len(targets))
+    last_of_window = (step - step % select_every + select_every - 1 for step in steps)
+    return [targets[min(last, len(targets) - 1)] for last in last_of_window]
+
+
+def grown(targets: list[int], schedule: Schedule, growth: Sequence[tuple[int, int]]) -> list[int]:
+    """The targets of a budget that has grown: each (step, entries) is spent by the schedule over the steps
+    that were left then, or at once where none were."""
+    targets = list(targets)
+    for step, entries in growth:
+        targets += [targets[-1]] * (step + 1 - len(targets))
+        added = tabulate(schedule, len(targets) - step, entries)
+        targets[step:] = [target + more for target, more in zip(targets[step:], added, strict=True)]
+    return targets
 
 
 def check_total_steps(total_steps: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numbers
 import time
+import warnings
 from collections.abc import Iterator, MutableMapping
 from itertools import chain
 from typing import Any
@@ -14,10 +15,10 @@ from torch import Tensor
 from . import schedules, validation
 from .method import Method
 from .param_groups import members, parameter_names, selectable, trainable_entries
-from .state import checkpoint
 from .state.active_set import ActiveSet, Touched
 from .state.checkpoint import Restored
 from .state.layout import Layout
+from .state.parameter_state import fill
 from .state.progress import Progress, Wanted
 from .step import gradients
 from .step.release import Begin, Release
@@ -39,6 +40,7 @@ class Unmasking:
         self.budget = method.budget_given
         self.total_steps: int | None = None
         self.n_entries: int | None = None
+        self.growth: list[tuple[int, int]] = []  # (step, entries) of every growth of the budget
         self.last_selection: Selection | None = None
         self.phase_seconds = {"select": 0.0, "update": 0.0}
         self.active, self.progress = (
@@ -62,15 +64,46 @@ class Unmasking:
         i, active = len(groups) - 1, self.active
         group = groups[i]
         validation.check_group(group, i)
-        held = [p for shard in active.shards for p in shard.params]
-        validation.check_devices(active.layout, held + group["params"], group["dense"])
-        active.names = parameter_names(groups)
+        held = (p for shard in active.shards for p in shard.params)
+        validation.check_devices(active.layout, chain(held, group["params"]), group["dense"])
+        names = parameter_names(groups)
         if self.n_entries is not None and not group["dense"]:
+            validation.check_countable(groups, names)
+            self._warn_if_spent(group)
             self.n_entries += trainable_entries([group])
-            active.adopt(member for member in members(groups, dense=False) if member.group == i)
+            active.adopt(members(groups, dense=False, since=i))
             active.reserve(self.budget)
+        active.names = names
         if self.release is not None:
             self.release.attach(selectable(groups))
+
+    def _warn_if_spent(self, group: dict[str, Any]) -> None:
+        if self.active.layout.repeat or not self.progress.spent or self.budget == 0:
+            return
+        if trainable_entries([group]):
+            by_share = "grow_budget() extends it, " if isinstance(self.method.budget_given, float) else ""
+            warnings.warn(
+                f"add_param_group: the budget of {self.budget} entries is spent, so that no entry of the new "
+                f"group will be trained; {by_share}dense=True trains the group whole",
+                stacklevel=4,
+            )
+
+    def grow_budget(self, groups: Groups) -> None:
+        """See `ID3AdamW.grow_budget`."""
+        share = self.method.budget_given
+        if not isinstance(share, float):
+            raise ValueError(f"budget: expected a share, which grows with N, got {share} entries")
+        if self.n_entries is None:
+            return
+        validation.check_countable(groups, self.active.names)
+        n_entries = max(self.n_entries, trainable_entries(groups))
+        added = schedules.resolve_budget(share, n_entries) - self.budget
+        self.n_entries = n_entries
+        if added > 0:
+            self.budget += added
+            self.growth.append((self.progress.steps_done, added))
+            self.active.reserve(self.budget)
+            self.progress.forget_targets()
 
     def set_total_steps(self, total_steps: int) -> None:
         """See `ID3AdamW.set_total_steps`."""
@@ -84,9 +117,21 @@ class Unmasking:
         self.progress.forget_targets()
 
     def begin(self, groups: Groups) -> None:
-        """Fixes N, the budget and the shards, at the first gradient or step or when a state is loaded."""
-        if self.n_entries is None:
+        """Fixes N, the budget and the shards, at the first gradient or step or when a state is loaded.
+
+        As long as nothing requires a gradient but dense groups, there is nothing to fix.
+        """
+        n_entries = self.n_entries
+        if n_entries is None:
+            validation.check_countable(groups, self.active.names)
             n_entries = trainable_entries(groups)
+        if not self.active.shards and (n_entries or self.progress.steps_done == 0):
+            for i, group in enumerate(groups):
+                validation.check_params(group, i)
+        if n_entries == 0:
+            validation.check_nothing_to_train(groups, self.active.names)
+            return
+        if self.n_entries is None:
             self.budget = schedules.resolve_budget(self.method.budget_given, n_entries)
             self.n_entries = n_entries
         if not self.active.shards:
@@ -97,7 +142,7 @@ class Unmasking:
             self.active = active
         if not self.progress.targets and self.total_steps is not None and self.active.shards:
             schedule, device = self.method.effective_schedule(), self.active.shards[0].device
-            self.progress.tabulate(schedule, self.total_steps, self.budget, device)
+            self.progress.tabulate(schedule, self.total_steps, self.budget, device, self.growth)
 
     def begin_pass(self, groups: Groups) -> tuple[ActiveSet, Wanted | None]:
         """What a step or a backward pass with hooks needs before its start: `begin`, the next increment."""
@@ -164,6 +209,7 @@ class Unmasking:
             "budget": self.budget,
             "budget_given": self.method.budget_given,  # here, so that saved files keep their order and bytes
             "n_entries": self.n_entries,
+            **({"budget_growth": [list(pair) for pair in self.growth]} if self.growth else {}),
             **self.method.describe(),
         }
 
@@ -173,9 +219,9 @@ class Unmasking:
         if self.total_steps is None:
             self.total_steps = saved.total_steps
         self.active = ActiveSet(self.active.layout, parameter_names(groups))
-        self.n_entries, self.budget = saved.n_entries, saved.budget
+        self.n_entries, self.budget, self.growth = saved.n_entries, saved.budget, list(saved.growth)
         if self.n_entries is not None:
             self.begin(groups)
-            checkpoint.fill(self.active, saved.sparse, saved.steps_done)
+            fill(self.active, saved.sparse, saved.steps_done)
         if self.release is not None:
             self.release.clear()

@@ -13,7 +13,8 @@ from id3_kernels import backend, checks
 
 from . import schedules
 from .heuristics import Bias, Heuristic, Random
-from .ranks import world_size
+from .param_groups import members
+from .ranks import check_builder, check_whole, world_size
 from .state.layout import Layout
 
 STRATEGIES = ("increment", "static", "repeat")
@@ -26,13 +27,19 @@ _NOT_APPLICABLE = {
     "differentiable": "the step is not recorded by autograd",
 }
 
+# What ID3AdamW takes once, and torch would leave unread in a param group.
+OPTIONS_OF_A_RUN = (
+    *("budget", "total_steps", "heuristic", "strategy", "schedule", "select_every", "bias_correction"),
+    *("max_grad_norm", "keep_originals", "backend", "release_gradients", "select_from", "capturable"),
+)
 
-def refuse_not_applicable(not_applicable: dict[str, Any]) -> None:
+
+def refuse_not_applicable(not_applicable: dict[str, Any], where: str = "") -> None:
     for name, value in not_applicable.items():
         if name not in _NOT_APPLICABLE:
-            raise TypeError(f"{name}: expected an argument of ID3AdamW, got {name}={value!r}")
+            raise TypeError(f"{where}{name}: expected an argument of ID3AdamW, got {name}={value!r}")
         if value:
-            raise ValueError(f"{name}: does not apply to ID3AdamW: {_NOT_APPLICABLE[name]}")
+            raise ValueError(f"{where}{name}: does not apply to ID3AdamW: {_NOT_APPLICABLE[name]}")
 
 
 def check_method(strategy: str, bias_correction: str, heuristic: Heuristic, select_every: int) -> None:
@@ -57,7 +64,8 @@ def check_method(strategy: str, bias_correction: str, heuristic: Heuristic, sele
 
 
 def check_options(strategy: str, release_gradients: bool, select_from: str, capturable: bool) -> None:
-    """Refuses released gradients and capturable steps where they cannot work."""
+    """Refuses ZeroRedundancyOptimizer, and released gradients and capturable steps where they cannot work."""
+    check_builder()
     _check_release(release_gradients, select_from, strategy)
     _check_capturable(capturable, strategy, release_gradients)
 
@@ -124,30 +132,95 @@ def check_one_process() -> None:
 
 
 def check_group(group: dict[str, Any], i: int) -> None:
+    """Checks what a param group holds: numbers, options and parameters."""
     where = f"param_groups[{i}]"
-    beta1, beta2 = group["betas"]
-    for name, value in (("lr", group["lr"]), ("eps", group["eps"]), ("weight_decay", group["weight_decay"])):
+    check_options_of_group(group, where)
+    _check_numbers(group, where)
+    check_params(group, i)
+
+
+def check_options_of_group(group: dict[str, Any], where: str) -> None:
+    """Refuses what no single group can have."""
+    refuse_not_applicable({name: group[name] for name in _NOT_APPLICABLE if name in group}, f"{where}: ")
+    for name in OPTIONS_OF_A_RUN:
+        if name in group:
+            raise ValueError(
+                f"{where}: {name}: expected one for all groups, an argument of ID3AdamW, got {group[name]!r}"
+            )
+
+
+def _check_numbers(group: dict[str, Any], where: str) -> None:
+    betas = group["betas"]
+    if len(betas) != 2 or isinstance(betas[0], torch.Tensor) != isinstance(betas[1], torch.Tensor):
+        raise ValueError(f"{where}: betas: expected two numbers or two one-element tensors, got {betas}")
+    named = {name: group[name] for name in ("lr", "eps", "weight_decay")}
+    named |= {"betas[0]": betas[0], "betas[1]": betas[1]}
+    for name, value in named.items():
         if isinstance(value, bool) or not isinstance(value, numbers.Real | torch.Tensor):
             raise TypeError(f"{where}: {name}: expected a number, got {value!r}")
         if isinstance(value, torch.Tensor) and value.numel() != 1:
             raise ValueError(f"{where}: {name}: expected one element, got {tuple(value.shape)}")
-    for name, value, in_range, expected in (
-        ("lr", group["lr"], group["lr"] >= 0, "at least 0"),
-        ("betas[0]", beta1, 0 <= beta1 < 1, "0 to below 1"),
-        ("betas[1]", beta2, 0 <= beta2 < 1, "0 to below 1"),
-        ("eps", group["eps"], 0 <= group["eps"] < math.inf, "a finite number of at least 0"),
-        ("weight_decay", group["weight_decay"], group["weight_decay"] >= 0, "at least 0"),
+    for name, in_range, expected in (
+        ("lr", group["lr"] >= 0, "at least 0"),
+        ("betas[0]", 0 <= betas[0] < 1, "0 to below 1"),
+        ("betas[1]", 0 <= betas[1] < 1, "0 to below 1"),
+        ("eps", 0 <= group["eps"] < math.inf, "a finite number of at least 0"),
+        ("weight_decay", group["weight_decay"] >= 0, "at least 0"),
     ):
         if not in_range:
-            raise ValueError(f"{where}: {name}: expected {expected}, got {value}")
+            raise ValueError(f"{where}: {name}: expected {expected}, got {named[name]}")
+
+
+def check_params(group: dict[str, Any], i: int) -> None:
+    """Refuses what is no whole plain tensor: of a new group, and before the first step of all groups, since
+    trainers replace parameters in between."""
     for j, p in enumerate(group["params"]):
-        name = group["param_names"][j] if "param_names" in group else f"{where}['params'][{j}]"
-        if hasattr(p, "ds_id"):
+        name = group["param_names"][j] if "param_names" in group else f"param_groups[{i}]['params'][{j}]"
+        check_whole(name, p)
+        if torch.nn.parameter.is_lazy(p):  # has a dtype; no shape before its module's first forward pass
+            checks.plain(name, torch.empty(0, dtype=p.dtype, device=p.device))
+        else:
+            checks.plain(name, p)
+            check_memory(name, p)
+
+
+def check_memory(name: str, p: torch.Tensor) -> None:
+    """Refuses strides by which entries may share memory, such as those of `expand`: an update of one of them
+    would be an update of all."""
+    if p.is_contiguous():
+        return
+    reach = 0  # of the dimensions of smaller strides
+    for stride, size in sorted((st, n) for st, n in zip(p.stride(), p.shape, strict=True) if n > 1):
+        if stride <= reach:
             raise ValueError(
-                f"{name}: expected a whole parameter, got one partitioned by DeepSpeed ZeRO, "
-                "which is not supported"
+                f"{name}: expected strides that give each entry its own memory, got {tuple(p.stride())} for "
+                f"shape {tuple(p.shape)}; use contiguous()"
             )
-        checks.plain(name, p)
+        reach += stride * (size - 1)
+
+
+def check_countable(groups: list[dict[str, Any]], names: list[str] | None) -> None:
+    """Refuses parameters of lazy modules that have no shape yet, so that N cannot be counted."""
+    for position, _, p in members(groups, dense=False):
+        if torch.nn.parameter.is_lazy(p):
+            raise ValueError(
+                f"{_name(names, position)}: expected a parameter with a shape, got {type(p).__name__}; run a "
+                "forward pass first"
+            )
+
+
+def check_nothing_to_train(groups: list[dict[str, Any]], names: list[str] | None) -> None:
+    """For N = 0: refuses gradients of parameters that require none, which a step would leave unread."""
+    for position, _, p in members(groups, dense=False):
+        if p.grad is not None:
+            raise ValueError(
+                f"{_name(names, position)}: expected requires_grad=True with a gradient (N counts no other "
+                "parameter), got False"
+            )
+
+
+def _name(names: list[str] | None, position: int) -> str:
+    return names[position] if names else f"parameter {position}"
 
 
 def check_names(heuristic: Heuristic, group: dict[str, Any]) -> None:

@@ -5,16 +5,19 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .ranks import check_module
+
 
 def plain_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Parameters by their names in the plain model (without `module.` and `_orig_mod.`).
 
     A tied parameter is there under each of its names.
-    Raises ValueError if two parameters have one plain name.
+    Raises ValueError if two parameters have one plain name, or if FullyShardedDataParallel wraps a module.
     """
     model = unwrapped_model(model)
     found: dict[str, nn.Parameter] = {}
     for name, param in model.named_parameters(remove_duplicate=False):
+        check_module(name)
         plain = plain_name(name)
         if found.setdefault(plain, param) is not param:
             raise ValueError(f"{plain}: expected one parameter of this name in the model, got two")
@@ -39,6 +42,16 @@ def check_holds(names: dict[int, str], params: Iterable[Tensor]) -> None:
         if id(param) not in names:
             shape = tuple(param.shape)
             raise ValueError(f"model: expected every trained parameter in it, got none for {shape}")
+
+
+def check_trained(names: dict[int, str], optimizer: Any) -> None:
+    """Raises ValueError if the model (`plain_names`) has no parameter of the optimizer's."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    if not any(id(p) in names for p in params):
+        raise ValueError(
+            f"model: expected the one that the optimizer trains, got one with none of its {len(params)} "
+            "parameters; a wrapper such as FSDP replaces them: build the optimizer after it"
+        )
 
 
 def _wrapped(model: nn.Module) -> nn.Module | None:

@@ -132,6 +132,31 @@ def test_another_number_of_steps_is_refused_with_both(tmp_path):
     assert (optimizer.total_steps, optimizer.steps_done, optimizer.n_active) == (30, 15, 30)
 
 
+@pytest.mark.parametrize("states", ["none", "none, no record", "of step 6"])
+def test_a_checkpoint_without_the_optimizers_state_is_refused(tmp_path, states):
+    """Lightning refuses one of `save_weights_only` itself; a hook may still take the state out."""
+    fit(tmp_path)
+    saved, later = (torch.load(tmp_path / f"step={n}.ckpt", weights_only=True) for n in (3, 6))
+    saved["optimizer_states"] = later["optimizer_states"] if states == "of step 6" else []
+    saved["lr_schedulers"] = []
+    if states == "none, no record":
+        next(state for name, state in saved["callbacks"].items() if "ID3" in name).pop("steps_done")
+    torch.save(saved, tmp_path / "lost.ckpt")
+    got = 6 if states == "of step 6" else 0
+    with pytest.raises(ValueError, match=rf"resume: expected an optimizer with 3 steps.*, got {got};"):
+        fit(tmp_path / "again", tmp_path / "lost.ckpt")
+
+
+def test_the_weights_of_a_checkpoint_begin_a_new_run(tmp_path):
+    """The remedy; its deltas fit these weights."""
+    fit(tmp_path)
+    start = Tagger.load_from_checkpoint(tmp_path / "step=3.ckpt")
+    base = Tagger.load_from_checkpoint(tmp_path / "step=3.ckpt")
+    _, optimizer = fit(tmp_path / "new", module=start)
+    assert (optimizer.steps_done, optimizer.n_active) == (10, 60)
+    load_delta(tmp_path / "new/step=9.delta.safetensors").apply(base)
+
+
 def test_a_run_without_an_end_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"max_steps: expected a limit, or one in max_epochs, got -1"):
         fit(tmp_path, max_epochs=-1)

@@ -73,7 +73,13 @@ def test_refused_at_construction(options, error, message):
             "expected float32, bfloat16, float16 or float64",
         ),
         (torch.nn.Parameter(torch.zeros(3, dtype=torch.int64), requires_grad=False), "got torch.int64"),
-        (torch.nn.UninitializedParameter(), "expected a plain tensor, got UninitializedParameter"),
+        (torch.nn.UninitializedParameter(dtype=torch.complex64), "or float64, got torch.complex64"),
+        (torch.nn.Parameter(torch.zeros(1, 3).expand(4, 3)), r"give each entry its own memory, got \(0, 1\)"),
+        (
+            torch.nn.Parameter(torch.zeros(5).as_strided((3, 3), (1, 1))),
+            r"layer.weight: expected strides that give each entry its own memory, got \(1, 1\) for shape "
+            r"\(3, 3\); use contiguous\(\)",
+        ),
     ],
 )
 def test_refused_parameters(param, message):

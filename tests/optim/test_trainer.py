@@ -83,6 +83,15 @@ def test_names_reach_the_heuristics(tmp_path):
     assert all(n.endswith("bias") for n, p in trainer.model.named_parameters() if id(p) in touched)
 
 
+def test_deepspeed_is_refused_at_both_entrances(tmp_path):
+    """It gives the optimizer flat parts of the parameters, which bear no mark."""
+    trainer = build(arguments(tmp_path))
+    trainer.args.deepspeed_plugin = object()  # as `TrainingArguments(deepspeed=…)` sets it
+    for begin in (trainer.train, lambda: id3_optimizer(trainer.args, budget=0.05)):
+        with pytest.raises(ValueError, match="deepspeed: does not apply to ID3AdamW"):
+            begin()
+
+
 def test_a_fresh_name_that_the_model_has_not_is_refused():
     with pytest.raises(
         ValueError, match=r"fresh: expected names of the model's parameters, got 'score.weight'"

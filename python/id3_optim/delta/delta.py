@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..wrappers import check_holds, plain_names, unwrapped
+from ..wrappers import check_holds, check_trained, plain_names, unwrapped
 from . import file
 from .file import Change, Contents, DeltaError
 from .fingerprint import fingerprint, same_bits
@@ -240,6 +240,7 @@ def save_delta(
     TypeError for another optimizer; OSError if writing fails (`atomic.write`).
     """
     optimizer, names = unwrapped(optimizer), plain_names(model)
+    check_trained(names, optimizer)
     touched = [t for t in optimizer.touched() if t.indices.numel()]
     dense = [p for group in optimizer.param_groups if group.get("dense") for p in group["params"]]
     trained = [*(t.param for t in touched), *dense]

@@ -29,7 +29,7 @@ from ..optimizer import ID3AdamW
 from ..wrappers import unwrapped
 from .groups import fresh_parameters as fresh_parameters
 from .groups import parameter_groups as parameter_groups
-from .run import numbers_to_log, take_total_steps
+from .run import Beginning, check_resumed, numbers_to_log, take_total_steps
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -42,6 +42,10 @@ _FROM_ARGUMENTS = {
     "eps": "adam_epsilon",
     "weight_decay": "weight_decay",
 }
+_LOST = (
+    "the checkpoint lacks optimizer.pt or scheduler.pt (save_only_model=True leaves them out): resume from a "
+    "whole one, or pass ID3Callback(save_deltas=False, fresh_optimizer=True)"
+)
 _DEFAULT_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
 
 
@@ -62,6 +66,7 @@ def id3_optimizer(
     Raises TypeError for an option that ID3AdamW does not have, ValueError for an option that contradicts
     `args` or is out of range.
     """
+    _refuse_deepspeed(args)
     for name, argument in _FROM_ARGUMENTS.items():
         if name in options:
             raise ValueError(f"{name}: expected it in TrainingArguments ({argument}), got {options[name]}")
@@ -83,6 +88,15 @@ def id3_optimizer(
     return lambda: build, options
 
 
+def _refuse_deepspeed(args: TrainingArguments) -> None:
+    """Raises ValueError: DeepSpeed puts other parameters, flat parts of all, into the optimizer."""
+    if getattr(args, "deepspeed_plugin", None) is not None:
+        raise ValueError(
+            "deepspeed: does not apply to ID3AdamW: DeepSpeed gives it flat parts of the parameters; use "
+            "DistributedDataParallel"
+        )
+
+
 class ID3Callback(TrainerCallback, ExportableState):
     """Sets the optimizer's `total_steps`, logs its numbers, and saves a delta in every checkpoint.
 
@@ -96,31 +110,87 @@ class ID3Callback(TrainerCallback, ExportableState):
     save_deltas: write `delta.safetensors` into each checkpoint folder, once per run or node as the Trainer
     saves; not in a hyper-parameter search. delta_options: arguments for `save_delta`, such as
     `originals=True`.
+    fresh_optimizer: resume from a checkpoint that has no optimizer state (`save_only_model=True`), which is
+    refused otherwise. The whole budget is spent over the steps that are left. The optimizer's originals are
+    the checkpoint's weights then, so that a delta would fit this checkpoint and not the base: needs
+    save_deltas=False; `id3_optim.diff(base, model)` makes the delta that fits the base.
+
+    With `auto_find_batch_size` a run whose memory runs out, after some steps too, begins again from the
+    weights and with the whole budget of its beginning.
     """
 
-    def __init__(self, save_deltas: bool = True, **delta_options: Any) -> None:
+    def __init__(self, save_deltas: bool = True, fresh_optimizer: bool = False, **delta_options: Any) -> None:
+        if fresh_optimizer and save_deltas:
+            raise ValueError(
+                "fresh_optimizer: needs save_deltas=False: the deltas would not fit the base; "
+                "id3_optim.diff(base, model) makes one that does"
+            )
         self.save_deltas, self.delta_options = save_deltas, delta_options
+        self.fresh_optimizer = fresh_optimizer
         self.total_steps_from_run = False
+        self.begun_at = 0  # the Trainer's step at which the optimizer had none
+        self.steps_done = 0  # the optimizer's, when the state was last saved
         self.reports_first = False  # see `report_first`
+        self._optimizer: ID3AdamW | None = None
+        self._attempt: _Attempt | None = None  # None between runs
 
     def state(self) -> dict:
         """The callback's state in the Trainer's checkpoints."""
-        arguments = {"save_deltas": self.save_deltas, **self.delta_options}
-        return {"args": arguments, "attributes": {"total_steps_from_run": self.total_steps_from_run}}
+        if self._optimizer is not None:
+            self.steps_done = self._optimizer.steps_done
+        own = {"save_deltas": self.save_deltas, "fresh_optimizer": self.fresh_optimizer}
+        names = ("total_steps_from_run", "begun_at", "steps_done")
+        return {
+            "args": own | self.delta_options,
+            "attributes": {name: getattr(self, name) for name in names},
+        }
 
     def on_init_end(self, args, state, control, **kwargs):
-        self.total_steps_from_run = False  # a value from an earlier Trainer is void
+        self.total_steps_from_run, self._optimizer, self._attempt = False, None, None  # of an earlier Trainer
 
-    def on_train_begin(self, args, state, control, optimizer=None, **kwargs):
+    def on_train_begin(self, args, state, control, optimizer=None, train_dataloader=None, **kwargs):
+        _refuse_deepspeed(args)
         if args.report_to and not self.reports_first and state.is_world_process_zero:
             warnings.warn(
                 f"ID3Callback: its numbers do not reach {args.report_to} without report_first(trainer)",
                 stacklevel=2,
             )
+        self._optimizer = unwrapped(optimizer)
+        if args.auto_find_batch_size:
+            own = getattr(train_dataloader, "batch_size", None)  # of a loader that Accelerate has not made
+            self._try(getattr(train_dataloader, "total_batch_size", own) or 0)
         # A checkpoint written without this callback lacks its state, which the Trainer needs to save.
-        saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
-        from_run = saved["attributes"]["total_steps_from_run"]
-        self.total_steps_from_run = take_total_steps(unwrapped(optimizer), state.max_steps, from_run)
+        absent = {"attributes": {"total_steps_from_run": self.total_steps_from_run}}
+        saved = state.stateful_callbacks.get(type(self).__name__, absent)["attributes"]
+        state.stateful_callbacks.setdefault(type(self).__name__, self.state())
+        recorded = saved.get("steps_done")  # older checkpoints have neither this nor `begun_at`
+        self.begun_at = self._resumed_at(state.global_step, recorded, saved.get("begun_at", 0))
+        steps, from_run = state.max_steps - self.begun_at, saved["total_steps_from_run"]
+        if steps > 0:
+            self.total_steps_from_run = take_total_steps(self._optimizer, steps, from_run)
+
+    def _try(self, batch_size: int) -> None:
+        """A smaller batch than that of a run that has not ended is a retry; else `train` was called anew."""
+        if self._attempt is not None and batch_size < self._attempt.batch_size:
+            self._attempt.retry(self._optimizer, batch_size)
+        else:
+            self._attempt = _Attempt(self._optimizer, batch_size)
+
+    def _resumed_at(self, global_step: int, recorded: int | None, begun_at: int) -> int:
+        """The Trainer's step at which the optimizer began. Refuses an optimizer without the run's state."""
+        if global_step == 0:
+            return 0
+        if self.fresh_optimizer and self._optimizer.steps_done == 0 and recorded != 0:
+            return global_step
+        check_resumed(self._optimizer, global_step, recorded, _LOST)
+        return begun_at
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        if self._attempt is not None:
+            self._attempt.stepped = True
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self._attempt = None
 
     def on_log(self, args, state, control, logs=None, optimizer=None, **kwargs):
         if "loss" not in logs:
@@ -150,6 +220,31 @@ def report_first(trainer: Trainer) -> None:
     callbacks[:] = ours + [callback for callback in callbacks if callback not in ours]
     for callback in ours:
         callback.reports_first = True
+
+
+class _Attempt:
+    """A run with `auto_find_batch_size`, and the way back where memory runs out after it has stepped.
+
+    The Trainer leaves weights and optimizer as they are, and begins again with a smaller batch.
+    batch_size: of all processes together.
+    """
+
+    def __init__(self, optimizer: ID3AdamW, batch_size: int) -> None:
+        self.batch_size, self.stepped = batch_size, False
+        self._steps_before = optimizer.steps_done
+        self._beginning = Beginning(optimizer) if self._steps_before == 0 else None
+
+    def retry(self, optimizer: ID3AdamW, batch_size: int) -> None:
+        """Undoes the steps of the larger batch. Raises ValueError where this is not possible."""
+        if self.stepped and self._beginning is None:
+            raise ValueError(
+                f"auto_find_batch_size: expected memory for batches of {self.batch_size} in a run that began "
+                f"with {self._steps_before} steps done, got too little after another step, which cannot be "
+                "undone; resume in a new Trainer with auto_find_batch_size=False and a smaller batch"
+            )
+        if self.stepped:
+            self._beginning.restore(optimizer)
+        self.batch_size, self.stepped = batch_size, False
 
 
 class StepClock(TrainerCallback):

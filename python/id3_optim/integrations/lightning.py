@@ -23,7 +23,12 @@ except ModuleNotFoundError:
 from ..delta import save_delta
 from ..delta.series import check_model
 from ..optimizer import ID3AdamW
-from .run import numbers_to_log, take_total_steps
+from .run import check_resumed, numbers_to_log, take_total_steps
+
+_LOST = (
+    "the checkpoint has no state for it: resume from a whole one, or load its weights and call fit without "
+    "ckpt_path"
+)
 
 
 def id3_of(trainer: pl.Trainer) -> ID3AdamW:
@@ -40,7 +45,7 @@ class ID3Callback(pl.Callback):
     The number of steps is `trainer.estimated_stepping_batches` when training begins, after a checkpoint has
     been loaded, less the steps that an earlier `fit` of the same Trainer has taken. An optimizer that has a
     `total_steps` keeps it. Raises ValueError where the Trainer has neither max_epochs nor max_steps, or where
-    a resumed run has a different number of steps from its first part.
+    a resumed run has a different number of steps from its first part, or an optimizer without its steps.
 
     Loggers get `run.numbers_to_log` every `log_every_n_steps`.
 
@@ -53,15 +58,20 @@ class ID3Callback(pl.Callback):
     def __init__(self, save_deltas: bool = True, submodule: str = "", **delta_options: Any) -> None:
         self.save_deltas, self.submodule, self.delta_options = save_deltas, submodule, delta_options
         self.total_steps_from_run, self.begun_at = False, 0
+        self._recorded: int | None = None  # steps_done in the checkpoint that was loaded
+        self._optimizer: ID3AdamW | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self.total_steps_from_run, self.begun_at = False, 0  # a checkpoint is loaded after this
+        self._recorded = None
         inner = trainer.strategy.checkpoint_io
         if stage == "fit" and self.save_deltas and not isinstance(inner, DeltaBeside):
             trainer.strategy.checkpoint_io = DeltaBeside(inner, trainer, self)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        optimizer = id3_of(trainer)
+        optimizer = self._optimizer = id3_of(trainer)
+        if trainer.ckpt_path is not None:
+            check_resumed(optimizer, trainer.global_step, self._recorded, _LOST)
         if self.save_deltas:
             check_model(self._saved_module(pl_module), optimizer)
         if optimizer.steps_done == 0:
@@ -77,11 +87,14 @@ class ID3Callback(pl.Callback):
             pl_module.log_dict({name: float(n) for name, n in numbers_to_log(id3_of(trainer)).items()})
 
     def state_dict(self) -> dict[str, Any]:
-        return {"total_steps_from_run": self.total_steps_from_run, "begun_at": self.begun_at}
+        done = 0 if self._optimizer is None else self._optimizer.steps_done
+        own = {"total_steps_from_run": self.total_steps_from_run, "begun_at": self.begun_at}
+        return own | {"steps_done": done}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.total_steps_from_run = state_dict["total_steps_from_run"]
         self.begun_at = state_dict.get("begun_at", 0)  # absent in older checkpoints
+        self._recorded = state_dict.get("steps_done")
 
     def save_beside(self, trainer: pl.Trainer, path: Path) -> None:
         """Writes the delta of the entries that training has changed so far."""

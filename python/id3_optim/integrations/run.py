@@ -1,9 +1,12 @@
-"""The parts of a trainer's callback that no trainer changes: the number of steps, and the numbers to log."""
+"""The parts of a trainer's callback that no trainer changes: the number of steps, whether a resumed optimizer
+fits its run, the way back to a run's beginning, and the numbers to log."""
 
 from __future__ import annotations
 
 from ..analysis import count_changed, sparsity_entropy, tensor_sparsity
+from ..delta.patches import Patch, write
 from ..optimizer import ID3AdamW
+from ..param_groups import members
 
 
 def take_total_steps(optimizer: ID3AdamW, steps: int, from_run: bool) -> bool:
@@ -23,6 +26,51 @@ def take_total_steps(optimizer: ID3AdamW, steps: int, from_run: bool) -> bool:
         begun = f"{optimizer.total_steps}, over which the resumed run spends its budget"
         raise ValueError(f"max_steps: expected {begun}, got {steps}")
     return from_run
+
+
+def check_resumed(optimizer: ID3AdamW, steps_behind: int, recorded: int | None, remedy: str) -> None:
+    """Refuses an optimizer that has not taken the steps of the run that it resumes.
+
+    It would spend its budget anew, on weights that are no longer the base's: its deltas would fit no base.
+
+    steps_behind: the steps that the trainer counts, those that overflowed too. recorded: the optimizer's
+    `steps_done` when the checkpoint was written; None where the checkpoint does not say: then any number
+    above 0 is taken. remedy: what the caller can do.
+    Raises ValueError with both numbers and the remedy.
+    """
+    done = optimizer.steps_done
+    expected = (done or steps_behind) if recorded is None else recorded
+    if done != expected:
+        raise ValueError(
+            f"resume: expected an optimizer with {expected} steps done, as the run had at this checkpoint, "
+            f"got {done}; {remedy}"
+        )
+
+
+class Beginning:
+    """The state of a run before its first step, to which the optimizer and its parameters can go back.
+
+    Holds copies of the dense groups' parameters. Of all other parameters the optimizer remembers the values.
+    """
+
+    def __init__(self, optimizer: ID3AdamW) -> None:
+        self._state = optimizer.state_dict()
+        dense = members(optimizer.param_groups, dense=True)
+        self._dense = [Patch(p, None, p.detach().clone()) for _, _, p in dense]
+
+    def restore(self, optimizer: ID3AdamW) -> None:
+        """Undoes all steps since, bit for bit: mutates the parameters and the optimizer, but not its `lr`.
+
+        Raises ValueError where the optimizer does not keep originals.
+        """
+        if not optimizer.method.keep_originals:
+            raise ValueError(
+                "auto_find_batch_size: needs keep_originals=True to undo the steps of a larger batch"
+            )
+        write([Patch(p, at, values) for p, at, values in optimizer.touched() if at.numel()] + self._dense)
+        groups = zip(self._state["param_groups"], optimizer.param_groups, strict=True)
+        groups = [{**before, "lr": now["lr"]} for before, now in groups]
+        optimizer.load_state_dict({**self._state, "param_groups": groups})
 
 
 def numbers_to_log(optimizer: ID3AdamW) -> dict[str, float]:

@@ -53,11 +53,13 @@ class ActiveSet:
 
     def adopt(self, rows: Iterable[Member]) -> None:
         """Takes parameters in the order of their positions into the shards, and makes missing shards."""
-        for position, group, p in rows:
-            shard = self.shard_for(position, p)
-            shard.add(p, position, group)
-            if self.layout.repeat:
-                self.ever[self.shards.index(shard)].cover(len(shard.params))
+        taken: dict[Shard, list[Member]] = {}
+        for row in rows:
+            taken.setdefault(self.shard_for(row.position, row.param), []).append(row)
+        for shard, added in taken.items():
+            shard.extend(added)
+        for shard, ever in zip(self.shards, self.ever, strict=self.layout.repeat):
+            ever.cover(len(shard.params))
         self._at = None
 
     def shard_for(self, position: int, p: Tensor) -> Shard:

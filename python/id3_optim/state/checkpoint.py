@@ -1,31 +1,38 @@
 """The saved form of the state: torch's per-parameter dicts, and the checks before one is taken over.
 
 torch's own loader casts state to the parameter's dtype (int32 1234567 becomes 1236992 as bfloat16), so it
-sees the dense groups' state alone.
+sees the dense groups' state, and what hooks have added to any state.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, MutableMapping
+from contextlib import contextmanager
 from dataclasses import fields
-from itertools import accumulate
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
-from id3_kernels import Entries
-
-from .. import schedules
+from .. import schedules, validation
 from ..method import Method
-from ..param_groups import Member, members
+from ..param_groups import members
 from .active_set import ActiveSet
 from .layout import Layout
-from .repeat import EverActive
-from .shard import Shard
+from .parameter_state import (
+    OWN,
+    by_hooks,
+    check_shape,
+    checked,
+    columns_of,
+    differs,
+    saved_state,
+    without_entries,
+)
 
 # torch.distributed.checkpoint takes an empty `optimizer.state` for one that has never stepped, and steps it
 # with zero gradients to make state: that would use up a step of the budget.
 MARKER = "id3"
+MARKED = {"note": "state_dict() holds the state of the active entries"}
 
 # The budget is checked apart: it may be given as another number of the same meaning.
 _MUST_AGREE = ("total_steps", *(field.name for field in fields(Method) if field.name != "budget_given"))
@@ -34,12 +41,13 @@ _MUST_AGREE = ("total_steps", *(field.name for field in fields(Method) if field.
 class Restored(NamedTuple):
     """A saved state that fits the optimizer: what it is to take over."""
 
-    for_torch: dict[str, Any]  # with the dense groups' state alone
+    for_torch: dict[str, Any]  # without the state that is ID3AdamW's own
     sparse: dict[int, dict[str, Any]]  # by position; empty where the saved run had not begun
     steps_done: int
     total_steps: int | None
     n_entries: int | None
     budget: int | float
+    growth: list[tuple[int, int]]  # (step, entries): what `grow_budget` has added
 
 
 # --- save ------------------------------------------------------------------------------------------
@@ -48,34 +56,48 @@ class Restored(NamedTuple):
 def sparse_state(active: ActiveSet) -> dict[Tensor, dict[str, Any]]:
     """Every parameter's own state: copies, so that later steps leave what was saved alone."""
     return {
-        p: _cut(active, i, j) for i, shard in enumerate(active.shards) for j, p in enumerate(shard.params)
+        p: saved_state(active, i, j, columns)
+        for i, shard in enumerate(active.shards)
+        for j, (p, columns) in enumerate(zip(shard.params, columns_of(active, shard), strict=True))
     }
 
 
-def _cut(active: ActiveSet, i: int, j: int) -> dict[str, Any]:
-    shard = active.shards[i]
-    columns = {name: shard.column(name, j) for name in active.layout.columns(shard.dtype)}
-    state = {name: column.clone() for name, column in active.ranks.whole(columns).items()}
-    state |= {"step": shard.steps[j].clone(), "shape": list(shard.params[j].shape)}
-    if active.layout.repeat:
-        indices, originals = active.ever[i].of(j)
-        ever = {"indices": indices} | ({} if originals is None else {"originals": originals})
-        state |= {f"ever_{name}": column.clone() for name, column in active.ranks.whole(ever).items()}
-    return state
+@contextmanager
+def lent(state: MutableMapping[Any, Any], sparse: dict[Tensor, dict[str, Any]]) -> Iterator[None]:
+    """Puts the parameters' own state into the optimizer's `state` for as long as torch packs it.
+
+    What a hook or a user has put there, before or meanwhile, stays there and is saved beside it. Raises
+    ValueError for what has a name that is ID3AdamW's own.
+    """
+    for p in sparse:
+        for name in OWN & set(state.get(p, {})):
+            raise ValueError(f"state: expected another name for what is added to a parameter's, got {name!r}")
+    state.update({p: {**state.get(p, {}), **own} for p, own in sparse.items()})
+    try:
+        yield
+    finally:
+        for p in sparse:
+            added = by_hooks(state.pop(p))
+            if added:
+                state[p] = added
 
 
-def packed(torch_state: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
-    """torch's state dict without the marker, with the settings in its first param group."""
+def pack(torch_state: dict[str, Any], settings: dict[str, Any]) -> None:
+    """Takes the marker out of torch's state dict, and puts the settings into its first param group."""
     torch_state["state"].pop(MARKER, None)
     torch_state["param_groups"][0]["id3"] = settings
-    return torch_state
 
 
 # --- load ------------------------------------------------------------------------------------------
 
 
 def check(
-    state: dict[str, Any], settings: dict[str, Any], groups: list[dict], layout: Layout, strict: bool
+    state: dict[str, Any],
+    settings: dict[str, Any],
+    groups: list[dict],
+    layout: Layout,
+    strict: bool,
+    cast: bool,
 ) -> Restored:
     """Checks a whole saved state against an optimizer of these settings, param groups and layout.
 
@@ -96,14 +118,18 @@ def check(
     budget = settings["budget_given"]
     if begun:
         budget = saved["budget"] if strict else schedules.resolve_budget(budget, saved["n_entries"])
+    growth = saved.get("budget_growth", []) if budget == saved["budget"] else []
     _check_dense_states(groups, state["state"])
-    sparse = _sparse_states(groups, state["state"], layout) if begun else {}
+    sparse = _sparse_states(groups, state["state"], layout, strict, cast) if begun else {}
     for_torch = {
         **state,
-        "state": {i: s for i, s in state["state"].items() if i not in sparse},
+        "state": {i: by_hooks(s) if i in sparse else s for i, s in state["state"].items()},
         "param_groups": [{k: v for k, v in g.items() if k != "id3"} for g in state["param_groups"]],
     }
-    return Restored(for_torch, sparse, saved["step"], saved["total_steps"], saved["n_entries"], budget)
+    growth = [(step, entries) for step, entries in growth]
+    return Restored(
+        for_torch, sparse, saved["step"], saved["total_steps"], saved["n_entries"], budget, growth
+    )
 
 
 def _by_position(state: dict[str, Any]) -> dict[str, Any]:
@@ -114,10 +140,11 @@ def _by_position(state: dict[str, Any]) -> dict[str, Any]:
     for group in state["param_groups"]:
         groups.append({**group, "params": list(range(first, first + len(group["params"])))})
         first += len(group["params"])
-    stray = [key for key in state["state"] if key not in positions]
-    if stray:
-        raise ValueError(f"state: expected parameters of the param groups, got {stray[0]!r}")
-    return {**state, "state": {positions[k]: s for k, s in state["state"].items()}, "param_groups": groups}
+    for key, value in state["state"].items():  # hooks may add what belongs to no parameter
+        if key not in positions and isinstance(value, dict) and "exp_avg" in value:
+            raise ValueError(f"state: expected parameters of the param groups, got {key!r}")
+    by_position = {positions.get(key, key): value for key, value in state["state"].items()}
+    return {**state, "state": by_position, "param_groups": groups}
 
 
 def _check_settings(own: dict[str, Any], saved: dict[str, Any]) -> None:
@@ -125,13 +152,9 @@ def _check_settings(own: dict[str, Any], saved: dict[str, Any]) -> None:
     for key in _MUST_AGREE:
         unset = key == "total_steps" and None in (own[key], saved[key])
         if own[key] != saved[key] and not unset:
-            raise _differs(key, own[key], saved[key])
+            raise differs(key, own[key], saved[key])
     if not _same_budget(own["budget_given"], saved):
-        raise _differs("budget", own["budget_given"], saved["budget"])
-
-
-def _differs(what: str, own: Any, saved: Any) -> ValueError:
-    return ValueError(f"{what}: expected {own} as in the optimizer, got {saved} in the saved state")
+        raise differs("budget", own["budget_given"], saved["budget"])
 
 
 def _same_budget(given: int | float, saved: dict[str, Any]) -> bool:
@@ -147,95 +170,40 @@ def _same_budget(given: int | float, saved: dict[str, Any]) -> bool:
 
 def _check_groups(own: list[dict[str, Any]], saved: list[dict[str, Any]]) -> None:
     if len(own) != len(saved):
-        raise _differs("param_groups", f"{len(own)} groups", f"{len(saved)} groups")
+        raise differs("param_groups", f"{len(own)} groups", f"{len(saved)} groups")
     for i, (ours, theirs) in enumerate(zip(own, saved, strict=True)):
         if len(ours["params"]) != len(theirs["params"]):
             count = [f"{len(group['params'])} parameters" for group in (ours, theirs)]
-            raise _differs(f"param_groups[{i}]", *count)
-        if ours["dense"] != theirs["dense"]:
-            raise _differs(f"param_groups[{i}]: dense", ours["dense"], theirs["dense"])
+            raise differs(f"param_groups[{i}]", *count)
+        if ours["dense"] != theirs.get("dense", False):
+            raise differs(f"param_groups[{i}]: dense", ours["dense"], theirs.get("dense", False))
+        validation.check_options_of_group(theirs, f"param_groups[{i}]")
         for name, other in zip(ours.get("param_names", []), theirs.get("param_names", []), strict=False):
             if name != other:
-                raise _differs(f"param_groups[{i}]", repr(name), repr(other))
+                raise differs(f"param_groups[{i}]", repr(name), repr(other))
 
 
-def _sparse_states(groups: list[dict], state: dict[int, dict], layout: Layout) -> dict[int, dict[str, Any]]:
+def _sparse_states(
+    groups: list[dict], state: dict[int, dict], layout: Layout, strict: bool, cast: bool
+) -> dict[int, dict[str, Any]]:
     """The per-parameter dicts of all non-dense parameters by position, each checked."""
     found = {}
     for member in members(groups, dense=False):
-        if member.position not in state:
-            raise ValueError(f"state[{member.position}]: expected the state of this parameter, got none")
-        found[member.position] = _checked(member, state[member.position], layout)
+        saved = state.get(member.position, {})
+        if not OWN & saved.keys():
+            if strict:
+                raise ValueError(
+                    f"state[{member.position}]: expected the state of this parameter, got none; with "
+                    "strict=False it has no active entries"
+                )
+            saved = {**saved, **without_entries(member.param, layout)}
+        found[member.position] = checked(member, saved, layout, cast)
     return found
 
 
 def _check_dense_states(groups: list[dict], state: dict[int, dict]) -> None:
     for position, _, p in members(groups, dense=True):
         saved = state.get(position, {})  # none before the parameter's first gradient
-        for name in ("exp_avg", "exp_avg_sq") if saved else ():
-            _check_shape(f"state[{position}]: {name}", list(saved[name].shape), p)
-
-
-def _check_shape(where: str, saved: list[int], p: Tensor) -> None:
-    if saved != list(p.shape):
-        raise _differs(f"{where}: shape", list(p.shape), saved)
-
-
-def _checked(member: Member, state: dict[str, Any], layout: Layout) -> dict[str, Any]:
-    where, p = f"state[{member.position}]", member.param
-    columns = layout.columns(p.dtype)
-    for name in ("shape", "step", *columns):
-        if name not in state:
-            raise ValueError(f"{where}: {name}: expected it in the saved state, got none")
-    _check_shape(where, list(state["shape"]), p)
-    n = state["indices"].numel()
-    for name, dtype in columns.items():
-        column = state[name]
-        if column.shape != (n,) or column.dtype != dtype:
-            got = f"{column.dtype} {tuple(column.shape)}"
-            raise ValueError(f"{where}: {name}: expected {dtype} of shape ({n},), got {got}")
-    for name in ("indices", "ever_indices"):
-        _check_indices(f"{where}: {name}", state.get(name, state["indices"]), p.numel())
-    return state
-
-
-def _check_indices(where: str, rows: Tensor, numel: int) -> None:
-    inside = rows.numel() == 0 or (rows[0] >= 0 and rows[-1] < numel)
-    if rows.dtype != torch.int32 or not inside or not bool((rows.diff() > 0).all()):
-        raise ValueError(f"{where}: expected ascending int32 below {numel}, got something else")
-
-
-# --- take over -------------------------------------------------------------------------------------
-
-
-def fill(active: ActiveSet, sparse: dict[int, dict[str, Any]], steps_done: int) -> None:
-    """Puts checked per-parameter states by position into an active set that holds no entries yet."""
-    for i, shard in enumerate(active.shards):
-        states = [sparse[position] for position in shard.positions]
-        _fill_shard(shard, states, steps_done)
-        if active.layout.repeat:
-            _fill_ever(active.ever[i], states, shard.device)
-
-
-def _fill_shard(shard: Shard, states: list[dict], steps_done: int) -> None:
-    bounds = _bounds([s["indices"] for s in states])
-    shard.steps = torch.tensor([int(s["step"]) for s in states], dtype=torch.int64, device=shard.device)
-    shard.updated_at.fill_(steps_done)  # not stored: changed_since errs on the side of too much
-    shard.reserve(bounds[-1])
-    shard.hold(torch.tensor(bounds, dtype=torch.int64, device=shard.device), bounds[-1], {})
-    for name in shard.layout.columns(shard.dtype):
-        for j, s in enumerate(states):
-            shard.column(name, j).copy_(s[name])
-
-
-def _fill_ever(ever: EverActive, states: list[dict], device: torch.device) -> None:
-    # A state of another strategy (strict=False) has no memory of entries that left, since none has.
-    rows = [s.get("ever_indices", s["indices"]).to(device) for s in states]
-    ever.entries = Entries(torch.tensor(_bounds(rows), device=device), torch.cat(rows))
-    if ever.originals is not None:
-        before = [s["ever_originals" if "ever_originals" in s else "originals"] for s in states]
-        ever.originals = torch.cat([values.to(device) for values in before])
-
-
-def _bounds(rows: list[Tensor]) -> list[int]:
-    return list(accumulate((row.numel() for row in rows), initial=0))
+        for name in ("exp_avg", "exp_avg_sq"):
+            if name in saved:
+                check_shape(f"state[{position}]: {name}", list(saved[name].shape), p)

@@ -25,7 +25,8 @@ def memory_report(
     for i, shard in enumerate(active.shards):
         for kind, size in _bytes_by_kind(shard, active.ever[i] if active.ever else None).items():
             report[kind] += size
-    report["dense_state"] = sum(t.nbytes for state in dense_states for t in state.values())
+    dense = (state.values() for state in dense_states if isinstance(state, dict))
+    report["dense_state"] = sum(t.nbytes for values in dense for t in values if isinstance(t, Tensor))
     report["candidates"] = sum(t.nbytes for t in candidates)
     at_once = max if active.layout.release else sum  # hooks select from one tensor at a time
     report["select_tiles"] = at_once([_tile_bytes(s, at_once) for s in active.shards] or [0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -73,6 +74,12 @@ class Progress:
         self.__dict__.update(state, _report=Report())
 
     @property
+    def spent(self) -> bool:
+        """Whether the steps done were to spend the whole budget. Synchronises as `steps_done` does."""
+        done = min(self.steps_done, len(self.targets))
+        return done > 0 and self.targets[done - 1] == self.targets[-1]
+
+    @property
     def steps_done(self) -> int:
         """Synchronises with the GPU where the optimizer is capturable."""
         return int(self.done)
@@ -80,8 +87,18 @@ class Progress:
     def forget_targets(self) -> None:
         self.targets, self._table = [], None
 
-    def tabulate(self, schedule: Schedule, total_steps: int, budget: int, device: torch.device) -> None:
-        self.targets = schedules.tabulate(schedule, total_steps, budget, self.select_every)
+    def tabulate(
+        self,
+        schedule: Schedule,
+        total_steps: int,
+        budget: int,
+        device: torch.device,
+        growth: Sequence[tuple[int, int]] = (),
+    ) -> None:
+        """growth: (step, entries) of what was added later to the budget, which counts it."""
+        first = budget - sum(entries for _, entries in growth)
+        targets = schedules.grown(schedules.tabulate(schedule, total_steps, first), schedule, growth)
+        self.targets = schedules.in_windows(targets, self.select_every)
         increments = [b - a for a, b in pairwise([0, *self.targets])]
         self._most_at_once = min(4 * max(increments), budget)
         if self.capturable:

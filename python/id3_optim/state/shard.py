@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor
 from id3_kernels import Entries, backend, table
 from id3_kernels.entries import sort_keys
 
+from ..param_groups import Member
 from .layout import Layout, moved
 
 _MASKS_KEPT = 64  # patterns of missing gradients
@@ -48,6 +51,8 @@ class Shard:
         self.kernels = table.kernels_for(device, layout.backend)
         self.params: list[Tensor] = []
         self.positions: list[int] = []
+        self.shapes: list[torch.Size] = []  # when added: the indices are those of this shape
+        self.strides: list[tuple[int, ...]] = []  # when last checked
         self.slices: list[Slice] = []
         # Row 0: the settled run's offsets. Row 1: the recent run's, counted from `_begin`, zeros without one.
         self._rows = torch.zeros(2, 1, dtype=torch.int64, device=device)
@@ -73,23 +78,28 @@ class Shard:
         self.__dict__.update(state)
         self.kernels = table.kernels_for(self.device, self.layout.backend)
 
-    def add(self, param: Tensor, position: int, group: int) -> None:
-        """Appends a tensor; positions must ascend."""
-        self.params.append(param)
-        self.positions.append(position)
-        n = len(self.params)
-        if self.slices and self.slices[-1].group == group:
-            self.slices[-1] = self.slices[-1]._replace(last=n)
-        else:
-            self.slices.append(Slice(group, n - 1, n))
-        self.numel += param.numel()
+    def extend(self, rows: list[Member]) -> None:
+        """Appends tensors; positions must ascend. Settles."""
         self.settle()
-        self._rows = torch.cat([self._rows, self._rows[:, -1:]], 1)
+        for position, group, param in rows:
+            self.params.append(param)
+            self.positions.append(position)
+            self.shapes.append(param.shape)
+            self.strides.append(param.stride())
+            self.numel += param.numel()
+            n = len(self.params)
+            if self.slices and self.slices[-1].group == group:
+                self.slices[-1] = self.slices[-1]._replace(last=n)
+            else:
+                self.slices.append(Slice(group, n - 1, n))
+        # Each table grows once for all rows: a copy per tensor would be quadratic in their number.
+        self._rows = torch.cat([self._rows, self._rows[:, -1:].expand(-1, len(rows))], 1)
         self.offsets = self._rows[:1]
-        self.position_table = torch.tensor(self.positions, device=self.device)
+        added = torch.tensor([row.position for row in rows], device=self.device)
+        self.position_table = torch.cat([self.position_table, added])
         self._bounds, self._masks = None, {}
-        self.steps = torch.cat([self.steps, self.steps.new_zeros(1)])
-        self.updated_at = torch.cat([self.updated_at, self.updated_at.new_zeros(1)])
+        self.steps = torch.cat([self.steps, torch.zeros_like(added)])
+        self.updated_at = torch.cat([self.updated_at, torch.zeros_like(added)])
 
     # --- entries -----------------------------------------------------------------------------------
 
@@ -107,8 +117,17 @@ class Shard:
     def column(self, name: str, j: int) -> Tensor | None:
         """The part of an array that belongs to tensor j; None where the layout has no such array. Settles."""
         self.settle()
-        begin, end = self.bounds[0][j : j + 2]
+        if self.layout.capturable:  # `bounds` would read all offsets anew
+            begin, end = self.offsets[0, j : j + 2].tolist()
+        else:
+            begin, end = self.bounds[0][j : j + 2]
         return self.arrays[name][begin:end] if name in self.arrays else None
+
+    def parts(self, name: str) -> Sequence[Tensor]:
+        """The parts of an array that belong to each tensor, as `column` has them. Settles."""
+        self.settle()
+        bounds = self.bounds[0]
+        return self.arrays[name][: bounds[-1]].split([end - begin for begin, end in pairwise(bounds)])
 
     def reserve(self, n: int) -> None:
         """Gives the arrays a capacity of at least n entries. Settles where they grow."""

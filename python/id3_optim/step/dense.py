@@ -16,10 +16,10 @@ from .scaling import Scaling
 def make_moments(state: MutableMapping[Tensor, dict], group: dict[str, Any]) -> None:
     """The state (torch's: step, exp_avg, exp_avg_sq) of the parameters that have their first gradient now."""
     for p in group["params"]:
-        if p.grad is not None and not state[p]:
+        if p.grad is not None and "exp_avg" not in state[p]:
             step = torch.zeros((), dtype=torch.float32, device=p.device)
             moments = [torch.zeros_like(p, memory_format=torch.preserve_format) for _ in range(2)]
-            state[p] = {"step": step, "exp_avg": moments[0], "exp_avg_sq": moments[1]}
+            state[p] |= {"step": step, "exp_avg": moments[0], "exp_avg_sq": moments[1]}
 
 
 def update_dense(state: MutableMapping[Tensor, dict], group: dict[str, Any], scaling: Scaling) -> None:

@@ -70,12 +70,15 @@ class Release:
     # --- hooks ---------------------------------------------------------------------------------------
 
     def attach(self, params: Iterable[Tensor]) -> None:
-        """Hooks every parameter that requires a gradient and has no hook of this optimizer yet."""
+        """Hooks every parameter that requires a gradient and has no hook of this optimizer yet.
+
+        Parameters of lazy modules take hooks once they have a shape.
+        """
         if not self.hooked:
             return
         take = partial(_take, weakref.ref(self))
         for p in params:
-            if p.requires_grad and id(p) not in self._handles:
+            if p.requires_grad and id(p) not in self._handles and not torch.nn.parameter.is_lazy(p):
                 self._handles[id(p)] = p.register_post_accumulate_grad_hook(take)
 
     def remove_hooks(self) -> None:
@@ -199,7 +202,7 @@ class Release:
     def _collect(self, param: Tensor) -> None:
         i, j = self._active.locate(param)
         shard, kept = self._active.shards[i], self.kept[i]
-        gradients.check(self._active, shard, param, shard.positions[j])
+        gradients.check(self._active, shard, j)
         seen = kept.seen[j]
         # Candidates of earlier passes are forgotten before each pass unless the best of all is chosen.
         repeated = seen and self.select_from == "max"
