@@ -165,8 +165,8 @@ def sampled_embedding_grad_(
 ) -> None:
     """The gradient of one embedding at `entries` alone: sums over the tokens that read the row.
 
-    grad: [T, columns], the gradient of the output, any strides. ids: int64 [T], the row that each token reads;
-    -1 leaves a token out. entries, values, add: as for `sampled_weight_grad_`. A sum takes the tokens in
+    grad: [T, columns], the gradient of the output, any strides. ids: int64 [T], the row that each token
+    reads; -1 leaves a token out. entries, values, add: as for `sampled_weight_grad_`. A sum takes tokens in
     ascending order, from zero. Mutates values. Raises ValueError naming the argument.
     """
     checks.matrix("grad", grad)
