@@ -33,9 +33,11 @@ struct Lanes {
   Half first, second;
 };
 
+// Half by half: as one copy it would pass through memory where a half is wider than a register.
 template <class Value>
 ID3_INLINE void load(const Value* items, Lanes<Value>& out) {
-  std::memcpy(&out, items, sizeof(out));
+  std::memcpy(&out.first, items, sizeof(out.first));
+  std::memcpy(&out.second, items + kLanes / 2, sizeof(out.second));
 }
 
 ID3_INLINE void load(const uint16_t* bfloat16, Lanes<float>& out) {
