@@ -2,13 +2,14 @@
 
 from dataclasses import asdict
 
-from benchmarks.cases import Case
+from benchmarks.cases import DTYPES, Case
 from benchmarks.growth import POINTS
 from benchmarks.memory import step_bound_bytes
 from benchmarks.render import Bar, bar_rows
 from benchmarks.shapes import MODELS
 
 SMALL, LARGE = MODELS
+SAMPLED_LIMITS = {0.0017: 0.06, 0.01: 0.15}  # by the share of active entries
 
 
 class Results:
@@ -47,6 +48,16 @@ class Results:
         row = self.row("delta", LARGE, dtype=dtype)
         return None if row is None else row["methods"][what]["median_ms"]
 
+    def sampled(self, dtype: str, share: float, cached: str) -> float | None:
+        """The sampled weight gradient over the dense product, of the layer where that is the most."""
+        rows = [row for row in self.rows if row["kind"] == "sampled"]
+        medians = [
+            [row["methods"][name + cached]["median_ms"] for name in ("sampled", "dense")]
+            for row in rows
+            if (row["case"]["dtype"], row["case"]["share"]) == (dtype, share)
+        ]
+        return max((sampled / dense for sampled, dense in medians), default=None)
+
     def step_memory(self, model: str) -> float | None:
         """Peak bytes of a step over the bound on them."""
         rows = (row for row in self.memory if (row["model"], row["method"]) == (model, "id3"))
@@ -55,7 +66,19 @@ class Results:
 
 def bars_of(rows: list[dict], memory: list[dict]) -> list[dict]:
     """The bars of a results file, from its rows alone."""
-    return bar_rows(_measured(Results(rows, memory)))
+    results = Results(rows, memory)
+    return bar_rows(_measured(results) + _sampled(results))
+
+
+def _sampled(results: Results) -> list[Bar]:
+    """The bars of the sampled weight gradient that a run has measured; results up to 0.1.0 have none."""
+    bars = []
+    for share, limit in SAMPLED_LIMITS.items():
+        for dtype in DTYPES:
+            for cached, where in (("", "x from memory"), ("_cached", "x in the cache")):
+                what = f"sampled / dense weight gradient, {share:.2%} active, {dtype}, {where}, worst layer"
+                bars.append(Bar(what, limit, results.sampled(dtype, share, cached)))
+    return [bar for bar in bars if bar.value is not None]
 
 
 def _against(results: Results, what: str, over: str, limits: dict[str, float], **wanted) -> list[Bar]:

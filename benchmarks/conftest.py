@@ -20,8 +20,10 @@ def pytest_configure(config):
 
 
 def pytest_generate_tests(metafunc):
-    if "case" in metafunc.fixturenames:
-        metafunc.parametrize("case", metafunc.module.cases(metafunc.config.getoption("--quick")), ids=str)
+    for fixture, listed in (("case", "cases"), ("layer", "layers")):
+        if fixture in metafunc.fixturenames:
+            made = getattr(metafunc.module, listed)(metafunc.config.getoption("--quick"))
+            metafunc.parametrize(fixture, made, ids=str)
 
 
 @pytest.fixture(scope="session")

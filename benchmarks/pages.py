@@ -80,6 +80,7 @@ def _sweep_table(results: Results) -> str:
 def _case(row: dict) -> str:
     """The kind, the model and what the case measures, in one line."""
     case, texts = row["case"], {"budget": "B = {:.2%}", "exp": "exp {:g}", "active": "|Λ| = {:g} B"}
+    texts |= {"tokens": "{} tokens", "share": "{:.2%} active", "spread": "{} spread"}
     parts = [text.format(case[name]) for name, text in texts.items() if name in case]
     parts += ["k = 0"] if case.get("selects") is False else []
     return ", ".join([f"{row['kind']}: {case['model']}", case["dtype"], *parts])
@@ -119,6 +120,15 @@ def _growth_table(results: Results) -> str:
             at = f"{row['case']['model']}, {row['b']:,} entries, |Λ| = {2 * point + 1}/{2 * points} B"
             lines.append([at, *(f"{time:.2f}" for time in times), *ratios])
     return table(["growing run", "update, ms", "join, ms", "update / static", "with join / static"], lines)
+
+
+def _sampled(results: Results) -> str:
+    """The section of sampled weight gradients; empty where none was measured."""
+    if not any(row["kind"] == "sampled" for row in results.rows):
+        return ""
+    labels = {"sampled": "at active entries", "dense": "dense"}
+    labels |= {f"{name}_cached": f"{label}, in the cache" for name, label in labels.items()}
+    return f"\n\n### The weight gradient of one layer\n\n{_alone_table(results, ('sampled',), labels)}"
 
 
 def _bandwidth(results: Results) -> str:
@@ -180,7 +190,7 @@ The bare read runs at {_bandwidth(results)} GB/s.
 
 ### A delta of 320K entries
 
-{_alone_table(results, ("delta",), {"apply": "apply", "revert": "revert"})}"""
+{_alone_table(results, ("delta",), {"apply": "apply", "revert": "revert"})}{_sampled(results)}"""
 
 
 CPU_PAGES = Pages(BENCH, readme_block, page_block)

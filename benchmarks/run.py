@@ -11,7 +11,7 @@ from benchmarks.bars import bars_of
 from benchmarks.machine import describe, slug
 from benchmarks.memory import measure_memory, supported
 from benchmarks.pages import READS, medians_table
-from benchmarks.render import RESULTS, ROOT
+from benchmarks.render import RESULTS, ROOT, bars_table, missed
 from benchmarks.report import publish
 from benchmarks.shapes import MODELS
 
@@ -65,9 +65,13 @@ def _add_ratios(row: dict) -> None:
 
 
 def run_kind(kind: str, arguments: list[str]) -> None:
-    """Measure one kind of cases and print the medians; no results file."""
+    """Measure one kind of cases, print the medians and the bars that they decide; no results file."""
     options = _parser(kind).parse_args(arguments)
-    print(medians_table(_measured(options, (kind,), with_memory=False)["rows"]))
+    results = _measured(options, (kind,), with_memory=False)
+    print(medians_table(results["rows"]))
+    bars = [bar for bar in results["bars"] if bar["value"] is not None]
+    if bars:
+        print(bars_table(bars), missed(bars), sep="\n\n")
 
 
 def run_all(arguments: list[str]) -> None:

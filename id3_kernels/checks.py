@@ -69,6 +69,28 @@ def gradient(name: str, g: Tensor, p: Tensor) -> None:
         raise ValueError(f"{name}: expected a tensor on {p.device}, got {g.device}")
 
 
+def matrix(name: str, t: Tensor) -> None:
+    """Checks a plain matrix, one row per token."""
+    plain(name, t)
+    if t.dim() != 2:
+        raise ValueError(f"{name}: expected a matrix [tokens, columns], got shape {tuple(t.shape)}")
+
+
+def factors(left: Tensor, right: Tensor) -> None:
+    """Checks the two factors of a weight's gradient."""
+    matrix("left", left)
+    matrix("right", right)
+    if right.dtype != left.dtype:
+        raise ValueError(f"right: expected {left.dtype} as left, got {right.dtype}")
+    if right.device != left.device:
+        raise ValueError(f"right: expected a tensor on {left.device}, got {right.device}")
+    if right.shape[0] != left.shape[0]:
+        raise ValueError(f"right: expected {left.shape[0]} tokens as left, got {right.shape[0]}")
+    if left.shape[1] * right.shape[1] >= 2**31:
+        size = left.shape[1] * right.shape[1]
+        raise ValueError(f"right: expected a weight of fewer than 2^31 entries, got {size}")
+
+
 def vector(name: str, t: Tensor, dtype: torch.dtype, length: int, device: torch.device) -> None:
     """Checks a contiguous 1-D tensor of at least `length` elements."""
     if not isinstance(t, Tensor) or t.dtype != dtype or t.dim() != 1 or t.numel() < length:

@@ -98,6 +98,18 @@ def squared_norm(tensors, offsets, indices):
     return _ops.squared_norm(_row_major(tensors), offsets, indices)
 
 
+def sampled_weight_grad_(left, right, offsets, indices, values, add):
+    """See `table.OPS`."""
+    _refuse_float64(left)
+    _ops.sampled_weight_grad_(left, right, offsets, indices, values, add)
+
+
+def sampled_embedding_grad_(grad, ids, offsets, indices, values, add):
+    """See `table.OPS`."""
+    _refuse_float64(grad)
+    _ops.sampled_embedding_grad_(grad, ids.contiguous(), offsets, indices, values, add)
+
+
 def join_(arrays, offsets, b_offsets, b_indices, b_values):
     """See `table.OPS`. Where an array lacks the capacity for both sets, nothing changes."""
     _ops.join_(arrays, offsets, b_offsets, b_indices, b_values)

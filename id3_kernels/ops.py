@@ -141,6 +141,48 @@ def scatter_(tensors: Sequence[Tensor], entries: Entries, values: Tensor) -> Non
     torch.autograd.graph.increment_version(tensors)
 
 
+@torch.no_grad()
+def sampled_weight_grad_(
+    left: Tensor, right: Tensor, entries: Entries, values: Tensor, *, add: bool = True
+) -> None:
+    """The gradient leftᵀ · right of one weight at `entries` alone (a sampled dense-dense product).
+
+    left: [T, rows], right: [T, columns], of T tokens, one dtype and any strides. Of torch.nn.Linear left is
+    the gradient of the output and right the input; of a weight stored transposed, as Conv1D's, the other
+    way round. entries: of the one weight [rows, columns]. values: [>= n], float32 (float64 for float64), in
+    entry order: they grow by the sums, or become them with add=False. An entry has the same bits whatever
+    the other entries, strides, threads and backend; `csrc/formulas/sampled.h` has the order of the sums and
+    the error bound.
+    Mutates values. Raises ValueError naming the argument.
+    """
+    checks.factors(left, right)
+    _sampled("sampled_weight_grad_", left, right, entries, values, add, left.shape[1] * right.shape[1])
+
+
+@torch.no_grad()
+def sampled_embedding_grad_(
+    grad: Tensor, ids: Tensor, entries: Entries, values: Tensor, *, add: bool = True
+) -> None:
+    """The gradient of one embedding at `entries` alone: sums over the tokens that read the row.
+
+    grad: [T, columns], the gradient of the output, any strides. ids: int64 [T], the row that each token
+    reads; -1 leaves a token out. entries, values, add: as for `sampled_weight_grad_`. A sum takes tokens in
+    ascending order, from zero. Mutates values. Raises ValueError naming the argument.
+    """
+    checks.matrix("grad", grad)
+    checks.vector("ids", ids, torch.int64, grad.shape[0], grad.device)
+    if ids.numel() != grad.shape[0]:
+        raise ValueError(f"ids: expected {grad.shape[0]} tokens as grad, got {ids.numel()}")
+    _sampled("sampled_embedding_grad_", grad, ids, entries, values, add, 2**31 - 1)
+
+
+def _sampled(op: str, first, second, entries: Entries, values, add: bool, size: int) -> None:
+    checks.entries("entries", entries, [size], first.device)
+    checks.vector("values", values, wide_dtype(first.dtype), int(entries.offsets[-1]), first.device)
+    getattr(_kernels(first.device), op)(first, second, *entries, values, add)
+    torch.autograd.graph.increment_version(values)
+
+
 def _fitting(tensors: Sequence[Tensor], entries: Entries) -> Entries:
     device = checks.params(tensors, "tensors")
     for j, t in enumerate(tensors):

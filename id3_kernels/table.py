@@ -166,29 +166,30 @@ OPS = {
     "sampled_weight_grad_": Op(
         """(Tensor left, Tensor right, Tensor offsets, Tensor indices, Tensor(a!) values, bool add) -> ()""",
         _no_result,
-        """The gradient of one weight at its active entries alone, a sampled dense-dense product. left: [T, R],
-        right: [T, C], of one dtype and any strides, T >= 0 tokens; the weight has the shape [R, C]. Of
-        `torch.nn.Linear` left is the gradient of the output and right the input; of a weight stored
-        transposed, as Conv1D's is, left is the input and right the gradient. offsets [2] or [R, 2], indices:
-        the active set of the weight. values (parallel to indices, float32, float64 for float64) become
-        Σ_t left[t, row] · right[t, column] at index = row · C + column, or grow by it with add: the sum is
-        added to the old value last. Where right is a copy of some columns of the input, C is their number and
-        the caller numbers the indices anew, which keeps their order. `csrc/formulas/sampled.h` says in which
-        order the products are summed, and the error bound; each operation is rounded once. The bits of an
-        entry depend on the two columns alone: not on the other entries, on the runs, on which columns were
-        copied, on strides, the number of threads or the backend. Mutates values.""",
+        """The gradient of one weight at its active entries alone: a sampled dense-dense product. left:
+        [T, rows], right: [T, columns], of one dtype and any strides, T >= 0 tokens; the weight has the shape
+        [rows, columns]. Of `torch.nn.Linear` left is the gradient of the output and right the input; of a
+        weight stored transposed, as Conv1D's is, left is the input and right the gradient. offsets [2] or
+        [R, 2], indices: the active set of the weight. values (parallel to indices, float32, float64 for
+        float64) become Σ_t left[t, i] · right[t, j] at index = i · columns + j, or grow by it with add: the
+        sum is added to the old value last. Where right is a copy of some columns of the input, the caller
+        numbers the indices anew for a weight of so many columns, which keeps their order.
+        `csrc/formulas/sampled.h` says in which order products are summed, and the error bound; each
+        operation is rounded once. The bits of an entry depend on its two columns alone: not on the other
+        entries, on runs, on which columns were copied, on strides, the number of threads or the backend.
+        Mutates values.""",
     ),
     "sampled_embedding_grad_": Op(
         """(Tensor grad, Tensor ids, Tensor offsets, Tensor indices, Tensor(a!) values, bool add) -> ()""",
         _no_result,
-        """The gradient of one embedding [R, C] at its active entries alone. grad: [T, C], the gradient of the
+        """The gradient of one embedding at its active entries alone. grad: [T, columns], the gradient of the
         output, any strides. ids: int64 [T], the row that each token reads; a row that is none of the
-        embedding's, such as -1, leaves its token out (padding_idx). offsets [2] or [R, 2], indices: the active
-        set of the embedding. values (parallel to indices, float32, float64 for float64) become the sum over
-        the tokens of the row of grad[t, column] at index = row · C + column, or grow by it with add: the sum
-        is added to the old value last. A sum begins with zero and takes the tokens in ascending order, each
-        sum rounded once, as torch's dense gradient on the CPU in float32; so the bits depend on nothing else.
-        Mutates values.""",
+        embedding's, such as -1, leaves its token out (padding_idx). offsets [2] or [R, 2], indices: the
+        active set of the embedding. values (parallel to indices, float32, float64 for float64) become the
+        sum of grad[t, j] over the tokens with id i at index = i · columns + j, or grow by it with add: the
+        sum is added to the old value last. A sum begins with zero and takes the tokens in ascending order,
+        each step rounded once, as torch's dense gradient on the CPU in float32 does; the bits depend on
+        nothing else. Mutates values.""",
     ),
     "adamw_": Op(
         "(Tensor(a!)[] params, Tensor?[] grads, " + _ADAMW_SCHEMA,

@@ -10,9 +10,11 @@ import torch
 from benchmarks import render
 from benchmarks.__main__ import COMMANDS, main
 from benchmarks.against import slower
+from benchmarks.bars import bars_of
 from benchmarks.growth import timed_growth
 from benchmarks.many import Side, check, many_inputs, ours
 from benchmarks.measure import Interleaved, Timed
+from benchmarks.sampled import Backward, Layer, timed_layer
 from benchmarks.shapes import make_inputs
 from benchmarks.worker import digest
 from id3_kernels import available_backends
@@ -190,6 +192,42 @@ def test_the_time_of_a_window_is_divided():
     methods = {"subject": Timed(lambda: None), "window": Timed(lambda: ticks.append(1), per_run=1_000_000)}
     Interleaved(methods, "subject").ready()
     assert len(ticks) == 1 and methods["window"].seconds[0] < 1e-6
+
+
+def test_what_is_touched_comes_behind_the_preparation():
+    ticks = []
+    timed = Timed(
+        lambda: ticks.append("run"), lambda: ticks.append("prepare"), touch=lambda: ticks.append("touch")
+    )
+    Interleaved({"subject": Timed(lambda: None), "other": timed}, "subject").ready()
+    assert ticks == ["prepare", "touch", "run"]
+
+
+# --- sampled gradients --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("spread", ["even", "hot"])
+def test_sampled_gradients_are_checked_and_timed(dtype, spread):
+    layer = Layer(40, 30, 70, dtype, 0.1, spread)
+    assert list(timed_layer(layer)) == ["sampled", "dense", "sampled_cached", "dense_cached"]
+    backward = Backward(layer)
+    assert len(backward.values) == 120
+    backward.sampled = lambda: backward.values.fill_(1e3)
+    with pytest.raises(AssertionError, match="sampled: less accurate"):
+        backward.check()
+
+
+def test_a_bar_of_sampled_gradients_is_of_the_worst_layer():
+    def row(rows, ms):
+        names = ("sampled", "dense", "sampled_cached", "dense_cached")
+        methods = {name: {"median_ms": time} for name, time in zip(names, ms, strict=True)}
+        return {"kind": "sampled", "case": Layer(rows, 8).about(), "methods": methods}
+
+    bars = bars_of([row(8, (1, 20, 1, 40)), row(9, (2, 25, 1, 50))], [])
+    mine = [(bar["limit"], bar["value"], bar["met"]) for bar in bars if bar["what"].startswith("sampled")]
+    assert mine == [(0.06, 0.08, False), (0.06, 0.025, True)]
+    assert not [bar for bar in bars_of([], []) if bar["what"].startswith("sampled")]
 
 
 @pytest.mark.skipif(not NATIVE, reason="the C++ extension is not built")

@@ -16,9 +16,9 @@
 // Weight gradients at active entries alone: for each entry a sum over tokens of the product of two columns.
 //
 // A block of tokens is transposed, so that an entry is a dot product of two stretches of neighbours: all
-// needed columns of `right` at once (2048 columns of bfloat16 are 512 KiB, which the second-level cache holds),
-// those of `left` some at a time. Threads share blocks of tokens, and entries where there are fewer blocks than
-// threads; neither changes a bit, as the order of the sums is fixed.
+// needed columns of `right` at once (2048 columns of bfloat16 are 512 KiB, which the second-level cache
+// holds), those of `left` some at a time. Threads share blocks of tokens, and entries where there are fewer
+// blocks than threads; neither changes a bit, as the order of the sums is fixed.
 namespace id3::cpu {
 namespace {
 
@@ -33,9 +33,11 @@ struct Lanes {
   Half first, second;
 };
 
+// Half by half: as one copy it would pass through memory where a half is wider than a register.
 template <class Value>
 ID3_INLINE void load(const Value* items, Lanes<Value>& out) {
-  std::memcpy(&out, items, sizeof(out));
+  std::memcpy(&out.first, items, sizeof(out.first));
+  std::memcpy(&out.second, items + kLanes / 2, sizeof(out.second));
 }
 
 ID3_INLINE void load(const uint16_t* bfloat16, Lanes<float>& out) {
@@ -193,7 +195,8 @@ class SampledProduct {
       share.take(entries_.indices, piece.first, piece.last, right_.rows.columns);
     const at::Tensor panel = scratch(kPanelRows), right = scratch(right_.rows.columns);
     for (; block < end; ++block) {
-      run_simd<TransposeBlock>(right_.block(block, 0, right_.rows.columns), share.wanted.data(), items(right));
+      run_simd<TransposeBlock>(right_.block(block, 0, right_.rows.columns), share.wanted.data(),
+                               items(right));
       Value* out = sums_.template mutable_data_ptr<Value>() + block * sums_.size(1) + pieces.front().at;
       for (size_t i = 0; i < share.stretches.size();)
         i = sum_panel(share.stretches, i, block, items(panel), items(right), out);
@@ -264,7 +267,8 @@ void sampled_weight_grad_cpu(const at::Tensor& left, const at::Tensor& right, co
   TORCH_CHECK_VALUE(right.scalar_type() == dtype, "right: expected ", dtype, " as left, got ",
                     right.scalar_type());
   TORCH_CHECK_VALUE(left.size(1) * right.size(1) <= std::numeric_limits<int32_t>::max(),
-                    "right: expected a weight of fewer than 2^31 entries, got ", left.size(1) * right.size(1));
+                    "right: expected a weight of fewer than 2^31 entries, got ",
+                    left.size(1) * right.size(1));
   const RunsView entries = view_runs("", offsets, indices, 1);
   const auto product = dtype == at::kFloat      ? sampled<float, float, float>
                        : dtype == at::kBFloat16 ? sampled<uint16_t, uint16_t, float>

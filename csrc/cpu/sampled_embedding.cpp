@@ -9,8 +9,8 @@
 #include "cpu/convert.h"
 #include "cpu/entries.h"
 
-// The gradient of an embedding at active entries alone: sums of the gradients of the tokens of a row, added in
-// the order of the tokens.
+// The gradient of an embedding at active entries alone: sums of the gradients of the tokens of a row, added
+// in the order of the tokens.
 namespace id3::cpu {
 namespace {
 

@@ -76,14 +76,24 @@ struct TransposeBlock {
     for (int64_t t = 0; t < kBlockTokens; t += kTileTokens<To>)
       for (int64_t c = 0; c < rows.columns; c += kTileColumns)
         if (wanted[c / kTileColumns]) {
-          if (c % (64 / sizeof(From)) == 0)
-            for (int64_t i = 0; i < kTileTokens<To>; ++i)
-              __builtin_prefetch(rows.data + (t + i) * rows.stride + c + 4 * 64 / sizeof(From));
+          if (c % kLine<From> == 0) prefetch<kTileTokens<To>>(rows, t, c + kAhead * kLine<From>);
           tile(rows, t, c, to + c * kBlockTokens + t);
         }
   }
 
  private:
+  template <class From>
+  static constexpr int64_t kLine = 64 / sizeof(From);  // items of a cache line
+  static constexpr int64_t kAhead = 4;                 // lines
+
+  // Of all rows of a tile, as a processor follows fewer of them by itself. A place outside does no harm.
+  template <int64_t kTokens, class From>
+  ID3_INLINE static void prefetch(const TokenRows<From>& rows, int64_t t, int64_t c) {
+    const auto base = reinterpret_cast<uintptr_t>(rows.data);
+    for (int64_t i = 0; i < kTokens; ++i)
+      __builtin_prefetch(reinterpret_cast<const void*>(base + ((t + i) * rows.stride + c) * sizeof(From)));
+  }
+
   template <class From, class To>
   ID3_INLINE static void tile(const TokenRows<From>& rows, int64_t t, int64_t c, To* to) {
     const From* from = rows.data + t * rows.stride + c;

@@ -3,6 +3,7 @@
 from .entries import gather, join_, scatter_, union
 from .launch import why_unavailable
 from .norm import squared_norm
+from .sampled import sampled_embedding_grad_, sampled_weight_grad_
 from .score import d3_score
 from .selection import collect_, select_topk, select_topk_by_score
 from .update import adamw_, adamw_compact_
@@ -14,6 +15,8 @@ __all__ = [
     "d3_score",
     "gather",
     "join_",
+    "sampled_embedding_grad_",
+    "sampled_weight_grad_",
     "scatter_",
     "select_topk",
     "select_topk_by_score",

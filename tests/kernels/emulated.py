@@ -159,6 +159,26 @@ def squared_norm(tensors, offsets, indices):
     return torch.tensor(total, dtype=torch.float64)
 
 
+def token_matrix(t):
+    """The address of a matrix [tokens, columns], and its strides and sizes."""
+    return address(t), (c_int64 * 4)(*t.stride(), *t.shape)
+
+
+def sampled_weight_grad_(left, right, offsets, indices, values, add):
+    library().sampled_weight_grad_emulated(
+        *token_matrix(left), *token_matrix(right), DTYPES.index(left.dtype), *runs(offsets, indices)[1:],
+        address(values), int(add),
+    )  # fmt: skip
+
+
+def sampled_embedding_grad_(grad, ids, offsets, indices, values, add):
+    ids, tokens = ids.sort(stable=True)
+    library().sampled_embedding_grad_emulated(
+        *token_matrix(grad), DTYPES.index(grad.dtype), address(ids), address(tokens),
+        *runs(offsets, indices)[1:], address(values), int(add),
+    )  # fmt: skip
+
+
 def join_(arrays, offsets, b_offsets, b_indices, b_values):
     columns = (arrays, [b_indices, *b_values])
     pointers = [(c_void_p * len(arrays))(*(t if t is None else t.data_ptr() for t in c)) for c in columns]

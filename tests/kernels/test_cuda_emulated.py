@@ -173,6 +173,22 @@ def test_join_without_room_or_without_entries_changes_nothing(order):
     assert all(torch.equal(a, b[: a.numel()]) for a, b in zip(arrays, before, strict=True))
 
 
+# --- sampled gradients --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tokens", [0, 5, 128, 200])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sampled_gradients(order, dtype, tokens):
+    made = Made(10)
+    left, right = (made.tensor(tokens * n, dtype).view(tokens, n) for n in (70, 33))
+    ids, active = torch.arange(tokens) % 9 * 8, made.entries([70 * 33], 0.1)
+    for op, factors in (("sampled_weight_grad_", (left, right)), ("sampled_embedding_grad_", (right, ids))):
+        got, wanted = (torch.ones(active.indices.shape) for _ in range(2))
+        getattr(emulated, op)(*factors, *active, got, True)
+        getattr(reference, op)(*factors, *active, wanted, True)
+        assert torch.equal(got, wanted), op
+
+
 # --- index arithmetic of the host ---------------------------------------------------------------------
 
 

@@ -53,6 +53,12 @@ def collect_arguments():
     return (param, grad, None, *entries, True, 1, *best, torch.zeros(0, dtype=torch.int64), torch.tensor([3]))
 
 
+def sampled_arguments():
+    """Four tokens of a weight [6, 5], of which the first factor is not contiguous, and its active set."""
+    left, right = torch.linspace(-1, 1, 24).reshape(6, 4).t(), torch.linspace(2, 3, 20).reshape(4, 5)
+    return left, right, torch.tensor([0, 3]), torch.tensor([0, 25, 29], dtype=torch.int32)
+
+
 # Per op: arguments that use each input, with results that fill their capacity (behind it anything may stand).
 SAMPLES = {
     "d3_score": lambda: (two_tensors()[0][0], two_tensors()[1][0], 1.0, 2.0),
@@ -68,11 +74,20 @@ SAMPLES = {
     ),
     "gather": lambda: (two_tensors()[0], *held()),
     "scatter_": lambda: (two_tensors()[0], *held(), torch.arange(5.0)),
+    "sampled_weight_grad_": lambda: (*sampled_arguments(), torch.ones(3), True),
+    "sampled_embedding_grad_": lambda: (
+        sampled_arguments()[1],
+        torch.tensor([5, 0, 5, -1]),
+        *sampled_arguments()[2:],
+        torch.ones(3),
+        True,
+    ),
     "squared_norm": lambda: ([two_tensors()[1][0], None], *held()),
     "adamw_": lambda: adamw_arguments([two_tensors()[1][0], None]),
     "adamw_compact_": lambda: adamw_arguments(torch.linspace(-1, 1, 5)),
 }
 MUTATING = {"collect_", "join_", "scatter_", "adamw_", "adamw_compact_"}
+MUTATING |= {"sampled_weight_grad_", "sampled_embedding_grad_"}
 
 
 @pytest.fixture(autouse=True)
@@ -182,6 +197,9 @@ def every_public_function(params, grads, active, state):
     values = id3_kernels.gather(grads, entries)
     id3_kernels.adamw_compact_(params, values, entries, m, v, None, **numbers)
     id3_kernels.scatter_(grads, best, torch.zeros(2))
+    one = Entries(entries.offsets[:2], entries.indices)
+    id3_kernels.sampled_weight_grad_(grads[0][:, :5].float(), grads[0].float(), one, values)
+    id3_kernels.sampled_embedding_grad_(grads[0].float(), torch.tensor([2, 0, 2, 1, -1]), one, values)
     sparse = id3_kernels.to_sparse_coo(entries, values, [p.shape for p in params])
     again, same = id3_kernels.from_sparse_coo(sparse)
     return [score, *new, *best, *entries, at_new, m, v, values, *again, same, *params, *grads]

@@ -30,17 +30,18 @@ STREAMS = [
     for active in ("", " active")
 ]
 ON, OFF = True, False
+ALIGNED = ("left", "right", "padded")  # what a launch finds to be multiples of 16
 
 ARGUMENTS = {
     "*i64": "params grads param_codes grad_codes tensors codes first_tile tiles offsets param grad step "
-    "wanted state histogram counts before slots table sums",
+    "tokens wanted state histogram counts before slots table sums first last",
     "*i32": "owner owners lengths numels indices words maxima best age",
     "*fp32": "out exp_avg exp_avg_sq master roots decay grad_scale found_inf clip",
     "*fp64": "exponent inverse unbiased lr",
     "*u8": "active",
     "*i16": "values",
     "fp32": "eps rest1 beta2 rest2",
-    "i32": "n n_tensors numel longest run",
+    "i32": "n n_tensors numel longest run n_tokens n_columns token_stride column_stride padded",
     "i64": " ".join(f"a{i:02}" for i in range(32)),
 }
 TYPES = {name: kind for kind, names in ARGUMENTS.items() for name in names.split()}
@@ -85,6 +86,18 @@ def kernels():
     out["scatter"] = entries.scatter_kernel, {"BITS": tl.int16, "BLOCK": 256}, 4
     out["take_values"] = norm.take_values_kernel, {"BLOCK": 256}, 4
     out["squares"] = norm.squares_kernel, {"BLOCK": 1024}, 4
+    return out | of_sampled_gradients()
+
+
+def of_sampled_gradients():
+    from id3_kernels.triton import sampled
+
+    out = {"columns": (sampled.columns_kernel, {"TILE": sampled.TILE}, 4)}
+    lanes = {"LANES": sampled.LANES, "BLOCK_TOKENS": sampled.BLOCK_TOKENS, "BLOCK": sampled.BLOCK}
+    for code, add in ((0, OFF), (1, ON), (2, OFF)):
+        flags = {"CODE": code, "ADD": add}
+        out[f"products {code}"] = sampled.products_kernel, lanes | flags, 4
+        out[f"embedding {code}"] = sampled.embedding_kernel, flags | {"BLOCK": sampled.EMBEDDING_BLOCK}, 4
     return out
 
 
@@ -94,11 +107,15 @@ def compile_one(kernel, constants, warps, target):
     from triton.compiler import ASTSource
 
     names = kernel.arg_names
-    signature = {name: "constexpr" if name in constants else TYPES[name] for name in names}
-    if kernel.__name__ in ("take_kernel", "take_values_kernel", "squares_kernel"):  # not moved by their bits
+    items = ("*fp32", "*i16", "*fp16")[constants.get("CODE", 1)]  # bfloat16 comes as its bits
+    types = TYPES | dict.fromkeys(("matrix", "turned", "left", "right"), items)
+    signature = {name: "constexpr" if name in constants else types[name] for name in names}
+    by_value = ("take_kernel", "take_values_kernel", "squares_kernel", "products_kernel", "embedding_kernel")
+    if kernel.__name__ in by_value:  # not moved by their bits
         signature["values"] = "*fp32"
     values = {(names.index(name),): value for name, value in constants.items()}
-    source = ASTSource(kernel, signature, values)
+    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in names if name in ALIGNED}
+    source = ASTSource(kernel, signature, values, aligned)
     options = {"num_warps": warps, "enable_fp_fusion": False}
     return triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options).asm
 
@@ -194,6 +211,15 @@ def test_streaming_kernel_reads_16_bytes_at_a_time(compiled, name, target):
     assert loads(instructions, r"LDG\.E.*\.128") * 32 * 16 == 2 * 2 * 256 * ITEM_BYTES[dtype]
     bitmap = loads(instructions, r"LDG\.E.*\.[US](8|16)")
     assert bitmap <= 2 if active else bitmap == 0
+
+
+@pytest.mark.parametrize("target", NVIDIA)
+@pytest.mark.parametrize("code", [0, 1, 2])
+def test_products_read_16_bytes_at_a_time(compiled, code, target):
+    """A block of 128 tokens of 32 entries, by 128 threads: of both factors, nothing in narrower loads."""
+    instructions, item_bytes = compiled[target][f"products {code}"]["instructions"], 4 if code == 0 else 2
+    assert loads(instructions, r"LDG\.E.*\.128") * 128 * 16 == 2 * 128 * 32 * item_bytes
+    assert loads(instructions, r"LDG\.E.*\.[US](8|16)") == 0
 
 
 def test_one_compiled_kernel_writes_tables_of_any_numbers(compiled):

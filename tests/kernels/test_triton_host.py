@@ -64,7 +64,7 @@ class Step:
         self.age, self.step = new(100, dtype=torch.int32), new(4, dtype=torch.int64)
         self.k, self.scalar = new(1, dtype=torch.int64), new()
         self.best = new(CAPACITY), new(CAPACITY, dtype=torch.int64), new(CAPACITY)
-        self.none = new(0, dtype=torch.int64)
+        self.none, self.ids = new(0, dtype=torch.int64), new(SIZES[0][0], dtype=torch.int64)
 
     def adamw(self, lr=1e-3, tensor_lr=None):
         scalars = (False, self.scalar, self.scalar, None, tensor_lr)
@@ -74,6 +74,9 @@ class Step:
         place = (self.active[0][..., j : j + 2], self.entries[1], self.values, True, j)
         tensors = (self.params[j], self.grads[j], score)
         return (*tensors, *place, *self.best, self.none, self.k, True, 1.0, 2.0)
+
+    def sampled(self, *factors):
+        return (*factors, self.active[0][..., :2], self.entries[1], self.values, True)
 
     def join(self):
         joining = self.offsets.clone(), self.entries[1][:CAPACITY], [self.values[:CAPACITY], None]
@@ -87,6 +90,8 @@ OPS = {
     "select_topk_by_score": lambda s: kernels.select_topk_by_score(s.scores, *s.active, s.k, CAPACITY),
     "collect_": lambda s: kernels.collect_(*s.collect(2)),
     "collect_ by score": lambda s: kernels.collect_(*s.collect(3, s.scores[3])),
+    "sampled_weight_grad_": lambda s: kernels.sampled_weight_grad_(*s.sampled(s.params[0], s.params[0])),
+    "sampled_embedding_grad_": lambda s: kernels.sampled_embedding_grad_(*s.sampled(s.params[0], s.ids)),
     "join_": lambda s: kernels.join_(*s.join()),
     "gather": lambda s: kernels.gather(s.params, *s.entries),
     "scatter_": lambda s: kernels.scatter_(s.params, *s.entries, s.values),

@@ -194,6 +194,16 @@ inline unsigned long long __shfl_sync(unsigned, unsigned long long value, int fr
   return emulated::with_warp(value, [from](const uint64_t* lanes, unsigned) { return lanes[from]; });
 }
 
+inline float __shfl_xor_sync(unsigned, float value, int distance) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &value, sizeof(bits));
+  const unsigned from = threadIdx.x % 32 ^ distance;
+  bits = emulated::with_warp(
+      bits, [from](const uint64_t* lanes, unsigned) { return static_cast<uint32_t>(lanes[from]); });
+  __builtin_memcpy(&value, &bits, sizeof(bits));
+  return value;
+}
+
 template <class T>
 T atomicAdd(T* address, T value) {
   const T old = *address;

@@ -5,10 +5,15 @@
 #include "cuda/collect.h"
 #include "cuda/entries.h"
 #include "cuda/norm.h"
+#include "cuda/sampled.h"
 #include "cuda/selection.h"
 #include "cuda/update.h"
 
 using namespace id3::cuda;
+
+static TokenMatrix token_matrix(const void* data, const int64_t* sizes, int32_t dtype) {
+  return {data, static_cast<DType>(dtype), sizes[0], sizes[1], sizes[2], sizes[3]};
+}
 
 extern "C" {
 
@@ -133,6 +138,26 @@ double squared_norm_emulated(const TensorRow* rows, int32_t tensors, int32_t run
   double sum = -1;
   squared_norm(rows, {offsets, indices, stride, tensors, runs}, n, values.data(), &state, &sum, nullptr);
   return sum;
+}
+
+// sizes of each matrix: token_stride, column_stride, tokens, columns.
+void sampled_weight_grad_emulated(const void* left, const int64_t* left_sizes, const void* right,
+                                  const int64_t* right_sizes, int32_t dtype, int32_t runs, int64_t stride,
+                                  const int64_t* offsets, const int32_t* indices, int64_t n, float* values,
+                                  int add) {
+  const TokenMatrix a = token_matrix(left, left_sizes, dtype), b = token_matrix(right, right_sizes, dtype);
+  std::vector<float> turned_left(a.columns * a.padded_tokens() + 1, std::nanf("")),
+      turned_right(b.columns * b.padded_tokens() + 1, std::nanf(""));
+  sampled_weight_grad(a, b, turned_left.data(), turned_right.data(), {offsets, indices, stride, 1, runs}, n,
+                      values, add != 0, nullptr);
+}
+
+void sampled_embedding_grad_emulated(const void* grad, const int64_t* sizes, int32_t dtype,
+                                     const int64_t* ids, const int64_t* tokens, int32_t runs, int64_t stride,
+                                     const int64_t* offsets, const int32_t* indices, int64_t n, float* values,
+                                     int add) {
+  sampled_embedding_grad(token_matrix(grad, sizes, dtype), ids, tokens, {offsets, indices, stride, 1, runs},
+                         n, values, add != 0, nullptr);
 }
 
 // arrays, added: n_arrays pointers to room and room_added items of item_bytes each; added may be null.
