@@ -141,7 +141,7 @@ class Release:
             self._passes.enter(id(param), self._begin_pass, within=1)
         i, j = at = self._active.locate(param)
         shard, kept = self._active.shards[i], self.kept[i]
-        gradients.check(self._active, shard, param, shard.positions[j])
+        gradients.check(self._active, shard, j)
         seen = kept.seen[j]
         if self.candidates.wanted is None:
             parts.gather(shard, j, seen)
