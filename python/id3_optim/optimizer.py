@@ -163,10 +163,7 @@ class ID3AdamW(torch.optim.Optimizer):
             self._unmasking.release.clear()
 
     def release_gradients(self, select_from: str = "last") -> Release:
-        """As the argument of that name, before the first step or after a state was loaded; returns the hooks.
-
-        Does nothing where gradients are released already.
-        """
+        """As the argument of that name, before the first step or after a load; returns the hooks."""
         if self._unmasking.release is None:
             self._unmasking.release_gradients(self._begin_pass, select_from, self.param_groups)
         return self._unmasking.release
@@ -177,10 +174,8 @@ class ID3AdamW(torch.optim.Optimizer):
             self._unmasking.release.remove_hooks()
 
     def scaled_tensors(self) -> list[Tensor]:
-        """What hooks have kept that is proportional to the loss scale, for a GradScaler to unscale in place.
-
-        The caller looks for infinities too. Without such a call `step()` under a GradScaler raises.
-        """
+        """What hooks have kept that is proportional to the loss scale, for a GradScaler to check and unscale
+        in place. Without such a call `step()` under a GradScaler raises."""
         release = self._unmasking.release
         return [] if release is None else release.scaled_tensors(self._unmasking.active)
 

@@ -1,4 +1,4 @@
-"""What a layer with a sparse backward pass knows of its weight: who takes the gradient, and what it needs."""
+"""The weight of a layer with a sparse backward pass: its uses, and where its gradient goes."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Weight:
         return release is None or release.uses(self._param())
 
     def take(self, use: Use, parts: Parts) -> Tensor | None:
-        """Takes the gradient. Returns it whole where it has to be added to others, or scored as a whole."""
+        """Takes the gradient. Returns it whole where it must be added to the other uses or scored as one."""
         release, param = self._release(), self._param()
         if not parts.complete and (release is None or release.uses(param)):
             name = release.name(param) if release else "a weight"

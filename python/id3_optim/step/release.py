@@ -129,7 +129,7 @@ class Release:
 
     def uses(self, param: Tensor) -> bool:
         """Whether the coming step looks at the gradient of a parameter: not where it has no active entry in a
-        step that does not select. A GPU is not asked."""
+        step that does not select. Does not synchronise: on a GPU always True."""
         if self.selects() or (at := self._active.locate(param)) is None:
             return True
         shard, j = self._active.shards[at[0]], at[1]
