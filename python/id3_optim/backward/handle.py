@@ -71,6 +71,13 @@ def sparse_backward(model: nn.Module, optimizer: Any, select_from: str = "last")
     return SparseBackward([way for way, _ in found], changed)
 
 
+def renewed(before: SparseBackward | None, model: nn.Module, optimizer: Any) -> SparseBackward:
+    """`sparse_backward` for a trainer that begins anew, perhaps with another optimizer."""
+    if before is not None:
+        before.remove()
+    return sparse_backward(model, optimizer)
+
+
 def _ways(model: nn.Module, optimizer: Any) -> Iterator[tuple[Way, nn.Module | None]]:
     owners: dict[int, list[tuple[str, str, nn.Module]]] = {}
     for path, module in model.named_modules():

@@ -121,7 +121,12 @@ def add_selection(group) -> None:
         default="increment",
         help="when entries are selected",
     )
-    add("--schedule", default="uniform", help="uniform, cosine, exponential:<a>, one-shot")
+    add(
+        "--schedule",
+        default="uniform",
+        help="uniform, cosine, exponential:<a>, front-loaded:<share>, one-shot",
+    )
+    add("--select-every", type=int, default=1, metavar="STEPS", help="entries join in every such step alone")
     add(
         "--bias-correction",
         choices=("tensor", "entry"),
@@ -150,6 +155,11 @@ def add_schedule(group) -> None:
     add("--seed", type=int, default=42, help="the same seed gives the same run")
     add("--bf16", action="store_true", help="bfloat16 weights, with float32 masters for active entries alone")
     add("--release-gradients", action="store_true", help="free each gradient during the backward pass")
+    add(
+        "--sparse-backward",
+        action="store_true",
+        help="compute weight gradients where entries are active; fastest with --select-every 16 or more",
+    )
     add("--memory-report", action="store_true", help="also print predicted and measured memory")
     add("--cpu", action="store_true", help="use the CPU, even if there is a GPU")
     add(

@@ -13,7 +13,7 @@ from ..heuristics import D3
 
 # Setting: its least value.
 _LEAST = {"steps": 1, "batch_size": 1, "accumulate": 1, "log_every": 1, "max_length": 2, "warmup": 0}
-_LEAST |= {"save_every": 1, "keep": 1, "weight_decay": 0, "max_grad_norm": 0, "seed": 0}
+_LEAST |= {"save_every": 1, "keep": 1, "select_every": 1, "weight_decay": 0, "max_grad_norm": 0, "seed": 0}
 _POSITIVE = ("epochs", "lr", "head_lr")
 _SEEDS = 2**32  # numpy's generator takes no larger ones
 
@@ -37,6 +37,7 @@ class Settings:
     exp: float = 2.0
     strategy: str = "increment"
     schedule: str = "uniform"
+    select_every: int = 1
     bias_correction: str = "tensor"
     epochs: float = 3.0
     steps: int | None = None
@@ -50,6 +51,7 @@ class Settings:
     seed: int = 42
     bf16: bool = False
     release_gradients: bool = False
+    sparse_backward: bool = False
     memory_report: bool = False
     backend: str | None = None
     cpu: bool = False
@@ -113,10 +115,17 @@ def _check_d3(settings: Settings) -> None:
 def _check_pairs(settings: Settings) -> None:
     """Raises ValueError for options that need another one, or exclude one."""
     if settings.optimizer != "id3":
-        for name in ("delta_only", "save_at", "release_gradients", "memory_report"):
+        names = ("delta_only", "save_at", "release_gradients", "sparse_backward", "memory_report")
+        for name in names:
             if getattr(settings, name):
                 raise ValueError(f"--optimizer: expected id3 with {option(name)}, got {settings.optimizer}, "
                                  "which changes every entry")  # fmt: skip
+    for name, used in (
+        ("select_every", settings.select_every > 1),
+        ("sparse_backward", settings.sparse_backward),
+    ):
+        if used and settings.strategy == "repeat":
+            raise ValueError(f"{option(name)}: does not apply to --strategy repeat: it selects at every step")
     if settings.originals and not (settings.delta_only or settings.save_at or settings.save_every):
         raise ValueError("--originals: expected --delta-only, --save-at or --save-every with it, got none")
     if settings.keep and not settings.save_every:

@@ -12,6 +12,7 @@ import transformers
 from tqdm.auto import tqdm
 
 from .. import schedules
+from ..backward.handle import sparse_backward
 from ..delta import save_delta
 from ..delta.series import DeltaSeries
 from ..estimate import MemoryWatch, estimate_from_config
@@ -133,6 +134,7 @@ def build_optimizer(settings: Settings, start: Start) -> torch.optim.Optimizer:
         heuristic=heuristics[settings.heuristic],
         strategy=settings.strategy,
         schedule=schedules.from_name(settings.schedule),
+        select_every=settings.select_every,
         bias_correction=settings.bias_correction,
         max_grad_norm=settings.max_grad_norm or None,
         backend=settings.backend,
@@ -245,6 +247,8 @@ def train(settings: Settings) -> tuple[dict, Start, torch.optim.Optimizer]:
     if start.fresh:
         print(f"new in this model, so trained whole (dense): {', '.join(sorted(start.fresh))}")
     optimizer = build_optimizer(settings, start)
+    if settings.sparse_backward:
+        sparse_backward(start.model, optimizer)
     callbacks = [ID3Callback(originals=settings.originals)] if settings.optimizer == "id3" else []
     begin(settings)
     if settings.save_at:
@@ -290,4 +294,4 @@ def predicted_memory(settings: Settings) -> dict[str, int]:
     if settings.steps:
         options["steps"] = settings.steps
     report = estimate_from_config(settings.model, settings.budget, **options)
-    return report["released" if settings.release_gradients else "dense"]
+    return report["released" if settings.release_gradients or settings.sparse_backward else "dense"]

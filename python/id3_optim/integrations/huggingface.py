@@ -24,6 +24,7 @@ from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..backward.handle import SparseBackward, renewed
 from ..delta import save_delta
 from ..optimizer import ID3AdamW
 from ..wrappers import unwrapped
@@ -115,18 +116,27 @@ class ID3Callback(TrainerCallback, ExportableState):
     the checkpoint's weights then, so that a delta would fit this checkpoint and not the base: needs
     save_deltas=False; `id3_optim.diff(base, model)` makes the delta that fits the base.
 
+    sparse_backward: change the model by `id3_optim.sparse_backward` when training begins.
+
     With `auto_find_batch_size` a run whose memory runs out, after some steps too, begins again from the
     weights and with the whole budget of its beginning.
     """
 
-    def __init__(self, save_deltas: bool = True, fresh_optimizer: bool = False, **delta_options: Any) -> None:
+    def __init__(
+        self,
+        save_deltas: bool = True,
+        fresh_optimizer: bool = False,
+        sparse_backward: bool = False,
+        **delta_options: Any,
+    ) -> None:
         if fresh_optimizer and save_deltas:
             raise ValueError(
                 "fresh_optimizer: needs save_deltas=False: the deltas would not fit the base; "
                 "id3_optim.diff(base, model) makes one that does"
             )
         self.save_deltas, self.delta_options = save_deltas, delta_options
-        self.fresh_optimizer = fresh_optimizer
+        self.fresh_optimizer, self.sparse_backward = fresh_optimizer, sparse_backward
+        self._sparse: SparseBackward | None = None
         self.total_steps_from_run = False
         self.begun_at = 0  # the Trainer's step at which the optimizer had none
         self.steps_done = 0  # the optimizer's, when the state was last saved
@@ -138,7 +148,8 @@ class ID3Callback(TrainerCallback, ExportableState):
         """The callback's state in the Trainer's checkpoints."""
         if self._optimizer is not None:
             self.steps_done = self._optimizer.steps_done
-        own = {"save_deltas": self.save_deltas, "fresh_optimizer": self.fresh_optimizer}
+        names = ("save_deltas", "fresh_optimizer", "sparse_backward")
+        own = {name: getattr(self, name) for name in names}
         names = ("total_steps_from_run", "begun_at", "steps_done")
         return {
             "args": own | self.delta_options,
@@ -148,7 +159,9 @@ class ID3Callback(TrainerCallback, ExportableState):
     def on_init_end(self, args, state, control, **kwargs):
         self.total_steps_from_run, self._optimizer, self._attempt = False, None, None  # of an earlier Trainer
 
-    def on_train_begin(self, args, state, control, optimizer=None, train_dataloader=None, **kwargs):
+    def on_train_begin(
+        self, args, state, control, model=None, optimizer=None, train_dataloader=None, **kwargs
+    ):
         _refuse_deepspeed(args)
         if args.report_to and not self.reports_first and state.is_world_process_zero:
             warnings.warn(
@@ -168,6 +181,8 @@ class ID3Callback(TrainerCallback, ExportableState):
         steps, from_run = state.max_steps - self.begun_at, saved["total_steps_from_run"]
         if steps > 0:
             self.total_steps_from_run = take_total_steps(self._optimizer, steps, from_run)
+        if self.sparse_backward:
+            self._sparse = renewed(self._sparse, model, self._optimizer)
 
     def _try(self, batch_size: int) -> None:
         """A smaller batch than that of a run that has not ended is a retry; else `train` was called anew."""

@@ -20,6 +20,7 @@ except ModuleNotFoundError:
     import pytorch_lightning as pl
     from pytorch_lightning.plugins.io import CheckpointIO
 
+from ..backward.handle import SparseBackward, renewed
 from ..delta import save_delta
 from ..delta.series import check_model
 from ..optimizer import ID3AdamW
@@ -53,9 +54,18 @@ class ID3Callback(pl.Callback):
     0, to local disks. submodule: the module whose parameter names the delta has, "" for the whole
     LightningModule; every trained parameter must be in it (ValueError when training begins). delta_options:
     arguments for `save_delta`, such as `originals=True`.
+    sparse_backward: change the module by `id3_optim.sparse_backward` when training begins.
     """
 
-    def __init__(self, save_deltas: bool = True, submodule: str = "", **delta_options: Any) -> None:
+    def __init__(
+        self,
+        save_deltas: bool = True,
+        submodule: str = "",
+        sparse_backward: bool = False,
+        **delta_options: Any,
+    ) -> None:
+        self.sparse_backward = sparse_backward
+        self._sparse: SparseBackward | None = None
         self.save_deltas, self.submodule, self.delta_options = save_deltas, submodule, delta_options
         self.total_steps_from_run, self.begun_at = False, 0
         self._recorded: int | None = None  # steps_done in the checkpoint that was loaded
@@ -79,7 +89,9 @@ class ID3Callback(pl.Callback):
         steps = trainer.estimated_stepping_batches - self.begun_at
         if 0 < steps < float("inf"):
             self.total_steps_from_run = take_total_steps(optimizer, int(steps), self.total_steps_from_run)
-        elif optimizer.total_steps is None:
+        if self.sparse_backward:
+            self._sparse = renewed(self._sparse, pl_module, optimizer)
+        if not 0 < steps < float("inf") and optimizer.total_steps is None:
             raise ValueError(f"max_steps: expected a limit, or one in max_epochs, got {trainer.max_steps}")
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:

@@ -1,0 +1,103 @@
+"""sparse_backward in the Trainer, Lightning, TRL and the command line: the losses of a run without it.
+
+Where batches are accumulated that run releases its gradients: the last micro-batch chooses in both."""
+
+import json
+
+import pytest
+import torch
+from train_command import run, save_train_files, words
+from trainer_run import arguments, build, id3, same_bits, tiny_bert
+
+from id3_optim import load_delta
+from id3_optim.integrations.huggingface import ID3Callback, id3_optimizer
+
+
+def losses(trainer):
+    return [row["loss"] for row in trainer.state.log_history if "loss" in row]
+
+
+def train(folder, checkpoint=None, **callback):
+    model = tiny_bert()
+    optimizer = id3(model, select_every=4, max_grad_norm=1.0, release_gradients=True)
+    trainer = build(arguments(folder), model, ID3Callback(**callback), optimizers=(optimizer, None))
+    trainer.train(resume_from_checkpoint=checkpoint)
+    return trainer, optimizer
+
+
+def test_the_trainer_has_the_losses_of_a_released_run_and_resumes_exactly(tmp_path):
+    released, _ = train(tmp_path / "released")
+    sparse, optimizer = train(tmp_path / "sparse", sparse_backward=True)
+    assert losses(sparse) == pytest.approx(losses(released), rel=1e-3)
+    assert type(sparse.model.bert.pooler.dense).__name__ == "SparseLinear"
+    assert optimizer.n_active == optimizer.budget
+    for step in (3, 6):
+        resumed, _ = train(tmp_path / "resumed", f"{tmp_path}/sparse/checkpoint-{step}", sparse_backward=True)
+        assert same_bits(resumed.model, sparse.model)
+
+
+def test_a_second_train_of_one_trainer_begins_anew(tmp_path):
+    callback = ID3Callback(sparse_backward=True)
+    trainer, _ = train(tmp_path)
+    trainer = build(arguments(tmp_path, max_steps=2), tiny_bert(), callback)
+    trainer.train()
+    trainer.train()
+    assert trainer.state.global_step == 2
+
+
+def test_lightning_has_the_losses_of_a_released_run(tmp_path):
+    pytest.importorskip("lightning", reason="Lightning comes with the extra `lightning`")
+    from test_lightning import Tagger, fit
+
+    from id3_optim.integrations.lightning import ID3Callback as LightningCallback
+
+    nets = [
+        fit(
+            tmp_path / str(sparse),
+            module=Tagger(max_grad_norm=1.0, select_every=4, release_gradients=True),
+            callback=LightningCallback(sparse_backward=sparse),
+        )[0]
+        for sparse in (False, True)
+    ]
+    for p, q in zip(*(net.parameters() for net in nets), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+    assert type(nets[1].net[0]).__name__ == "SparseLinear"
+
+
+def test_trl(tmp_path):
+    pytest.importorskip("trl", reason="TRL comes with the extra `trl`")
+    from test_trl import ARGUMENTS, llama, pieces
+    from trl import SFTConfig, SFTTrainer
+
+    runs = []
+    for sparse in (False, True):
+        args = SFTConfig(output_dir=tmp_path / str(sparse), logging_steps=1, **ARGUMENTS)
+        pair = id3_optimizer(args, budget=0.05, max_grad_norm=1.0, select_every=2)
+        data = pieces([{"prompt": "the film was", "completion": " good"}])
+        data["callbacks"] = [ID3Callback(sparse_backward=sparse)]
+        runs.append(SFTTrainer(llama(), args, optimizer_cls_and_kwargs=pair, **data))
+        runs[-1].train()
+    assert losses(runs[1]) == pytest.approx(losses(runs[0]), rel=1e-3)
+
+
+def test_the_command_line(tmp_path, capsys):
+    files = save_train_files(tmp_path)
+    reports = []
+    for name, more in (("dense", ()), ("sparse", ("--sparse-backward",))):
+        report = tmp_path / f"{name}.json"
+        options = ("--select-every", "2", "--delta-only", "--report", str(report), "--log-every", "1", *more)
+        status, _, err = run(capsys, words(files, tmp_path / name, *options))
+        assert status == 0, err
+        reports.append(json.loads(report.read_text()))
+    dense, sparse = ([row["loss"] for row in r["history"] if "loss" in row] for r in reports)
+    assert sparse == pytest.approx(dense, rel=1e-2)
+    deltas = [load_delta(tmp_path / name / "delta.safetensors") for name in ("dense", "sparse")]
+    assert deltas[0].changes.keys() == deltas[1].changes.keys()
+
+
+@pytest.mark.parametrize("option", [("--select-every", "2"), ("--sparse-backward",)], ids=str)
+def test_the_command_line_refuses_repeat(tmp_path, capsys, option):
+    files = save_train_files(tmp_path)
+    status, _, err = run(capsys, words(files, tmp_path / "out", "--strategy", "repeat", *option))
+    assert status == 2
+    assert f"{option[0]}: does not apply to --strategy repeat" in err
