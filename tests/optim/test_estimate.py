@@ -74,8 +74,9 @@ def test_command(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["released"]["optimizer_state"] == 200 * 22
     assert main([*arguments, "--batch", "0"]) == 2
     assert "--batch: expected at least 1, got 0" in capsys.readouterr().err
-    assert main([*arguments[:3], "--budget", "2.5"]) == 2
-    assert "budget" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main([*arguments[:3], "--budget", "2.5"])
+    assert "--budget: expected entries (320000) or a share" in capsys.readouterr().err
 
 
 def test_train_releases_and_reports(tmp_path):
@@ -86,7 +87,8 @@ def test_train_releases_and_reports(tmp_path):
         budget=300, steps=8, batch_size=8, lr=1e-2, cpu=True, max_length=16,
     )  # fmt: skip
     _, dense, _ = train(settings)
-    report, released, _ = train(replace(settings, release_gradients=True, memory_report=True))
+    again = replace(settings, output=str(tmp_path / "released"), release_gradients=True, memory_report=True)
+    report, released, _ = train(again)
     assert all(map(torch.equal, dense.model.parameters(), released.model.parameters()))
     predicted, measured = report["memory"]["predicted"], report["memory"]["measured"]
     assert measured["candidates"] == 16 * -(-300 // 8) == predicted["candidates"]
