@@ -30,6 +30,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "deltas": _from("run", "run_kind", "deltas"),
     "many": _from("many"),
     "release": _from("release"),
+    "training": _from("training"),
     "against": _from("against"),
     "report": _from("report"),
     "gpu": _from("gpu.check"),
