@@ -140,7 +140,6 @@ METHODS: dict[str, Callable[[nn.Module], Method]] = {
     "sparse": partial(_id3, share=SHARE, select_every=2, gradients="sparse"),
     "sparse_more": partial(_id3, share=MORE, select_every=2, gradients="sparse"),
 }
-SPARSE = ("sparse", "sparse_more")
 
 
 def methods_of(name: str) -> list[str]:

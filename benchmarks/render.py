@@ -12,6 +12,7 @@ VERDICT = {True: "met", False: "**missed**", None: "not run"}
 
 Markers = tuple[str, str]
 BENCH: Markers = ("<!-- bench:begin -->", "<!-- bench:end -->")
+TRAINING: Markers = ("<!-- training:begin -->", "<!-- training:end -->")
 GPU: Markers = ("<!-- gpu:begin -->", "<!-- gpu:end -->")
 
 

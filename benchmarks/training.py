@@ -17,9 +17,9 @@ import torch
 
 from benchmarks.machine import describe, slug
 from benchmarks.memory import EAGER_FREE, forget_peak, resident_bytes
-from benchmarks.methods import MODELS, SPARSE, Method, batch, built, methods_of, random_model
+from benchmarks.methods import MODELS, Method, batch, built, methods_of, random_model
 from benchmarks.render import RESULTS, bars_table
-from benchmarks.training_report import bars_of, draw, tables
+from benchmarks.training_report import SPARSE, TRAINING_PAGES, bars_of, draw, tables
 
 CASES = (
     ("MiniLM", "float32", 512),
@@ -107,6 +107,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", type=Path, default=RESULTS / "training")
+    parser.add_argument("--update-pages", action="store_true", help="put the tables into README and the page")
     parser.add_argument("--in-process", help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 
@@ -134,6 +135,8 @@ def main(arguments: list[str] | None = None) -> None:
         results["bars"] = bars_of(results)
         path.write_text(json.dumps(results, indent=1) + "\n")
     draw(results, path.with_suffix(".png"))
+    if options.update_pages:
+        TRAINING_PAGES.update(results, path.with_suffix(".png"))
     print(tables(results), bars_table(results["bars"]), sep="\n\n")
 
 

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from benchmarks.methods import SPARSE
-from benchmarks.render import Bar, bar_rows, number, table
+from benchmarks.render import TRAINING, Bar, Pages, bar_rows, bars_table, missed, number, table
 
 WINDOWS = (1, 4, 16, 64)
+SPARSE = ("sparse", "sparse_more")  # their steps with and without selection are timed apart
 LABELS = {
     "full": "full fine-tuning, AdamW(fused=True)",
     "passes": "forward and dX alone (floor)",
@@ -110,6 +110,51 @@ def bars_of(results: dict) -> list[dict]:
             ratio = measured.memory(llama, "sparse", other)
             bars.append(Bar(f"peak memory, sparse / {LABELS[other]}, {where}", 1.0, ratio))
     return bar_rows(bars)
+
+
+_ALT = "Times of a whole training step as shares of full fine-tuning's"
+
+
+def _machine(machine: dict) -> str:
+    where = f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads"
+    when = f"commit {machine['commit']}, {machine['date']}"
+    return f"{where}; torch {machine['torch']} ({machine['simd']}); {when}."
+
+
+def readme_block(results: dict, picture: str) -> str:
+    """Picture, machine, the case that the bars are about, and every missed bar by name."""
+    measured, llama = Measured(results), ("Llama", "float32", 512)
+    full, lora, floor = (
+        number(measured.ratio(llama, ("sparse", 16), other)) for other in ("full", "lora8", "passes")
+    )
+    return f"""![{_ALT}]({picture})
+
+A Llama shape of 118M entries, 512 tokens, 0.17 % of the entries, selection in every 16th step: a training
+step takes {full} of full fine-tuning's, {lora} of LoRA's (r = 8), and {floor} of the forward pass and the
+gradients of activations alone. {_machine(results["machine"])}
+
+{missed(results["bars"])}"""
+
+
+def page_block(results: dict, picture: str) -> str:
+    """Every table."""
+    rounds = max(row["rounds"] for row in results["times"])
+    return f"""![{_ALT}]({picture})
+
+{_machine(results["machine"])}
+Medians of {rounds} interleaved rounds in one process, forward, backward and step; texts of 128 tokens, no
+dropout, random weights; half the budget active. K: entries join in every K-th step; a step's time is the mean
+over K steps. Front-loaded: the first fifth of a run's steps select, the rest do not. Memory: a process for
+each method; where steps with and without selection differ, both.
+
+{missed(results["bars"])}
+
+{bars_table(results["bars"])}
+
+{tables(results)}"""
+
+
+TRAINING_PAGES = Pages(TRAINING, readme_block, page_block)
 
 
 def draw(results: dict, path: Path) -> None:

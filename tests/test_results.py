@@ -7,7 +7,9 @@ import pytest
 
 from benchmarks.bars import bars_of
 from benchmarks.pages import CPU_PAGES
-from benchmarks.render import BENCH, RESULTS, block
+from benchmarks.render import BENCH, RESULTS, TRAINING, block
+from benchmarks.training_report import TRAINING_PAGES
+from benchmarks.training_report import bars_of as training_bars_of
 
 FILES = sorted(RESULTS.glob("cpu-*.json"))
 
@@ -47,3 +49,19 @@ def test_the_readme_has_one_table_and_the_page_the_rest():
     tables = {page: section.count("| --- |") for page, section in sections.items()}
     assert tables == {CPU_PAGES.readme: 1, CPU_PAGES.page: 6}
     assert len(sections[CPU_PAGES.readme].splitlines()) < 20
+
+
+TRAINING_FILES = sorted((RESULTS / "training").glob("cpu-*.json"))
+
+
+def test_both_pages_show_the_same_training_results():
+    shown = {page: block(page, TRAINING) for page in (TRAINING_PAGES.readme, TRAINING_PAGES.page)}
+    expected = [TRAINING_PAGES.sections(read(path), path.with_suffix(".png")) for path in TRAINING_FILES]
+    assert shown in expected and all(path.with_suffix(".png").is_file() for path in TRAINING_FILES)
+
+
+@pytest.mark.parametrize("path", TRAINING_FILES, ids=lambda path: path.stem)
+def test_every_training_bar_is_reported_with_its_number(path):
+    results = read(path)
+    assert len(results["bars"]) > 15 and all(bar["value"] is not None for bar in results["bars"])
+    assert results["bars"] == training_bars_of(results)

@@ -165,13 +165,13 @@ class Tied(nn.Module):
 
 
 @pytest.mark.parametrize("every", RHYTHMS)
-def test_a_tied_weight_is_released(every):
+def test_a_tied_weight_is_whole_in_steps_that_select_alone(every):
     twins = SparseTwins(Tied(), select_every=every)
     for step in range(9):
         twins.step(lambda net, step=step: net(ids_of(step)).square().mean())
     twins.check_close(1e-5)
     ways = {way.name: (way.way, way.reason) for way in twins.handle.ways}
-    assert ways["embed.weight"] == ("released", "shared by embed and head")
+    assert ways["embed.weight"] == ("sparse", "whole in steps that select: shared by embed and head")
     assert ways["body.weight"] == ("sparse", "")
 
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from ..heuristics import D3
+from ..heuristics import D3, Heuristic
 from ..param_groups import selectable
 from ..wrappers import unwrapped, unwrapped_model
 from .layers import sparse_class
@@ -50,9 +50,10 @@ def sparse_backward(model: nn.Module, optimizer: Any, select_from: str = "last")
 
     Between two selections (`select_every`) the gradient is computed at active entries alone; in a step that
     selects, in blocks of rows that are looked at and dropped. This holds for weights of `nn.Linear`,
-    transformers' `Conv1D` and `nn.Embedding` that `optimizer` selects from and that one layer uses. All other
-    parameters, and a layer that is called twice in a pass that selects, go the way of released gradients
-    (`release_gradients=True`, which this implies). `report()` of the result lists both.
+    transformers' `Conv1D` and `nn.Embedding` that `optimizer` selects from. All other parameters go the way
+    of released gradients (`release_gradients=True`, which this implies). So do, in steps that select, weights
+    that are used more than once in a pass: tied ones, and those of a layer that is called twice. `report()`
+    of the result lists each parameter's way.
 
     Call it before the first step, or after a state was loaded. model: as it is trained, in any dtype that
     ID3AdamW takes, under autocast too. select_from: see `ID3AdamW`.
@@ -63,11 +64,11 @@ def sparse_backward(model: nn.Module, optimizer: Any, select_from: str = "last")
     found = list(_ways(model, optimizer))
     release = optimizer.release_gradients(select_from)
     changed = []
-    for _, layer in found:
-        if layer is not None:
-            layer.sparse_weight = Weight(layer.weight, release)
-            layer.__class__ = sparse_class(type(layer))
-            changed.append(layer)
+    for _, layers in found:
+        weight = Weight(layers[0].weight, release) if layers else None
+        for layer in layers:
+            layer.sparse_weight, layer.__class__ = weight, sparse_class(type(layer))
+        changed += layers
     return SparseBackward([way for way, _ in found], changed)
 
 
@@ -78,33 +79,41 @@ def renewed(before: SparseBackward | None, model: nn.Module, optimizer: Any) -> 
     return sparse_backward(model, optimizer)
 
 
-def _ways(model: nn.Module, optimizer: Any) -> Iterator[tuple[Way, nn.Module | None]]:
-    owners: dict[int, list[tuple[str, str, nn.Module]]] = {}
-    for path, module in model.named_modules():
-        if hasattr(module, "sparse_weight"):
+class _Holder(NamedTuple):
+    """A layer that holds a parameter under `name`, and the layer's path in the model."""
+
+    path: str
+    name: str
+    layer: nn.Module
+
+
+def _ways(model: nn.Module, optimizer: Any) -> Iterator[tuple[Way, list[nn.Module]]]:
+    """For each parameter that is selected from: its way, and the layers to change."""
+    holders: dict[int, list[_Holder]] = {}
+    for path, layer in model.named_modules():
+        if hasattr(layer, "sparse_weight"):
             raise ValueError(
-                f"model: expected one without sparse_backward, got {path} with it; call remove() first"
+                f"model: expected one without sparse_backward, got {path} with it; remove() it first"
             )
-        for name, param in module.named_parameters(recurse=False):
-            owners.setdefault(id(param), []).append((path, name, module))
-    scored_whole = not isinstance(optimizer.heuristic, D3)
+        for name, param in layer.named_parameters(recurse=False):
+            holders.setdefault(id(param), []).append(_Holder(path, name, layer))
     for param in selectable(optimizer.param_groups):
-        held = owners.get(id(param), [])
+        held = holders.get(id(param), [])
         if not held:
             shape = tuple(param.shape)
             raise ValueError(f"model: expected every trained parameter in it, got none for {shape}")
-        path, name, layer = held[0]
-        why_not = _obstacle(held)
-        whole = "whole in steps that select: its heuristic scores whole tensors" if scored_whole else ""
-        way = ("released", why_not) if why_not else ("sparse", whole)
-        yield Way(f"{path}.{name}" if path else name, param.numel(), *way), None if why_not else layer
+        name = f"{held[0].path}.{held[0].name}".lstrip(".")
+        why_not = next((why for holder in held if (why := _obstacle(holder))), None)
+        if why_not:
+            yield Way(name, param.numel(), "released", why_not), []
+        else:
+            whole = _whole(held, optimizer.heuristic)
+            yield Way(name, param.numel(), "sparse", whole), [holder.layer for holder in held]
 
 
-def _obstacle(held: list[tuple[str, str, nn.Module]]) -> str | None:
+def _obstacle(holder: _Holder) -> str | None:
     """Why the gradient of a parameter cannot be made in parts; None where it can."""
-    path, name, layer = held[0]
-    if len(held) > 1:
-        return "shared by " + " and ".join(path for path, _, _ in held)
+    path, name, layer = holder
     if sparse_class(type(layer)) is None:
         return f"of a {type(layer).__name__}"
     if name != "weight":
@@ -113,3 +122,11 @@ def _obstacle(held: list[tuple[str, str, nn.Module]]) -> str | None:
         option = "sparse=True" if layer.sparse else f"max_norm={layer.max_norm}"
         raise ValueError(f"{path}: expected an embedding without {option.split('=')[0]}, got {option}")
     return None
+
+
+def _whole(held: list[_Holder], heuristic: Heuristic) -> str:
+    """Why the gradient is made whole in steps that select; empty where it is not."""
+    whole = "whole in steps that select: "
+    if len(held) > 1:
+        return whole + "shared by " + " and ".join(holder.path for holder in held)
+    return "" if isinstance(heuristic, D3) else whole + "its heuristic scores whole tensors"
