@@ -1,5 +1,7 @@
 """sparse_backward beside released gradients: the same entries, and values that differ by rounding alone."""
 
+import copy
+
 import pytest
 import torch
 from sparse_twins import SparseTwins
@@ -173,6 +175,22 @@ def test_a_tied_weight_is_whole_in_steps_that_select_alone(every):
     ways = {way.name: (way.way, way.reason) for way in twins.handle.ways}
     assert ways["embed.weight"] == ("sparse", "whole in steps that select: shared by embed and head")
     assert ways["body.weight"] == ("sparse", "")
+
+
+def test_a_tied_weight_of_a_run_that_goes_on_between_two_selections():
+    """The first backward pass after a load finds out that its step selects nothing."""
+    losses = [lambda net, step=step: net(ids_of(step)).square().mean() for step in range(6)]
+    twins = SparseTwins(Tied(), select_every=4)
+    for loss in losses[:2]:
+        twins.step(loss)
+    net = copy.deepcopy(twins.sparse[0])
+    optimizer = ID3AdamW(list(net.named_parameters()), lr=1e-2, budget=0.05, total_steps=40, select_every=4)
+    optimizer.load_state_dict(twins.sparse[1].state_dict())
+    sparse_backward(net, optimizer)
+    twins.sparse = net, optimizer
+    for loss in losses[2:]:
+        twins.step(loss)
+    twins.check_close(1e-5)
 
 
 @pytest.mark.parametrize("every", RHYTHMS)

@@ -59,7 +59,9 @@ class Weight:
                 f"sparse_backward: expected the backward pass of {name} before the optimizer's step, got one "
                 "after it: the forward pass did not keep the input"
             )
-        if release is None or (release.selects() and (use.shared or not isinstance(release.heuristic, D3))):
+        if release is None or (
+            release.selects(has_gradient=True) and (use.shared or not isinstance(release.heuristic, D3))
+        ):
             return parts.whole(param)
         release.take_parts(param, parts)
         return None

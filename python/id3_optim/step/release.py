@@ -116,12 +116,12 @@ class Release:
 
     # --- weights whose gradient never exists whole (sparse_backward) -----------------------------------
 
-    def selects(self) -> bool:
+    def selects(self, has_gradient: bool = False) -> bool:
         """Whether entries may join in the coming step, which then looks at every entry's gradient.
 
-        True before the first backward pass: what has not begun is begun by a gradient, not by a look.
+        A run is begun by its first gradient (has_gradient), not by a forward pass; True before that.
         """
-        if self._active is None:
+        if self._active is None and not has_gradient:
             return True
         if self.candidates is None:
             self._prepare(*self._begin()())
