@@ -107,6 +107,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", type=Path, default=RESULTS / "training")
+    parser.add_argument("--report", type=Path, metavar="JSON", help="measure nothing; render this file again")
     parser.add_argument("--update-pages", action="store_true", help="put the tables into README and the page")
     parser.add_argument("--in-process", help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
@@ -120,24 +121,29 @@ def main(arguments: list[str] | None = None) -> None:
         row = memory_in_process(*case, method) if method else times_in_process(*case, options.rounds)
         print(json.dumps(row))
         return
+    path = options.report or measure(options)
+    results = json.loads(path.read_text())
+    draw(results, path.with_suffix(".png"))
+    if options.update_pages:
+        TRAINING_PAGES.update(results, path.with_suffix(".png"))
+    print(tables(results), bars_table(results["bars"]), sep="\n\n")
+
+
+def measure(options: argparse.Namespace) -> Path:
+    """Measures every case, and writes the results file after each."""
     machine = describe(options.threads)
     name = slug("cpu", machine["cpu"], f"{machine['cores']} cores")
+    options.output.mkdir(parents=True, exist_ok=True)
     path = options.output / f"{name}.json"
     results: dict[str, object] = {"machine": machine, "times": [], "memory": []}
-    cases = [
-        c for c in CASES if c[0] in (options.model or MODELS) and c[2] in (options.tokens or (512, 2048))
-    ]
-    options.output.mkdir(parents=True, exist_ok=True)
-    for case in cases:
+    models, tokens = options.model or MODELS, options.tokens or (512, 2048)
+    for case in (case for case in CASES if case[0] in models and case[2] in tokens):
         results["times"].append(_fresh(options, case, None))
         for method in methods_of(case[0]):
             results["memory"].append(_fresh(options, case, method))
         results["bars"] = bars_of(results)
         path.write_text(json.dumps(results, indent=1) + "\n")
-    draw(results, path.with_suffix(".png"))
-    if options.update_pages:
-        TRAINING_PAGES.update(results, path.with_suffix(".png"))
-    print(tables(results), bars_table(results["bars"]), sep="\n\n")
+    return path
 
 
 if __name__ == "__main__":

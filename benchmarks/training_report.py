@@ -124,12 +124,13 @@ def _machine(machine: dict) -> str:
 def readme_block(results: dict, picture: str) -> str:
     """Picture, machine, the case that the bars are about, and every missed bar by name."""
     measured, llama = Measured(results), ("Llama", "float32", 512)
+    entries = next(row["entries"] for row in results["times"] if row["model"] == "Llama") / 1e6
     full, lora, floor = (
         number(measured.ratio(llama, ("sparse", 16), other)) for other in ("full", "lora8", "passes")
     )
     return f"""![{_ALT}]({picture})
 
-A Llama shape of 118M entries, 512 tokens, 0.17 % of the entries, selection in every 16th step: a training
+A Llama shape of {entries:.0f}M entries, 512 tokens, 0.17 % of the entries, selection in every 16th step: a training
 step takes {full} of full fine-tuning's, {lora} of LoRA's (r = 8), and {floor} of the forward pass and the
 gradients of activations alone. {_machine(results["machine"])}
 
@@ -158,25 +159,28 @@ TRAINING_PAGES = Pages(TRAINING, readme_block, page_block)
 
 
 def draw(results: dict, path: Path) -> None:
-    """Time per method as a share of full fine-tuning's, a panel per case; the floor is a line."""
+    """Time per method as a share of full fine-tuning's, a panel per model; the floor is a line."""
     from benchmarks.picture import FLOOR, OURS, RIVAL, finish, start
 
     rows = [row for row in results["times"] if row["dtype"] == "float32"]
-    figure, axes = start(len(rows), 4.6 * len(rows), 5.6)
-    for axis, row in zip(axes, rows, strict=True):
-        shares = {label: ms / row["ms"]["full"] for label, ms in _lines(row).items()}
-        labels = [label for label in shares if label != LABELS["passes"] and "K = 4" not in label]
+    tokens = rows[0]["tokens"]
+    rows = [row for row in rows if row["tokens"] == tokens]
+    shares = [{label: ms / row["ms"]["full"] for label, ms in _lines(row).items()} for row in rows]
+    every = max(shares, key=len)  # a method that one model lacks has an empty place there
+    labels = [label for label in every if label != LABELS["passes"] and "K = 4" not in label]
+    figure, axes = start(len(rows), 2.5 + 3.8 * len(rows), 5.6)
+    for axis, row, share in zip(axes, rows, shares, strict=True):
         colours = [OURS if "ID3" in label else RIVAL for label in labels]
-        axis.barh(range(len(labels)), [shares[label] for label in labels], color=colours, height=0.66)
+        axis.barh(range(len(labels)), [share.get(label, 0) for label in labels], color=colours, height=0.66)
         for place, label in enumerate(labels):
-            axis.text(shares[label] + 0.01, place, number(shares[label]), va="center", fontsize=9)
-        axis.axvline(shares[LABELS["passes"]], color=FLOOR, linestyle="--", linewidth=1.2)
-        axis.set_yticks(range(len(labels)), labels if axis is axes[0] else [])
-        axis.set_title(f"{row['model']}, {row['tokens']} tokens", fontsize=11)
+            axis.text(share.get(label, 0) + 0.01, place, number(share.get(label)), va="center", fontsize=9)
+        axis.axvline(share[LABELS["passes"]], color=FLOOR, linestyle="--", linewidth=1.2)
+        axis.set_yticks(range(len(labels)), labels if axis is axes[0] else [""] * len(labels))
+        axis.set_title(f"{row['model']} ({row['entries'] / 1e6:.0f}M)", fontsize=11)
         axis.set_xlim(0, 1.25)
         axis.invert_yaxis()
         axis.spines[["top", "right", "left"]].set_visible(False)
     machine = results["machine"]
     where = f"{machine['cpu']}, {machine['threads']} threads; torch {machine['torch']}; medians."
     where += " Dashed: forward and dX alone."
-    finish(figure, path, "A whole training step over full fine-tuning's", where)
+    finish(figure, path, f"A whole training step over full fine-tuning's, {tokens} tokens", where)
