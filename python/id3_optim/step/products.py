@@ -20,8 +20,9 @@ from ..state.active_set import ActiveSet
 from ..state.shard import Shard
 from .candidates import Candidates
 
-# Entries of dW that are alive at once in a step that selects: they stay in a core's cache.
-BLOCK_ENTRIES = 1 << 18
+# Entries of dW that are alive at once in a step that selects. Smaller products are slower: against whole gradients
+# that are released, a step of a model of 120M entries takes 3 % longer with 2^18 and 1 % longer with 2^20.
+BLOCK_ENTRIES = 1 << 20
 
 
 class Parts(Protocol):
