@@ -162,11 +162,9 @@ class ID3AdamW(torch.optim.Optimizer):
         if self._unmasking.release is not None:
             self._unmasking.release.clear()
 
-    def release_gradients(self, select_from: str = "last") -> Release:
+    def release_gradients(self, select_from: str | None = None) -> Release:
         """As the argument of that name, before the first step or after a load; returns the hooks."""
-        if self._unmasking.release is None:
-            self._unmasking.release_gradients(self._begin_pass, select_from, self.param_groups)
-        return self._unmasking.release
+        return self._unmasking.release_gradients(self._begin_pass, select_from, self.param_groups)
 
     def remove_hooks(self) -> None:
         """Takes the hooks of `release_gradients` off; gradients stay whole then, until a step takes them."""

@@ -51,13 +51,25 @@ class Unmasking:
 
     # --- before the first step -------------------------------------------------------------------------
 
-    def release_gradients(self, begin: Begin, select_from: str, groups: Groups) -> None:
-        """Hooks the parameters, so that their gradients are taken as soon as backward has made them."""
+    def release_gradients(self, begin: Begin, select_from: str | None, groups: Groups) -> Release:
+        """Hooks the parameters, so that their gradients are taken as soon as backward has made them; again
+        where the hooks were removed. select_from: None for "last", or what it is already."""
+        if self.release is not None:
+            if select_from not in (None, self.release.select_from):
+                own = self.release.select_from
+                raise ValueError(
+                    f"select_from: expected {own!r} as the optimizer has it, got {select_from!r}"
+                )
+            self.release.hooked = True
+            self.release.attach(selectable(groups))
+            return self.release
+        select_from = select_from or "last"
         capturable = self.active.layout.capturable
         validation.check_options(self.method.strategy, True, select_from, capturable)
         self.active.keep_gradients()
         self.release = Release(begin, self.method.heuristic, select_from)
         self.release.attach(selectable(groups))
+        return self.release
 
     def add_group(self, groups: Groups) -> None:
         """Checks the last param group and takes its parameters. Raises before anything changes."""

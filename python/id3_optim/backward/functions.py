@@ -12,25 +12,37 @@ from torch.autograd.function import FunctionCtx
 from ..step.products import Product, Rows
 from .weight import Weight
 
+_BREAKS = "sparse_backward breaks the graph at each layer that it changes: use fullgraph=False"
 
-@torch.compiler.disable
+
+@torch.compiler.disable(reason=_BREAKS)
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None, site: Weight, transposed: bool) -> Tensor:
     """input @ weightᵀ + bias for a weight [out, in], input @ weight + bias for one [in, out] (transposed).
 
     input [..., in] of the weight's dtype, or under autocast of any. `site` takes the weight's gradient.
     """
+    if _transforms():
+        return _transposed(input, weight, bias) if transposed else F.linear(input, weight, bias)
     return _Linear.apply(input, weight, bias, site, transposed)
 
 
-@torch.compiler.disable
+@torch.compiler.disable(reason=_BREAKS)
 def lookup(ids: Tensor, weight: Tensor, padding_idx: int | None, site: Weight) -> Tensor:
     """The rows of `weight` [entries, columns] at ids (integers of any shape), whose gradient `site` takes."""
+    if _transforms():
+        return F.embedding(ids, weight, padding_idx)
     return _Lookup.apply(ids, weight, padding_idx, site)
+
+
+def _transforms() -> bool:
+    """Whether torch.func (grad, vmap, jvp) runs, which does not know these Functions."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, input, weight, bias, site, transposed):
+        ctx.set_materialize_grads(False)
         device = input.device.type
         operands = [input, weight, bias]
         if torch.is_autocast_enabled(device) and input.dtype != torch.float64:
@@ -40,26 +52,28 @@ class _Linear(torch.autograd.Function):
         with torch.autocast(device, enabled=False):
             output = _transposed(x, w, b) if transposed else F.linear(x, w, b)
         ctx.site, ctx.use, ctx.transposed, ctx.shape = site, site.begin_use(), transposed, input.shape
-        ctx.save_for_backward(weight, x.reshape(-1, x.shape[-1]) if site.needs_input() else None)
-        return output
+        # Under autocast x may be a copy, which nothing else holds.
+        ctx.needed, kept = site.keep(x, input if x is input else None, transposed)
+        ctx.save_for_backward(weight, kept)
+        return _own(output)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor):
         _check_once()
         weight, x = ctx.saved_tensors
-        needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        needs_input, _, needs_bias = ctx.needs_input_grad[:3]
         grads = [None] * 5
+        if grad is None:  # the loss does not depend on the output
+            return tuple(grads)
         with torch.autocast(grad.device.type, enabled=False):
             dy = grad.reshape(-1, grad.shape[-1])
             w = weight.to(dy.dtype)
             if needs_input:
                 grads[0] = (dy @ (w.t() if ctx.transposed else w)).reshape(ctx.shape)
-            if needs_weight:
-                parts = Product(x, dy) if ctx.transposed else Product(dy, x)
-                grads[1] = ctx.site.take(ctx.use, parts)
+            parts = Product(x, dy, ctx.needed) if ctx.transposed else Product(dy, x, ctx.needed)
+            grads[1] = ctx.site.take(ctx, parts)
             if needs_bias:
                 grads[2] = dy.sum(0)
-        ctx.site.end_use(ctx.use)
         return tuple(grads)
 
 
@@ -67,9 +81,15 @@ def _transposed(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], weight.shape[1])
 
 
+def _own(output: Tensor) -> Tensor:
+    """The output as no view, since operations in place refuse views that a Function returns."""
+    return torch.ops.aten._unsafe_view(output, output.shape) if output._is_view() else output
+
+
 class _Lookup(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, ids, weight, padding_idx, site):
+        ctx.set_materialize_grads(False)
         ctx.site, ctx.use, ctx.padding_idx = site, site.begin_use(), padding_idx
         ctx.save_for_backward(ids)
         return F.embedding(ids, weight, padding_idx)
@@ -78,13 +98,13 @@ class _Lookup(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor):
         _check_once()
         (ids,) = ctx.saved_tensors
+        if grad is None:
+            return (None,) * 4
         dy = grad.reshape(-1, grad.shape[-1])
         ids = ids.reshape(-1).long()
         if ctx.padding_idx is not None:
             dy = dy.masked_fill((ids == ctx.padding_idx)[:, None], 0)
-        whole = ctx.site.take(ctx.use, Rows(ids, dy))
-        ctx.site.end_use(ctx.use)
-        return None, whole, None, None
+        return None, ctx.site.take(ctx, Rows(ids, dy)), None, None
 
 
 def _check_once() -> None:

@@ -11,7 +11,7 @@ from ..heuristics import D3, Heuristic
 from ..param_groups import selectable
 from ..wrappers import unwrapped, unwrapped_model
 from .layers import sparse_class
-from .weight import Weight
+from .weight import Readers, Weight
 
 
 class Way(NamedTuple):
@@ -26,8 +26,8 @@ class Way(NamedTuple):
 class SparseBackward:
     """What `sparse_backward` has changed: ways, one `Way` per parameter that is selected from."""
 
-    def __init__(self, ways: list[Way], layers: list[nn.Module]):
-        self.ways, self._layers = ways, layers
+    def __init__(self, ways: list[Way], changed: list[tuple[nn.Module, Weight]]):
+        self.ways, self._changed = ways, changed
 
     def report(self) -> str:
         """Which parameters go which way and why: a line for each, and the sums."""
@@ -38,14 +38,15 @@ class SparseBackward:
         return "\n".join([*lines, f"sparse: {sparse:,} of {total:,} entries"])
 
     def remove(self) -> None:
-        """Makes the layers plain again. Gradients are released as before, whole for one tensor at a time."""
-        for layer in self._layers:
-            layer.__class__ = layer.plain
-            del layer.sparse_weight
-        self._layers = []
+        """Makes the layers plain again. Gradients are released as before, whole for one tensor at a time;
+        `optimizer.remove_hooks()` ends that too."""
+        for layer, weight in self._changed:
+            if getattr(layer, "sparse_weight", None) is weight:
+                _make_plain(layer)
+        self._changed = []
 
 
-def sparse_backward(model: nn.Module, optimizer: Any, select_from: str = "last") -> SparseBackward:
+def sparse_backward(model: nn.Module, optimizer: Any, select_from: str | None = None) -> SparseBackward:
     """Changes the layers of `model` so that a backward pass makes no whole gradient of their weights.
 
     Between two selections (`select_every`) the gradient is computed at active entries alone; in a step that
@@ -56,19 +57,22 @@ def sparse_backward(model: nn.Module, optimizer: Any, select_from: str = "last")
     of the result lists each parameter's way.
 
     Call it before the first step, or after a state was loaded. model: as it is trained, in any dtype that
-    ID3AdamW takes, under autocast too. select_from: see `ID3AdamW`.
+    ID3AdamW takes, under autocast too. select_from: see `ID3AdamW`, whose own it is if
+    None.
+    Called again for the same optimizer, or when the one before is gone, it begins anew.
     Raises ValueError for a model that another optimizer has changed, an embedding with `sparse=True` or
-    `max_norm`, and what released gradients refuse (several processes, "repeat", `capturable`).
+    `max_norm`, another `select_from` than the optimizer's, and what released gradients refuse (several
+    processes, "repeat", `capturable`).
     """
     optimizer, model = unwrapped(optimizer), unwrapped_model(model)
     found = list(_ways(model, optimizer))
     release = optimizer.release_gradients(select_from)
-    changed = []
+    changed, readers = [], Readers()
     for _, layers in found:
-        weight = Weight(layers[0].weight, release) if layers else None
+        weight = Weight(layers[0].weight, release, readers) if layers else None
         for layer in layers:
             layer.sparse_weight, layer.__class__ = weight, sparse_class(type(layer))
-        changed += layers
+            changed.append((layer, weight))
     return SparseBackward([way for way, _ in found], changed)
 
 
@@ -77,6 +81,18 @@ def renewed(before: SparseBackward | None, model: nn.Module, optimizer: Any) -> 
     if before is not None:
         before.remove()
     return sparse_backward(model, optimizer)
+
+
+def _make_plain(layer: nn.Module) -> None:
+    layer.__class__ = layer.plain
+    del layer.sparse_weight
+
+
+def ended(handle: SparseBackward | None, optimizer: Any) -> None:
+    """What `sparse_backward` did is undone, for a trainer that is done: other optimizers find gradients."""
+    if handle is not None:
+        handle.remove()
+        optimizer.remove_hooks()
 
 
 class _Holder(NamedTuple):
@@ -92,9 +108,12 @@ def _ways(model: nn.Module, optimizer: Any) -> Iterator[tuple[Way, list[nn.Modul
     holders: dict[int, list[_Holder]] = {}
     for path, layer in model.named_modules():
         if hasattr(layer, "sparse_weight"):
-            raise ValueError(
-                f"model: expected one without sparse_backward, got {path} with it; remove() it first"
-            )
+            if (owner := layer.sparse_weight.release) is not None and not owner.belongs_to(optimizer):
+                raise ValueError(
+                    f"model: expected one without sparse_backward, got {path} with another optimizer's: call "
+                    "remove() of what sparse_backward returned, or delete that optimizer"
+                )
+            _make_plain(layer)
         for name, param in layer.named_parameters(recurse=False):
             holders.setdefault(id(param), []).append(_Holder(path, name, layer))
     for param in selectable(optimizer.param_groups):
@@ -118,6 +137,10 @@ def _obstacle(holder: _Holder) -> str | None:
         return f"of a {type(layer).__name__}"
     if name != "weight":
         return f"the {name} of a {type(layer).__name__}"
+    if layer.weight.numel() == 0:
+        return "without entries"
+    if getattr(layer, "scale_grad_by_freq", False):
+        return "of an Embedding with scale_grad_by_freq"
     if isinstance(layer, nn.Embedding) and (layer.sparse or layer.max_norm is not None):
         option = "sparse=True" if layer.sparse else f"max_norm={layer.max_norm}"
         raise ValueError(f"{path}: expected an embedding without {option.split('=')[0]}, got {option}")

@@ -27,7 +27,8 @@ class _Sparse:
         return _bare, (self.plain,), state
 
     def forward(self, input: Tensor) -> Tensor:
-        if torch.is_grad_enabled() and self.weight.requires_grad and self.sparse_weight.of(self.weight):
+        trained = torch.is_grad_enabled() and self.weight.requires_grad and not torch.jit.is_tracing()
+        if trained and self.sparse_weight.of(self.weight):
             return self.sparse_forward(input)
         return super().forward(input)
 

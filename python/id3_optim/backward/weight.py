@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import weakref
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..heuristics import D3
+from ..step.needed import Needed
 from ..step.products import Parts
 from ..step.release import Release
+
+_WEIGHT = 1  # the place of the weight among a Function's inputs
 
 
 class Use:
@@ -20,17 +24,38 @@ class Use:
         self.recomputed, self.shared = recomputed, shared
 
 
+class Readers:
+    """Finds layers that read the same input: it is kept whole anyway, for whichever needs most of it."""
+
+    def __init__(self) -> None:
+        self._input: weakref.ref[Tensor] | None = None
+        self._last: Weight | None = None
+
+    def note(self, weight: Weight, input: Tensor) -> None:
+        if self._input is not None and self._input() is input:
+            self._last.shares_input = weight.shares_input = True
+        self._input, self._last = weakref.ref(input), weight
+
+
 class Weight:
     """The weight of one layer, held weakly like the optimizer: without these the layer is a plain one."""
 
-    def __init__(self, param: Tensor, release: Release):
-        self._param, self._release = weakref.ref(param), weakref.ref(release)
+    def __init__(self, param: Tensor, release: Release, readers: Readers):
+        self._param, self._release, self._readers = weakref.ref(param), weakref.ref(release), readers
+        self.shares_input = False  # another layer reads it too
         self._uses: weakref.WeakSet[Use] = weakref.WeakSet()
+
+    @property
+    def release(self) -> Release | None:
+        """The hooks of the optimizer that takes the gradient; None when it is gone."""
+        return self._release()
 
     def of(self, param: Tensor) -> bool:
         """Whether it still is this parameter whose gradient an optimizer takes."""
         release = self._release()
         return param is self._param() and release is not None and release.hooked
+
+    # --- forward -------------------------------------------------------------------------------------
 
     def begin_use(self) -> Use:
         """Counts a call in a forward pass. A call within a backward pass recomputes one that was counted."""
@@ -42,26 +67,78 @@ class Weight:
         self._uses.add(use)
         return use
 
-    def end_use(self, use: Use) -> None:
-        self._uses.discard(use)
+    def keep(self, x: Tensor, held: Tensor | None, transposed: bool) -> tuple[Needed | None, Tensor | None]:
+        """What the backward pass needs of the layer's input x [..., features], as far as the forward pass can
+        tell: all of it, the features that are needed, or nothing; as [tokens, features].
 
-    def needs_input(self) -> bool:
-        """Whether the backward pass needs the layer's input, as far as the forward pass can tell."""
-        release = self._release()
-        return release is None or release.uses(self._param())
-
-    def take(self, use: Use, parts: Parts) -> Tensor | None:
-        """Takes the gradient. Returns it whole where it must be added to the other uses or scored as one."""
+        held: x as the layer was given it, which other operations may hold; None for a copy. Steps that select
+        keep all of x, and find out which layers share an input, so that a pass that is computed again for a
+        checkpoint keeps what it kept before.
+        """
         release, param = self._release(), self._param()
-        if not parts.complete and (release is None or release.uses(param)):
-            name = release.name(param) if release else "a weight"
-            raise RuntimeError(
-                f"sparse_backward: expected the backward pass of {name} before the optimizer's step, got one "
-                "after it: the forward pass did not keep the input"
-            )
-        if release is None or (
-            release.selects(has_gradient=True) and (use.shared or not isinstance(release.heuristic, D3))
-        ):
+        tokens = x.reshape(-1, x.shape[-1])
+        if release is None or _is_watched(param):
+            return None, tokens
+        if release.selects():
+            if held is not None:
+                self._readers.note(self, held)
+            return None, tokens
+        if not release.uses(param):
+            return None, None
+        # A view's base lives as long as what has made it, attention for one, needs it: a copy saves nothing.
+        if held is not None and (self.shares_input or held._base is not None):
+            return None, tokens
+        needed = release.needed(param, 0 if transposed else 1)
+        return needed, tokens if needed is None else tokens.index_select(1, needed.features)
+
+    # --- backward ------------------------------------------------------------------------------------
+
+    def take(self, ctx: Any, parts: Parts) -> Tensor | None:
+        """Takes the gradient in the backward pass of the Function whose context is ctx. Returns it whole
+        where it is the result, and where it must be added to that of other uses or be scored as one."""
+        if not ctx.needs_input_grad[_WEIGHT]:
+            return None
+        release, param = self._release(), self._param()
+        reached = _reached(ctx)
+        if reached is False:
+            return None
+        whole = reached is None or release is None or _is_watched(param) or self._scored_whole(ctx.use)
+        self._check_kept(param, parts, whole)
+        if not torch._C._autograd._get_current_graph_task_keep_graph():
+            self._uses.discard(ctx.use)
+        if whole:
             return parts.whole(param)
         release.take_parts(param, parts)
         return None
+
+    def _scored_whole(self, use: Use) -> bool:
+        release = self._release()
+        if not release.selects(has_gradient=True):
+            return False
+        return use.shared or not isinstance(release.heuristic, D3)
+
+    def _check_kept(self, param: Tensor, parts: Parts, whole: bool) -> None:
+        """Raises RuntimeError where the forward pass did not keep what the backward pass needs."""
+        release = self._release()
+        if parts.complete or (not whole and release.suffices(param, parts)):
+            return
+        name = release.name(param) if release else "a weight"
+        raise RuntimeError(
+            f"sparse_backward: expected the backward pass of {name} before the optimizer's step, and no "
+            "other use of its gradient, got one that needs more than the forward pass kept"
+        )
+
+
+def _reached(ctx: Any) -> bool | None:
+    """Whether the running pass brings a gradient to the weight; None where this gradient is the result
+    (`torch.autograd.grad(loss, weight)`)."""
+    node = ctx.next_functions[_WEIGHT][0]
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # torch's answer for a leaf that autograd.grad captures
+        return None
+
+
+def _is_watched(param: Tensor) -> bool:
+    """Whether something else looks at the gradient: a hook on the weight, or one that is there already."""
+    return param.grad is not None or bool(param._backward_hooks)

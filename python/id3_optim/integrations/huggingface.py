@@ -24,7 +24,7 @@ from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..backward.handle import SparseBackward, renewed
+from ..backward.handle import SparseBackward, ended, renewed
 from ..delta import save_delta
 from ..optimizer import ID3AdamW
 from ..wrappers import unwrapped
@@ -116,7 +116,8 @@ class ID3Callback(TrainerCallback, ExportableState):
     the checkpoint's weights then, so that a delta would fit this checkpoint and not the base: needs
     save_deltas=False; `id3_optim.diff(base, model)` makes the delta that fits the base.
 
-    sparse_backward: change the model by `id3_optim.sparse_backward` when training begins.
+    sparse_backward: change the model by `id3_optim.sparse_backward` while it is trained. Afterwards it is
+    plain again, and its gradients are whole.
 
     With `auto_find_batch_size` a run whose memory runs out, after some steps too, begins again from the
     weights and with the whole budget of its beginning.
@@ -204,8 +205,9 @@ class ID3Callback(TrainerCallback, ExportableState):
         if self._attempt is not None:
             self._attempt.stepped = True
 
-    def on_train_end(self, args, state, control, **kwargs):
+    def on_train_end(self, args, state, control, optimizer=None, **kwargs):
         self._attempt = None
+        ended(self._sparse, unwrapped(optimizer))
 
     def on_log(self, args, state, control, logs=None, optimizer=None, **kwargs):
         if "loss" not in logs:

@@ -20,7 +20,7 @@ except ModuleNotFoundError:
     import pytorch_lightning as pl
     from pytorch_lightning.plugins.io import CheckpointIO
 
-from ..backward.handle import SparseBackward, renewed
+from ..backward.handle import SparseBackward, ended, renewed
 from ..delta import save_delta
 from ..delta.series import check_model
 from ..optimizer import ID3AdamW
@@ -93,6 +93,9 @@ class ID3Callback(pl.Callback):
             self._sparse = renewed(self._sparse, pl_module, optimizer)
         if not 0 < steps < float("inf") and optimizer.total_steps is None:
             raise ValueError(f"max_steps: expected a limit, or one in max_epochs, got {trainer.max_steps}")
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        ended(self._sparse, self._optimizer)
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
         if trainer.log_every_n_steps and trainer.global_step % trainer.log_every_n_steps == 0:

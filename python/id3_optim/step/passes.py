@@ -9,7 +9,7 @@ their own inside a pass, with tasks of their own; a look at the Python stack tel
 | likewise                             | newer than all tasks so far       | a new pass                      |
 | likewise                             | older: tasks inside it came first | this task is the pass's root    |
 | another, inside another backward     | first in this pass                | the pass goes on, or a new one  |
-| likewise                             | a second time, root not yet seen  | a new pass                      |
+| likewise, of another loss            | a second time, root not yet seen  | a new pass                      |
 | any                                  | a second time otherwise           | two gradients in one pass: fail |
 """
 
@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -34,6 +34,7 @@ class Passes:
         """Forgets the pass that runs."""
         self._root: int | None = None  # the graph task of the running pass, once a hook was called in it
         self._first: int | None = None  # the task in which the pass's first hook was called
+        self._loss: weakref.ref | None = None  # what the pass begins at, as far as the Python stack tells
         self._in_pass: set[int] = set()  # the keys that were entered
 
     @property
@@ -52,8 +53,11 @@ class Passes:
         task = torch._C._current_graph_task_id()
         repeated = key in self._in_pass
         if task != self._root:
-            if _backwards_around() > within:
-                begins, root = not self._in_pass or (repeated and self._root is None), None
+            around, loss = _around()
+            if around > within:
+                same = self._loss is not None and self._loss() is loss
+                again = repeated and self._root is None and not same
+                begins, root = not self._in_pass or again, None
             else:
                 begins, root = not self._in_pass or self._root is not None or task > self._first, task
             if begins:
@@ -61,6 +65,7 @@ class Passes:
                 self.end()
                 begin(unfinished)
                 repeated, self._first = False, task
+                self._loss = None if loss is None else weakref.ref(loss)
             if root is not None:
                 self._root = root
                 ended = partial(_ended, weakref.ref(self), root)
@@ -80,10 +85,13 @@ def _ended(passes: weakref.ref[Passes], root: int) -> None:
         alive.end_of(root)
 
 
-def _backwards_around() -> int:
-    """In how many Functions' own backward this is called; reentrant checkpoints start passes in theirs."""
-    frame, count = sys._getframe(), 0
+def _around() -> tuple[int, torch.Tensor | None]:
+    """In how many Functions' own backward this is called, since reentrant checkpoints start passes in theirs;
+    and the first tensor that the outermost `torch.autograd.backward` was given."""
+    frame, count, loss = sys._getframe(), 0, None
     while frame is not None:
         count += frame.f_code is BackwardCFunction.apply.__code__
+        if frame.f_code is torch.autograd.backward.__code__:
+            loss = frame.f_locals["tensors"]
         frame = frame.f_back
-    return count
+    return count, loss[0] if isinstance(loss, Sequence) and loss else loss

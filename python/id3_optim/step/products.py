@@ -19,16 +19,20 @@ from ..heuristics import D3
 from ..state.active_set import ActiveSet
 from ..state.shard import Shard
 from .candidates import Candidates
+from .needed import Needed
 
-# Entries of dW that are alive at once in a step that selects. Smaller products are slower: against whole gradients
-# that are released, a step of a model of 120M entries takes 3 % longer with 2^18 and 1 % longer with 2^20.
+# Entries of dW that are alive at once in a step that selects. Smaller products are slower: against whole
+# gradients that are released, a step of 120M entries takes 3 % longer with 2^18 and 1 % longer with 2^20.
 BLOCK_ENTRIES = 1 << 20
 
 
 class Parts(Protocol):
-    """A weight gradient that can be made in parts. complete: it can be made at all."""
+    """A weight gradient that can be made in parts. complete: every part can be made."""
 
     complete: bool
+
+    def suffices(self, shard: Shard, used: bool) -> bool:
+        """Whether `gather` can be called in this step, which looks at the gradient (used) or does not."""
 
     def gather(self, shard: Shard, j: int, add: bool) -> None:
         """The shard's `gradient` at the active entries of tensor j becomes dW there, or grows by it with
@@ -43,19 +47,29 @@ class Parts(Protocol):
 
 @dataclass(frozen=True)
 class Product:
-    """dW = LᵀR. One of both is None where the input was not kept: the weight has no active entry."""
+    """dW = LᵀR. One of both is None where the input was not kept: the weight has no active entry. needed: its
+    features that were kept alone."""
 
     left: Tensor | None
     right: Tensor | None
+    needed: Needed | None = None
 
     @property
     def complete(self) -> bool:
+        return self._kept and self.needed is None
+
+    @property
+    def _kept(self) -> bool:
         return self.left is not None and self.right is not None
 
+    def suffices(self, shard: Shard, used: bool) -> bool:
+        return self.complete or (self.needed.holds(shard) if self._kept else not used)
+
     def gather(self, shard: Shard, j: int, add: bool) -> None:
-        if self.complete:
+        if self._kept:
             values = shard.arrays["gradient"]
-            active = shard.offsets[:, j : j + 2], shard.arrays["indices"]
+            indices = self.needed.indices if self.needed else shard.arrays["indices"]
+            active = shard.offsets[:, j : j + 2], indices
             shard.kernels.sampled_weight_grad_(self.left, self.right, *active, values, add)
 
     def blocks(self, param: Tensor) -> Iterator[tuple[int, Tensor]]:
@@ -78,6 +92,9 @@ class Rows:
     ids: Tensor
     grads: Tensor
     complete = True
+
+    def suffices(self, shard: Shard, used: bool) -> bool:
+        return True
 
     def gather(self, shard: Shard, j: int, add: bool) -> None:
         values = shard.arrays["gradient"]

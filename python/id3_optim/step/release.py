@@ -23,6 +23,7 @@ from ..validation import check_one_process
 from . import gradients
 from .candidates import Candidates
 from .gradients import Kept
+from .needed import Needed, NeededFeatures
 from .passes import Passes
 from .products import Parts, collect_blocks
 
@@ -43,13 +44,14 @@ class Release:
         self.clear()
 
     def __getstate__(self) -> dict:
-        own = ("_handles", "_lock", "_begin", "_active", "_passes")
+        own = ("_handles", "_lock", "_begin", "_active", "_passes", "_needed", "_undecided")
         return {name: x for name, x in self.__dict__.items() if name not in own}
 
     def _make_own(self, begin: Begin) -> None:
         self._begin: weakref.WeakMethod[Begin] = weakref.WeakMethod(begin)
         self._active: ActiveSet | None = None
-        self._passes = Passes()
+        self._passes, self._needed = Passes(), NeededFeatures()
+        self._undecided = False  # a forward pass was answered before the run began
         self._handles: dict[int, torch.utils.hooks.RemovableHandle] = {}
         self._lock = threading.Lock()  # autograd has a thread for each device
         weakref.finalize(self, _remove, self._handles).atexit = False
@@ -59,6 +61,10 @@ class Release:
         if not hasattr(self, "_handles"):  # a shallow copy shares everything
             self._make_own(begin)
         self.attach(params)
+
+    def belongs_to(self, optimizer: Any) -> bool:
+        """Whether it is this optimizer that takes the gradients."""
+        return (begin := self._begin()) is not None and begin.__self__ is optimizer
 
     def clear(self) -> None:
         """Forgets everything since the last step."""
@@ -90,11 +96,16 @@ class Release:
         with self._lock:
             repeated = self._passes.enter(id(param), self._begin_pass)
         if repeated:
-            raise RuntimeError(
-                f"release_gradients: {self.name(param)} received its gradient in two parts in one "
-                "backward pass (a tied weight under reentrant checkpoints): use use_reentrant=False"
-            )
+            raise self._in_two_parts(param)
         self._collect(param)
+
+    def _in_two_parts(self, param: Tensor) -> RuntimeError:
+        return RuntimeError(
+            f"release_gradients: {self.name(param)} received its gradient in two parts in one backward pass: "
+            "for a weight that is used twice under reentrant checkpoints set use_reentrant=False; with "
+            "sparse_backward a weight may be used by its layer alone (a penalty on it: in a backward pass of "
+            "its own)"
+        )
 
     def gradients(self, groups: list[dict[str, Any]], active: ActiveSet, wanted: Wanted | None) -> list[Kept]:
         """At a step: what was kept, with the gradients that no hook has taken (assigned by hand, unfrozen
@@ -108,6 +119,7 @@ class Release:
         for p in selectable(groups):
             if p.grad is not None:
                 self._collect(p)
+        self._undecided = False
         return self.kept
 
     def tensors(self) -> list[Tensor]:
@@ -119,10 +131,13 @@ class Release:
     def selects(self, has_gradient: bool = False) -> bool:
         """Whether entries may join in the coming step, which then looks at every entry's gradient.
 
-        A run is begun by its first gradient (has_gradient), not by a forward pass; True before that.
+        A run is begun by its first gradient (has_gradient), not by a forward pass. Before that the answer is
+        True, and stays so until the step, since a checkpoint computes a forward pass again.
         """
-        if self._active is None and not has_gradient:
-            return True
+        if not has_gradient:
+            self._undecided |= self._active is None
+            if self._undecided:
+                return True
         if self.candidates is None:
             self._prepare(*self._begin()())
         return self.candidates.wanted is not None
@@ -135,10 +150,28 @@ class Release:
         shard, j = self._active.shards[at[0]], at[1]
         return shard.device.type != "cpu" or any(run[j] < run[j + 1] for run in shard.bounds)
 
+    def suffices(self, param: Tensor, parts: Parts) -> bool:
+        """Whether `take_parts` can take them, of which the forward pass perhaps kept what it needs alone."""
+        if parts.complete:
+            return True
+        if self.selects(has_gradient=True):
+            return False
+        i, _ = self._active.locate(param)
+        return parts.suffices(self._active.shards[i], self.uses(param))
+
+    def needed(self, param: Tensor, dim: int) -> Needed | None:
+        """Which features of its layer's input a weight, whose dimension `dim` they are, needs in a step that
+        does not select; None: all. Does not synchronise: on a GPU None."""
+        at = self._active.locate(param)
+        shard = self._active.shards[at[0]]
+        return self._needed.of(shard, at, dim) if shard.device.type == "cpu" else None
+
     def take_parts(self, param: Tensor, parts: Parts) -> None:
         """What a layer's backward pass does in place of making the gradient of its weight."""
         with self._lock:
-            self._passes.enter(id(param), self._begin_pass, within=1)
+            repeated = self._passes.enter(id(param), self._begin_pass, within=1)
+        if repeated and self.candidates.wanted is not None:
+            raise self._in_two_parts(param)
         i, j = at = self._active.locate(param)
         shard, kept = self._active.shards[i], self.kept[i]
         gradients.check(self._active, shard, j)
