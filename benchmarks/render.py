@@ -73,10 +73,11 @@ def limit(bar: dict) -> str:
 
 def measured(bar: dict) -> str:
     """The bar's number, of a missed bar with as many digits as tell it from the limit."""
-    value, wanted = bar["value"], bar["limit"]
-    if bar["met"] is False and number(value) == number(wanted):
-        return next(text for digits in range(4, 18) if float(text := f"{value:.{digits}g}") != wanted)
-    return number(value)
+    value, text = bar["value"], number(bar["value"])
+    if bar["met"] is not False:
+        return text
+    longer = (f"{value:.{digits}g}" for digits in range(4, 18))
+    return next(text for text in (text, *longer) if float(text) != bar["limit"])
 
 
 def wrapped(section: str) -> str:

@@ -129,6 +129,78 @@ def readme_block(results: dict, picture: str) -> str:
         number(measured.ratio(llama, ("sparse", 16), other)) for other in ("full", "lora8", "passes")
     )
     summary = (
+        f"A Llama shape of {entries:.0f}M entries, 512 tokens, 0.17 % of the entries, selection in every "
+        f"16th step: a training step takes {full} of full fine-tuning's, {lora} of LoRA's (r = 8), and "
+        f"{floor} of the forward pass and the gradients of activations alone. {_machine(results['machine'])}"
+    )
+    return "\n\n".join(
+        [table(["case", "method", "step, ms", "/ full", "tokens/s"], times), table(header, memory)]
+    )
+
+
+class Measured:
+    """Looks numbers up in the results; None where something was not measured."""
+
+    def __init__(self, results: dict):
+        self._results = results
+
+    def ratio(self, case: tuple, one: tuple[str, int], other: str) -> float | None:
+        row = self._row("times", case)
+        if row is None or other not in row["ms"]:
+            return None
+        return step_ms(row, *one) / step_ms(row, other)
+
+    def memory(self, case: tuple, one: str, other: str) -> float | None:
+        rows = [self._row("memory", case, method) for method in (one, other)]
+        return None if None in rows else rows[0]["peak_bytes"] / rows[1]["peak_bytes"]
+
+    def _row(self, kind: str, case: tuple, method: str | None = None) -> dict | None:
+        for row in self._results[kind]:
+            if (row["model"], row["dtype"], row["tokens"]) == case and row.get("method") == method:
+                return row
+        return None
+
+
+def bars_of(results: dict) -> list[dict]:
+    """The promises about whole training steps, each with its measured number."""
+    measured, bars = Measured(results), []
+    k16 = ("sparse", 16)
+    for tokens in (512, 2048):
+        llama = ("Llama", "float32", tokens)
+        where = f"Llama, {tokens} tokens"
+        for other, limit in (("full", 0.72), ("lora8", 0.95), ("passes", 1.06)):
+            ratio = measured.ratio(llama, k16, other)
+            bars.append(Bar(f"sparse, K = 16 / {LABELS[other]}, {where}", limit, ratio))
+        more = measured.ratio(llama, ("sparse_more", 16), "lora8")
+        bars.append(Bar(f"sparse 1 %, K = 16 / {LABELS['lora8']}, {where}", 0.98, more))
+        for model in ("MiniLM", "GPT-2"):
+            ratio = measured.ratio((model, "float32", tokens), k16, "lora8")
+            bars.append(Bar(f"sparse, K = 16 / {LABELS['lora8']}, {model}, {tokens} tokens", 1.0, ratio))
+        once = measured.ratio(llama, ("sparse", 1), "released")
+        bars.append(Bar(f"sparse, K = 1 / {LABELS['released']}, {where}", 1.02, once))
+        for other in ("lora8", "released"):
+            ratio = measured.memory(llama, "sparse", other)
+            bars.append(Bar(f"peak memory, sparse / {LABELS[other]}, {where}", 1.0, ratio))
+    return bar_rows(bars)
+
+
+_ALT = "Times of a whole training step as shares of full fine-tuning's"
+
+
+def _machine(machine: dict) -> str:
+    where = f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads"
+    when = f"commit {machine['commit']}, {machine['date']}"
+    return f"{where}; torch {machine['torch']} ({machine['simd']}); {when}."
+
+
+def readme_block(results: dict, picture: str) -> str:
+    """Picture, machine, the case that the bars are about, and every missed bar by name."""
+    measured, llama = Measured(results), ("Llama", "float32", 512)
+    entries = next(row["entries"] for row in results["times"] if row["model"] == "Llama") / 1e6
+    full, lora, floor = (
+        number(measured.ratio(llama, ("sparse", 16), other)) for other in ("full", "lora8", "passes")
+    )
+    summary = (
         f"A Llama shape of {entries:.0f}M entries, 512 tokens, 0.17 % of the entries, selection in every 16th "
         f"step: a training step takes {full} of full fine-tuning's, {lora} of LoRA's (r = 8), and {floor} of the "
         f"forward pass and the gradients of activations alone. {_machine(results['machine'])}"
