@@ -135,10 +135,8 @@ def describe(schedule: Schedule) -> dict:
 
 def _check_arguments(schedule: Schedule) -> None:
     """Raises TypeError for what cannot be called as a schedule, such as `front_loaded` without its share."""
-    expected = "schedule: expected f(step, total_steps, budget) -> int"
     if not callable(schedule):
-        raise TypeError(f"{expected}, got {schedule!r}")
-    name = getattr(schedule, "__qualname__", type(schedule).__qualname__)
+        raise TypeError(f"schedule: expected f(step, total_steps, budget) -> int, got {schedule!r}")
     try:
         signature = inspect.signature(schedule)
     except ValueError:  # of a builtin
@@ -146,8 +144,10 @@ def _check_arguments(schedule: Schedule) -> None:
     try:
         signature.bind(0, 1, 1)
     except TypeError:
+        name = getattr(schedule, "__qualname__", type(schedule).__qualname__)
         raise TypeError(
-            f"{expected}, got {name}({', '.join(signature.parameters)}); pass the schedule that it returns"
+            f"schedule: expected f(step, total_steps, budget) -> int, got {name}"
+            f"({', '.join(signature.parameters)}); pass the schedule that it returns"
         ) from None
 
 
