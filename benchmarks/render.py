@@ -1,6 +1,7 @@
 """Markdown from results of CPUs and GPUs: tables, number formats, bars, and the marked block of a page."""
 
 import os
+import textwrap
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 README, PAGE = ROOT / "README.md", ROOT / "docs" / "benchmarks.md"
+WIDTH = 120  # characters of a line of prose
 VERDICT = {True: "met", False: "**missed**", None: "not run"}
 
 Markers = tuple[str, str]
@@ -69,19 +71,37 @@ def limit(bar: dict) -> str:
     return f"{bar.get('sense', '≤')} {bar['limit']:.3g}"
 
 
+def measured(bar: dict) -> str:
+    """The bar's number, of a missed bar with as many digits as tell it from the limit."""
+    value, text = bar["value"], number(bar["value"])
+    if bar["met"] is not False:
+        return text
+    longer = (f"{value:.{digits}g}" for digits in range(4, 18))
+    return next(text for text in (text, *longer) if float(text) != bar["limit"])
+
+
+def wrapped(section: str) -> str:
+    """Lines of prose of at most WIDTH characters; those of tables and pictures stay."""
+    lines = section.splitlines()
+    return "\n".join(
+        line if line.startswith(("|", "![")) else textwrap.fill(line, WIDTH, break_on_hyphens=False)
+        for line in lines
+    )
+
+
 def bars_table(bars: list[dict], label: str = "ratio") -> str:
     """Every bar with its number and verdict; the last column exists where a bar has `at_full`."""
     full = any(bar.get("at_full") is not None for bar in bars)
     lines = []
     for bar in bars:
-        line = [bar["what"], limit(bar), number(bar["value"]), VERDICT[bar["met"]]]
+        line = [bar["what"], limit(bar), measured(bar), VERDICT[bar["met"]]]
         lines.append(line + [number(bar["at_full"])] * full)
     return table([label, "bar", "measured", "", *["at |Λ| = B"] * full], lines)
 
 
 def missed(bars: list[dict]) -> str:
     """How many bars are met, then by name the missed ones (measured vs bar) and those without a number."""
-    late = [f"{bar['what']} ({number(bar['value'])} vs {limit(bar)})" for bar in bars if bar["met"] is False]
+    late = [f"{bar['what']} ({measured(bar)} vs {limit(bar)})" for bar in bars if bar["met"] is False]
     absent = [bar["what"] for bar in bars if bar["met"] is None]
     met = sum(bar["met"] is True for bar in bars)
     lists = [f"Missed: {'; '.join(late)}."] if late else []
@@ -126,10 +146,8 @@ class Pages:
     page: Path = PAGE
 
     def sections(self, results: dict, picture: Path) -> dict[Path, str]:
-        return {
-            self.readme: self.short(results, link(picture, self.readme)),
-            self.page: self.long(results, link(picture, self.page)),
-        }
+        sections = ((self.readme, self.short), (self.page, self.long))
+        return {page: wrapped(section(results, link(picture, page))) for page, section in sections}
 
     def update(self, results: dict, picture: Path) -> None:
         for page, section in self.sections(results, picture).items():

@@ -128,13 +128,12 @@ def readme_block(results: dict, picture: str) -> str:
     full, lora, floor = (
         number(measured.ratio(llama, ("sparse", 16), other)) for other in ("full", "lora8", "passes")
     )
-    return f"""![{_ALT}]({picture})
-
-A Llama shape of {entries:.0f}M entries, 512 tokens, 0.17 % of the entries, selection in every 16th step: a training
-step takes {full} of full fine-tuning's, {lora} of LoRA's (r = 8), and {floor} of the forward pass and the
-gradients of activations alone. {_machine(results["machine"])}
-
-{missed(results["bars"])}"""
+    summary = (
+        f"A Llama shape of {entries:.0f}M entries, 512 tokens, 0.17 % of the entries, selection in every "
+        f"16th step: a training step takes {full} of full fine-tuning's, {lora} of LoRA's (r = 8), and "
+        f"{floor} of the forward pass and the gradients of activations alone. {_machine(results['machine'])}"
+    )
+    return "\n\n".join([f"![{_ALT}]({picture})", summary, missed(results["bars"])])
 
 
 def page_block(results: dict, picture: str) -> str:

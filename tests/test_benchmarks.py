@@ -120,6 +120,14 @@ def test_missed_bars_are_named_with_measured_and_bar():
     assert render.missed(render.bar_rows(bars[:1])) == "1 of 1 bars are met."
 
 
+def test_a_missed_bar_never_reads_as_its_limit():
+    bars = [render.Bar("a", 1.06, 1.0637), render.Bar("b", 1, 1.0004), render.Bar("c", 1, 0.9996)]
+    rows = render.bar_rows([*bars, render.Bar("rate", 3, 2.9996, sense="≥")])
+    assert [render.measured(bar) for bar in rows] == ["1.064", "1.0004", "1", "2.9996"]
+    assert "a (1.064 vs ≤ 1.06); b (1.0004 vs ≤ 1)" in render.missed(rows)
+    assert "| b | ≤ 1 | 1.0004 | **missed** |" in render.bars_table(rows)
+
+
 def test_the_last_column_exists_where_a_bar_has_two_numbers():
     bars = [render.Bar("x |Λ|", 1, 2.0), render.Bar("y", 1, 0.5, at_full=0.0625)]
     assert (

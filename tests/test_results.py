@@ -41,14 +41,15 @@ def test_missed_bars_are_in_both_pages(path):
     results = read(path)
     missed = [bar["what"] for bar in results["bars"] if not bar["met"]]
     for section in CPU_PAGES.sections(results, path.with_suffix(".png")).values():
-        assert missed and all(what in section for what in missed)
+        text = " ".join(section.split())  # long lines are wrapped
+        assert missed and all(what in text for what in missed)
 
 
 def test_the_readme_has_one_table_and_the_page_the_rest():
     sections = CPU_PAGES.sections(read(FILES[0]), FILES[0].with_suffix(".png"))
     tables = {page: section.count("| --- |") for page, section in sections.items()}
     assert tables == {CPU_PAGES.readme: 1, CPU_PAGES.page: 6}
-    assert len(sections[CPU_PAGES.readme].splitlines()) < 20
+    assert len(sections[CPU_PAGES.readme].splitlines()) < 24
 
 
 TRAINING_FILES = sorted((RESULTS / "training").glob("cpu-*.json"))
@@ -65,3 +66,11 @@ def test_every_training_bar_is_reported_with_its_number(path):
     results = read(path)
     assert len(results["bars"]) > 15 and all(bar["value"] is not None for bar in results["bars"])
     assert results["bars"] == training_bars_of(results)
+
+
+def test_generated_prose_is_at_most_120_wide():
+    for pages, files in ((CPU_PAGES, FILES), (TRAINING_PAGES, TRAINING_FILES)):
+        for path in files:
+            for section in pages.sections(read(path), path.with_suffix(".png")).values():
+                prose = [line for line in section.splitlines() if not line.startswith(("|", "!["))]
+                assert max(map(len, prose)) <= 120, max(prose, key=len)

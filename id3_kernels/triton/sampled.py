@@ -71,7 +71,8 @@ def products_kernel(
     a = left + row.to(tl.int64)[:, None] * padded + lane[None, :]
     b = right + (index - row * n_columns).to(tl.int64)[:, None] * padded + lane[None, :]
     total = tl.full([BLOCK], -0.0, tl.float32)  # -0 + x is x for every x
-    for _ in range(0, padded, BLOCK_TOKENS):
+    n_tokens = padded * tl.max(held.to(tl.int32))  # 0 in a program beyond the last entry
+    for _ in range(0, n_tokens, BLOCK_TOKENS):
         lanes = widened(tl.load(a), CODE) * widened(tl.load(b), CODE)
         for step in tl.static_range(LANES, BLOCK_TOKENS, LANES):
             lanes += widened(tl.load(a + step), CODE) * widened(tl.load(b + step), CODE)

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import transformers
@@ -19,7 +20,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from . import schedules
+from .backward.handle import sparse_backward
+from .heuristics import D3
+from .state.active_set import Touched
 from .state.layout import Layout
+from .step.products import BLOCK_ENTRIES, Parts, Product, Rows
 from .wrappers import unwrapped
 
 BEST_BYTES = 16  # of a candidate: score, place, gradient
@@ -57,24 +62,80 @@ class LiveBytes(TorchDispatchMode):
         self.now -= size
 
 
-def pass_bytes(model: torch.nn.Module, loss_of, release: bool) -> tuple[int, int]:
-    """The most bytes alive beside the model in a forward pass, and in a forward and backward pass.
+class Dropped:
+    """Takes and drops gradients in place of an optimizer that releases them, in a step that selects.
 
-    release: each gradient is freed as the backward pass makes it. Sets every `.grad` to None.
+    largest: the bytes of the largest gradient, or block of one, that it was given.
     """
-    handles = []
-    for p in model.parameters():
-        p.grad = None
-        if release and p.requires_grad:
-            handles.append(p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None)))
+
+    heuristic, hooked = D3(), True
+
+    def __init__(self, params: list[torch.nn.Parameter]) -> None:
+        self.largest = 0
+        self.param_groups = [{"params": params, "dense": False}]
+        self._handles = [p.register_post_accumulate_grad_hook(self._drop) for p in params]
+
+    def release_gradients(self, select_from: str) -> Dropped:
+        return self
+
+    def touched(self) -> Iterator[Touched]:
+        """No entry is ever active."""
+        return iter(())
+
+    def selects(self, has_gradient: bool = False) -> bool:
+        return True
+
+    def uses(self, param: torch.Tensor) -> bool:
+        return True
+
+    def take_parts(self, param: torch.Tensor, parts: Parts) -> None:
+        """Makes the largest block of the gradient that `parts` makes, which for tensors without memory needs
+        no ids of an embedding: as if all tokens were in one block."""
+        if isinstance(parts, Product):
+            block = next(iter(parts.blocks(param)))[1]
+        else:
+            rows = param[: max(1, BLOCK_ENTRIES // param.shape[1])]
+            block = Rows(parts.ids % len(rows), parts.grads.clone()).whole(rows)
+        self.largest = max(self.largest, block.nbytes)
+
+    def _drop(self, param: torch.Tensor) -> None:
+        if param.grad is not None:  # a layer that gives its gradient in parts calls the hook all the same
+            self.largest = max(self.largest, param.grad.nbytes)
+            param.grad = None
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+class PassBytes(NamedTuple):
+    """The most bytes alive beside the model in a forward pass, in a forward and backward pass (`whole`), and
+    in gradients at once."""
+
+    forward: int
+    whole: int
+    gradients: int
+
+
+def pass_bytes(model: torch.nn.Module, loss_of, way: str) -> PassBytes:
+    """Measures a pass. Sets every `.grad` to None.
+
+    way: "released" frees each gradient as the backward pass makes it, "sparse" also makes the weight
+    gradients of `sparse_backward` in blocks; all gradients stay with any other.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    model.zero_grad()
+    dropped = Dropped(trained if way in ("released", "sparse") else [])
+    layers = sparse_backward(model, dropped) if way == "sparse" else None
     with LiveBytes([*model.parameters(), *model.buffers()]) as live:
         loss = loss_of(model)
         forward = live.peak
         loss.backward()
-    for handle in handles:
-        handle.remove()
+    if layers is not None:
+        layers.remove()
+    dropped.remove()
     model.zero_grad()
-    return forward, live.peak
+    return PassBytes(forward, live.peak, dropped.largest or sum(p.nbytes for p in trained))
 
 
 def entry_bytes(dtype: torch.dtype, release: bool, entry_ages: bool = False) -> int:
@@ -87,37 +148,44 @@ def entry_bytes(dtype: torch.dtype, release: bool, entry_ages: bool = False) -> 
 
 
 def estimate(
-    model: torch.nn.Module, loss_of, budget: int | float, steps: int = 1000, static: bool = False
+    model: torch.nn.Module,
+    loss_of,
+    budget: int | float,
+    steps: int = 1000,
+    static: bool = False,
+    select_every: int = 1,
 ) -> dict[str, dict[str, int]]:
-    """Predicted bytes by kind, `peak` last, for `released` gradients, `dense` ones and torch's `adamw`.
+    """Predicted bytes by kind, `peak` last, of a step that selects, for `sparse` backward passes, `released`
+    gradients, `dense` ones and torch's `adamw`.
 
     model: as `model_from` makes it; a model with memory computes the passes. loss_of(model) gives the loss.
-    budget, steps, static: as ID3AdamW's, with the uniform schedule. `gradients`: of the largest tensor where
-    they are released, else of all. `forward`: the most bytes alive in a forward pass. `pass`: in a forward
-    and backward pass, gradients included. The peak is weights, pass, optimizer state and candidates together.
+    budget, steps, static, select_every: as ID3AdamW's, with the uniform schedule. `gradients`: of the largest
+    tensor where they are released, of the largest block or tensor where they are sparse, else of all.
+    `forward`: the most bytes alive in a forward pass. `pass`: in a forward and backward pass, gradients
+    included. The peak is weights, pass, optimizer state and candidates together.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
-    n_entries, all_gradients = sum(p.numel() for p in trained), sum(p.nbytes for p in trained)
-    entries = schedules.resolve_budget(budget, n_entries)
-    at_once = entries if static else -(-entries // steps)
-    dtype = trained[0].dtype
+    entries = schedules.resolve_budget(budget, sum(p.numel() for p in trained))
+    at_once = entries if static else min(entries, -(-entries * select_every // steps))
+    dtype, all_gradients = trained[0].dtype, sum(p.nbytes for p in trained)
     own = {
+        "sparse": (entries * entry_bytes(dtype, True), BEST_BYTES * at_once),
         "released": (entries * entry_bytes(dtype, True), BEST_BYTES * at_once),
         "dense": (entries * entry_bytes(dtype, False), 0),
         "adamw": (2 * all_gradients, 0),
     }
     report = {}
     for name, (state, candidates) in own.items():
-        forward, whole = pass_bytes(model, loss_of, release=name == "released")
+        held = pass_bytes(model, loss_of, name)
         kinds = {
             "weights": sum(p.nbytes for p in model.parameters()),
-            "gradients": max(p.nbytes for p in trained) if name == "released" else all_gradients,
-            "forward": forward,
-            "pass": whole,
+            "gradients": held.gradients,
+            "forward": held.forward,
+            "pass": held.whole,
             "optimizer_state": state,
             "candidates": candidates,
         }
-        report[name] = kinds | {"peak": kinds["weights"] + whole + state + candidates}
+        report[name] = kinds | {"peak": kinds["weights"] + held.whole + state + candidates}
     return report
 
 
@@ -144,6 +212,7 @@ def estimate_from_config(
     static: bool = False,
     bf16: bool = False,
     checkpointing: bool = False,
+    select_every: int = 1,
 ) -> dict[str, dict[str, int]]:
     """`estimate` for a batch of `batch` texts of `length` tokens.
 
@@ -162,7 +231,7 @@ def estimate_from_config(
                 return model(input_ids=ids, labels=ids, use_cache=False).loss
             return model(input_ids=ids)[0].float().square().mean()
 
-        return estimate(model, loss_of, budget, steps, static)
+        return estimate(model, loss_of, budget, steps, static, select_every)
 
 
 class MemoryWatch(transformers.TrainerCallback):

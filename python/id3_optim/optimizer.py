@@ -98,7 +98,7 @@ class ID3AdamW(torch.optim.Optimizer):
         layout = Layout(keep_originals, age, strategy == "repeat", backend, release_gradients, capturable)
         self._unmasking = Unmasking(method, layout)
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(params, defaults | {"maximize": maximize, "dense": False})
+        super().__init__(validation.check_iterable(params), defaults | {"maximize": maximize, "dense": False})
         self.state[checkpoint.MARKER] = dict(checkpoint.MARKED)
         validation.check_names(heuristic, self.param_groups[0])
         if total_steps is not None:

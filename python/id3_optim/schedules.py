@@ -5,6 +5,7 @@ A schedule is any `f(step, total_steps, budget) -> int`: the number of entries t
 anew.
 """
 
+import inspect
 import math
 import numbers
 import operator
@@ -125,12 +126,29 @@ def describe(schedule: Schedule) -> dict:
         return {"name": "exponential", "a": schedule.a}
     if isinstance(schedule, FrontLoaded):
         return {"name": "front_loaded", "share": schedule.share}
-    if not callable(schedule):
-        raise TypeError(f"schedule: expected f(step, total_steps, budget) -> int, got {schedule!r}")
+    _check_arguments(schedule)
     for name, known in _BY_NAME.items():
         if schedule is known:
             return {"name": name}
     return {"name": f"{schedule.__module__}.{getattr(schedule, '__qualname__', type(schedule).__qualname__)}"}
+
+
+def _check_arguments(schedule: Schedule) -> None:
+    """Raises TypeError for what cannot be called as a schedule, such as `front_loaded` without its share."""
+    if not callable(schedule):
+        raise TypeError(f"schedule: expected f(step, total_steps, budget) -> int, got {schedule!r}")
+    try:
+        signature = inspect.signature(schedule)
+    except ValueError:  # of a builtin
+        return
+    try:
+        signature.bind(0, 1, 1)
+    except TypeError:
+        name = getattr(schedule, "__qualname__", type(schedule).__qualname__)
+        raise TypeError(
+            f"schedule: expected f(step, total_steps, budget) -> int, got {name}"
+            f"({', '.join(signature.parameters)}); pass the schedule that it returns"
+        ) from None
 
 
 def from_name(text: str) -> Schedule:

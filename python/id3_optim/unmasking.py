@@ -125,6 +125,7 @@ class Unmasking:
         if self.progress.steps_done > 0:
             expected = f"{self.total_steps} as at the first step"
             raise ValueError(f"total_steps: expected {expected} (it cannot change), got {total_steps}")
+        validation.warn_one_selection(self.method, total_steps)
         self.total_steps = int(total_steps)
         self.progress.forget_targets()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -13,6 +14,7 @@ from id3_kernels import backend, checks
 
 from . import schedules
 from .heuristics import Bias, Heuristic, Random
+from .method import Method
 from .param_groups import members
 from .ranks import check_builder, check_whole, world_size
 from .state.layout import Layout
@@ -42,6 +44,16 @@ def refuse_not_applicable(not_applicable: dict[str, Any], where: str = "") -> No
             raise ValueError(f"{where}{name}: does not apply to ID3AdamW: {_NOT_APPLICABLE[name]}")
 
 
+def check_iterable(params: Iterable) -> Iterable:
+    """The parameters of an optimizer. Refuses a module, which torch says only that it is not iterable."""
+    if isinstance(params, torch.nn.Module):
+        raise TypeError(
+            f"params: expected parameters or param groups, got a {type(params).__name__}; pass "
+            "model.named_parameters()"
+        )
+    return params
+
+
 def check_method(strategy: str, bias_correction: str, heuristic: Heuristic, select_every: int) -> None:
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy: expected one of {', '.join(STRATEGIES)}, got {strategy!r}")
@@ -60,6 +72,17 @@ def check_method(strategy: str, bias_correction: str, heuristic: Heuristic, sele
         kind = type(heuristic).__name__
         raise ValueError(
             f"strategy: expected 'static' with {kind}, whose scores are the same at every step, got 'repeat'"
+        )
+
+
+def warn_one_selection(method: Method, total_steps: int) -> None:
+    """Warns where a run selects once although its schedule spreads the budget over the steps."""
+    spreads = method.strategy == "increment" and method.schedule is not schedules.one_shot
+    if spreads and method.select_every >= total_steps > 1:
+        warnings.warn(
+            f"select_every: expected less than total_steps, {total_steps}, got {method.select_every}: the "
+            "first step selects the whole budget, and no later one selects",
+            stacklevel=4,
         )
 
 

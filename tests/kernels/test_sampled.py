@@ -203,3 +203,23 @@ def test_infinities_and_nan_stay_in_their_rows_and_columns(backend):
     finite = grad.isfinite()
     assert not finite[:, 6].any()
     assert finite[[0, 1, 2, 4, 5, 6, 7]][:, [0, 1, 2, 3, 4, 5, 7]].all()
+
+
+def test_programs_beyond_the_last_entry_of_a_run_look_at_no_token(monkeypatch):
+    """A launch has programs for every index that the arrays hold; a run may hold few of them."""
+    sampled = pytest.importorskip("id3_kernels.triton.sampled", reason="triton is not installed")
+    if not sampled.launch.INTERPRETED:
+        pytest.skip("counts in Triton's interpreter")
+    blocks, fold_lanes = [], sampled.summed_lanes
+    rng = np.random.default_rng(0)
+
+    def counted(lanes, BLOCK):
+        blocks.append(1)
+        return fold_lanes(lanes, BLOCK)
+
+    monkeypatch.setattr(sampled, "summed_lanes", counted)
+    left, right = (torch.from_numpy(rng.standard_normal((300, 16)).astype(np.float32)) for _ in range(2))
+    indices, values = torch.arange(256, dtype=torch.int32), torch.full((256,), NAN)
+    sampled.sampled_weight_grad_(left, right, torch.tensor([0, 33]), indices, values, False)
+    assert len(blocks) == 2 * 3  # two programs of 32 entries, three blocks of 128 tokens
+    assert values.isfinite().tolist() == [True] * 33 + [False] * 223

@@ -170,10 +170,14 @@ def broken(files, folder):
 
 
 MISTAKES = [
-    ("inspect {}/missing", "No such file or directory"),
-    ("inspect {}/empty", "No such file or directory"),
+    ("inspect {}/missing", "delta: expected a file or a folder with delta.safetensors, got "),
+    ("inspect {}/missing", "/missing, which does not exist"),
+    ("inspect {}/empty", "delta: expected a file or a folder with delta.safetensors, got the folder "),
+    ("inspect llama", "delta: expected a file or a folder with delta.safetensors, got the folder llama"),
+    ("apply {}/missing --model bert --output {}/out", "delta: expected a file or a folder with delta.safe"),
+    ("merge one {}/missing --output {}/out", "delta: expected a file or a folder with delta.safe"),
     ("inspect {}/cut", "a truncated file?"),
-    ("inspect {}/text --json", "delta file: expected a safetensors header of at most"),
+    ("inspect {}/text --json", "delta file: expected a safetensors file, got one that begins with b'"),
     ("apply {}/cut --model bert --output {}/out", "a truncated file?"),
     ("apply one --model tuned --output {}/out", "expected the base with fingerprint"),
     ("apply one --model llama --output {}/out", "expected"),

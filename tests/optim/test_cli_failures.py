@@ -95,5 +95,5 @@ def test_ctrl_c_is_a_signal(capsys, monkeypatch):
         time.sleep(10)
 
     monkeypatch.setattr("id3_optim.cli.delta.read_delta", interrupted)
-    assert main(["inspect", "delta"]) == 130
+    assert main(["inspect", __file__]) == 130
     assert capsys.readouterr() == ("", "id3-optim: interrupted\n")

@@ -5,13 +5,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny_models import save_bert, save_llama, write_reviews
+from tiny_models import save_bert, save_llama, write_completions, write_reviews
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from id3_optim import ID3AdamW
+from id3_optim import ID3AdamW, sparse_backward
 from id3_optim.cli import main
 from id3_optim.cli.train import Settings, train
 from id3_optim.estimate import LiveBytes, entry_bytes, estimate, estimate_from_config
+from id3_optim.step.products import BLOCK_ENTRIES
 
 
 def loss_of(model, rows=2, length=24):
@@ -74,6 +75,12 @@ def test_command(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["released"]["optimizer_state"] == 200 * 22
     assert main([*arguments, "--batch", "0"]) == 2
     assert "--batch: expected at least 1, got 0" in capsys.readouterr().err
+    assert main([*arguments, "--select-every", "0"]) == 2
+    assert "--select-every: expected at least 1, got 0" in capsys.readouterr().err
+    assert main([*arguments, "--length", "64"]) == 2
+    assert "error: --length: expected at most 32 (max_position_embeddings), got 64" in capsys.readouterr().err
+    assert main([*arguments, "--budget", "200000000"]) == 2
+    assert "error: --budget: expected 0 to " in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
         main([*arguments[:3], "--budget", "2.5"])
     assert "--budget: expected entries (320000) or a share" in capsys.readouterr().err
@@ -96,13 +103,66 @@ def test_train_releases_and_reports(tmp_path):
     assert measured["peak"] >= 0 and predicted["optimizer_state"] == 300 * 20
 
 
+@pytest.mark.parametrize("bf16", [False, True])
+def test_sparse_backward_holds_what_is_predicted(bf16):
+    """The real optimizer's passes, in a step that selects; its layers are larger than a block."""
+    config = LlamaConfig(
+        vocab_size=3000, hidden_size=1024, num_hidden_layers=2, num_attention_heads=4, intermediate_size=2048,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).to(torch.bfloat16 if bf16 else torch.float32).train()
+    predicted = estimate(model, lambda net: loss_of(net, 1, 8), 1000, steps=10)
+    optimizer = ID3AdamW(model.named_parameters(), budget=1000, total_steps=10)
+    sparse_backward(model, optimizer)
+    with LiveBytes([*model.parameters(), *model.buffers()]) as live:
+        loss_of(model, 1, 8).backward()
+    size = 2 if bf16 else 4
+    assert predicted["sparse"]["gradients"] == BLOCK_ENTRIES * size
+    assert live.peak == pytest.approx(predicted["sparse"]["pass"], rel=0.1)
+    assert predicted["sparse"]["pass"] < 0.7 * predicted["released"]["pass"]
+
+
+def test_a_tied_weight_is_whole_in_a_step_that_selects():
+    config = LlamaConfig(
+        vocab_size=5000, hidden_size=256, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64,
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    report = estimate(LlamaForCausalLM(config).train(), lambda net: loss_of(net, 1, 4), 1000)
+    assert report["sparse"]["gradients"] == report["released"]["gradients"] == 5000 * 256 * 4
+
+
+def test_the_model_is_as_before(tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(save_llama(tmp_path)).train()
+    classes = [type(layer) for layer in model.modules()]
+    estimate(model, loss_of, 200)
+    assert [type(layer) for layer in model.modules()] == classes
+    loss_of(model).backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_a_run_with_sparse_backward_reports_what_it_uses(tmp_path):
+    save_llama(tmp_path / "llama")
+    facts = str(write_completions(tmp_path / "facts.jsonl"))
+    settings = Settings(
+        model=str(tmp_path / "llama"), train=facts, eval=facts, output=str(tmp_path / "out"), budget=300,
+        steps=8, select_every=4, batch_size=8, lr=1e-2, cpu=True, sparse_backward=True, memory_report=True,
+    )  # fmt: skip
+    memory = train(settings)[0]["memory"]  # --max-length is 256, the model has 32 positions
+    assert memory["measured"]["candidates"] == memory["predicted"]["candidates"] == 16 * 150
+    options = {"steps": 8, "select_every": 4}
+    by_way = estimate_from_config(tmp_path / "llama", 300, batch=8, length=32, **options)
+    assert memory["predicted"] == by_way["sparse"]
+
+
 def test_a_prediction_that_fails_loses_no_run(tmp_path):
     save_bert(tmp_path / "bert")
     reviews = str(write_reviews(tmp_path / "reviews.csv"))
     settings = Settings(
         model=str(tmp_path / "bert"), train=reviews, eval=reviews, output=str(tmp_path / "out"),
-        budget=300, steps=8, batch_size=8, lr=1e-2, cpu=True, max_length=4096, memory_report=True,
+        budget=10**6, steps=8, batch_size=8, lr=1e-2, cpu=True, memory_report=True,
     )  # fmt: skip
-    with pytest.raises(ValueError, match=r"length: expected at most \d+ .max_position_embeddings., got 4096"):
+    with pytest.raises(
+        ValueError, match=r"^--budget: expected 0 to \d+ entries .all that train., got 1000000"
+    ):
         train(settings)
     assert not (tmp_path / "out").exists()

@@ -204,3 +204,24 @@ def test_any_bytes_are_rows_or_one_error_with_the_file(tmp_path_factory, content
             assert read()
         except ValueError as error:
             assert str(error).startswith(path)
+
+
+@pytest.mark.parametrize(
+    ("train", "eval", "message"),
+    [
+        ("reviews.csv", "facts.jsonl", "--eval: expected a file for classification as --train, got "),
+        ("facts.jsonl", "reviews.csv", "--eval: expected a file for causal-lm as --train, got "),
+    ],
+)
+def test_both_files_are_of_one_kind(files, tmp_path, capsys, train, eval, message):
+    more = ["--eval", files / eval]
+    code, _, error = run(capsys, words(files, tmp_path / "out", *more, data=train))
+    assert code == 2 and f"error: {message}{files / eval}; CSV and TSV are for classification, JSONL" in error
+
+
+def test_jsonl_under_the_name_of_csv(tmp_path):
+    path = written(tmp_path, '{"prompt": "a", "completion": "b"}\n')
+    with pytest.raises(
+        ValueError, match=r"a.csv: expected CSV or TSV with a column 'text', got .* like JSONL"
+    ):
+        reading.read_labelled(path, ["text"], "label")

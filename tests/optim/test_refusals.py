@@ -1,5 +1,6 @@
 """What ID3AdamW refuses, by its message, before anything changes."""
 
+import functools
 import json
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 import torch
 from parameters import one_parameter
 
-from id3_optim import Bias, ID3AdamW, Random
+from id3_optim import Bias, ID3AdamW, Random, schedules
 
 
 @pytest.mark.parametrize(
@@ -130,3 +131,33 @@ def test_numpy_numbers_become_plain_ones():
         json.loads(json.dumps(ID3AdamW([one_parameter()], budget=np.float32(0.5)).settings()))["budget"]
         == 0.5
     )
+
+
+def test_a_module_in_place_of_its_parameters(model):
+    with pytest.raises(
+        TypeError, match=r"^params: expected parameters or .*, got a Sequential; pass model.named"
+    ):
+        ID3AdamW(model, budget=0.1)
+
+
+def unbound(share):
+    return schedules.uniform
+
+
+@pytest.mark.parametrize(
+    "schedule", [schedules.front_loaded, schedules.exponential, schedules.from_name, unbound]
+)
+def test_a_schedule_that_is_not_bound(model, schedule):
+    with pytest.raises(
+        TypeError, match=r"^schedule: .* -> int, got \w+\(\w+\); pass the schedule that it returns"
+    ):
+        ID3AdamW(model.parameters(), budget=0.1, schedule=schedule)
+
+
+def test_callables_of_all_kinds_are_schedules(model):
+    class Half:
+        def __call__(self, step, total_steps, budget):
+            return budget // 2
+
+    for schedule in (Half(), lambda t, T, B: B, functools.partial(schedules.uniform), schedules.uniform):
+        ID3AdamW(model.parameters(), budget=0.1, schedule=schedule)

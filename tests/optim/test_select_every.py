@@ -1,6 +1,7 @@
 """select_every=K: entries join in every K-th step, and the whole budget is spent."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -125,3 +126,28 @@ def test_anything_but_a_whole_number_is_refused(value):
 def test_repeat_selects_at_every_step():
     with pytest.raises(ValueError, match="select_every: does not apply to strategy 'repeat'"):
         ID3AdamW([torch.nn.Parameter(torch.zeros(4))], budget=1, strategy="repeat", select_every=2)
+
+
+@pytest.mark.parametrize(
+    ("options", "warns"),
+    [
+        ({"select_every": 100}, True),
+        ({"select_every": 3}, True),
+        ({"select_every": 2}, False),
+        ({"select_every": 100, "schedule": one_shot}, False),
+        ({"select_every": 100, "strategy": "static"}, False),
+        ({"select_every": 100, "total_steps": 1}, False),
+    ],
+)
+def test_a_budget_that_the_first_step_selects_is_warned_of_once(model, give_gradients, options, warns):
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        optimizer = ID3AdamW(model.parameters(), budget=9, **{"total_steps": 3} | options)
+        optimizer.set_total_steps(optimizer.total_steps)
+        for step in range(3):
+            give_gradients(step, model.parameters())
+            optimizer.step()
+    found = [str(one.message) for one in seen if "select_every" in str(one.message)]
+    assert len(found) == warns
+    if warns:
+        assert found[0].startswith("select_every: expected less than total_steps, 3, got ")

@@ -1,11 +1,14 @@
 """Settings of `id3-optim train` that cannot run are refused in one line, before the model is loaded."""
 
+import math
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from train_command import run, save_train_files, words
 
 from id3_optim.cli import main, train
+from id3_optim.cli.settings import Settings, check_settings
 
 
 @pytest.fixture(scope="module")
@@ -26,8 +29,7 @@ def files(tmp_path_factory):
         (["--keep", "2"], "--keep: expected --save-every with it, got none"),
         (["--seed", "-1"], "--seed: expected at least 0, got -1"),
         (["--seed", str(2**32)], f"--seed: expected less than {2**32}, got {2**32}"),
-        (["--epochs", "0"], "--epochs: expected more than 0, got 0.0"),
-        (["--epochs", "inf"], "--epochs: expected a finite number, got inf"),
+        (["--epochs", "1"], "argument --epochs: not allowed with argument --steps"),
         (["--lr", "-1"], "--lr: expected more than 0, got -1.0"),
         (["--lr", "inf"], "--lr: expected a finite number, got inf"),
         (["--head-lr", "0"], "--head-lr: expected more than 0, got 0.0"),
@@ -59,6 +61,33 @@ def test_refused_before_the_model_is_loaded(files, tmp_path, capsys, monkeypatch
     code, printed, error = run(capsys, words(files, tmp_path / "out", *more))
     assert code == 2 and f"error: {message}" in error and printed == ""
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("epochs", "expected"), [(0.0, "more than 0"), (math.inf, "a finite number")])
+def test_epochs(files, epochs, expected):
+    data = str(files / "reviews.csv")
+    with pytest.raises(ValueError, match=f"^--epochs: expected {expected}, got {epochs}$"):
+        check_settings(Settings(str(files / "bert"), data, data, "out", epochs=epochs))
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--save-at", "0.1%", "50%"], "--save-at: expected 1 to 300 entries (--budget), got 0.5, which is "),
+        (["--save-at", "1e-9"], "--save-at: expected a share of at least one of "),
+        (["--budget", "200000000"], "--budget: expected 0 to "),
+    ],
+)
+def test_budgets_that_the_model_decides_on_are_refused_by_their_options(
+    files, tmp_path, capsys, more, message
+):
+    code, _, error = run(capsys, words(files, tmp_path / "out", *more))
+    assert code == 2 and f"error: {message}" in error and not (tmp_path / "out").exists()
+
+
+def test_a_budget_of_no_entry_is_said(files, tmp_path, capsys):
+    code, printed, _ = run(capsys, words(files, tmp_path / "out", "--budget", "0"))
+    assert code == 0 and "--budget 0: no entry of the model is trained" in printed
 
 
 VALUES = st.sampled_from(

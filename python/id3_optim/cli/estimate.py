@@ -4,6 +4,7 @@ import argparse
 import json
 
 from .models import load_config, quiet_transformers, reading
+from .settings import Settings, naming_options, option
 
 
 def add_estimate(commands, budget) -> None:
@@ -15,6 +16,7 @@ def add_estimate(commands, budget) -> None:
     add("--batch", type=int, default=1, help="texts of one forward pass")
     add("--length", type=int, default=512, help="tokens of each text")
     add("--steps", type=int, default=1000, help="optimizer steps over which the budget is spent")
+    add("--select-every", type=int, default=1, metavar="STEPS", help="entries join in every such step alone")
     add("--static", action="store_true", help="the whole budget at the first step")
     add("--bf16", action="store_true", help="bfloat16 weights")
     add("--checkpointing", action="store_true", help="with gradient checkpointing")
@@ -24,15 +26,35 @@ def add_estimate(commands, budget) -> None:
 
 def run_estimate(arguments: argparse.Namespace) -> None:
     """Prints the prediction as a table or as JSON."""
-    for name in ("batch", "length", "steps"):
+    for name in ("batch", "length", "steps", "select_every"):
         if getattr(arguments, name) < 1:
-            raise ValueError(f"--{name}: expected at least 1, got {getattr(arguments, name)}")
+            raise ValueError(f"{option(name)}: expected at least 1, got {getattr(arguments, name)}")
     quiet_transformers()
     from ..estimate import estimate_from_config, memory_table  # needs transformers
 
-    names = ("budget", "batch", "length", "steps", "static", "bf16", "checkpointing")
+    names = ("budget", "batch", "length", "steps", "select_every", "static", "bf16", "checkpointing")
     options = {name: getattr(arguments, name) for name in names}
     load_config(arguments.model)  # its errors name the option
-    with reading("--model", f"a configuration of a model that can run in {arguments.model}"):
+    runs = reading("--model", f"a configuration of a model that can run in {arguments.model}")
+    with naming_options("budget", "length"), runs:
         report = estimate_from_config(arguments.model, **options)
     print(json.dumps(report, indent=2) if arguments.json else memory_table(report))
+
+
+def predicted_memory(settings: Settings) -> dict[str, int]:
+    """Bytes by kind for a run of `train`, from the model's configuration alone.
+
+    Its batches are of texts of `max_length`, or of as many tokens as the model has positions.
+    """
+    from ..estimate import estimate_from_config  # needs transformers
+
+    positions = getattr(load_config(settings.model), "max_position_embeddings", None)
+    length = min(settings.max_length, positions or settings.max_length)
+    options = {"batch": settings.batch_size, "length": length, "bf16": settings.bf16}
+    options |= {"static": settings.strategy != "increment", "select_every": settings.select_every}
+    if settings.steps:
+        options["steps"] = settings.steps
+    with naming_options("budget"):
+        report = estimate_from_config(settings.model, settings.budget, **options)
+    released = "released" if settings.release_gradients else "dense"
+    return report["sparse" if settings.sparse_backward else released]

@@ -22,8 +22,12 @@ _TWO_LABELS = {"0": "LABEL_0", "1": "LABEL_1"}
 
 
 def delta_path(path: str) -> Path:
-    """The delta file at `path`, or in the directory at `path`."""
-    return Path(path) / "delta.safetensors" if Path(path).is_dir() else Path(path)
+    """The delta file at `path`, or in the directory at `path`. Raises FileNotFoundError without one."""
+    found = Path(path) / "delta.safetensors" if Path(path).is_dir() else Path(path)
+    if not found.exists():
+        got = f"the folder {path} without one" if Path(path).is_dir() else f"{path}, which does not exist"
+        raise FileNotFoundError(f"delta: expected a file or a folder with delta.safetensors, got {got}")
+    return found
 
 
 def read_delta(path: Path) -> Delta:

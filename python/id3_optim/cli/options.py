@@ -138,8 +138,9 @@ def add_selection(group) -> None:
 
 def add_schedule(group) -> None:
     add = adder(group)
-    add("--epochs", type=float, default=3.0, help="passes over the training file")
-    add("--steps", type=int, help="optimizer steps, instead of --epochs")
+    either = adder(group.add_mutually_exclusive_group())
+    either("--epochs", type=float, default=3.0, help="passes over the training file")
+    either("--steps", type=int, help="optimizer steps, instead of --epochs")
     add("--batch-size", type=int, default=16, help="rows of one forward pass")
     add("--accumulate", type=int, default=1, metavar="BATCHES", help="batches of one optimizer step")
     add("--lr", type=float, default=1e-3, help="learning rate, decaying linearly to 0")

@@ -116,6 +116,12 @@ def _place(path: str, columns: list[str], name: str) -> int:
             f"{path}: expected one column {name!r}, got {columns.count(name)}; rename all but one"
         )
     if name not in columns:
+        if columns[0].lstrip().startswith("{"):
+            got = _shortened(",".join(columns))
+            raise ValueError(
+                f"{path}: expected CSV or TSV with a column {name!r}, got {got}, which looks like JSONL; "
+                "--task causal-lm reads it"
+            )
         other = next((mark for mark in ";\t|" if len(columns) == 1 and mark in columns[0]), None)
         hint = f"--delimiter {other!r}" if other else "--text-column and --label-column"
         raise ValueError(

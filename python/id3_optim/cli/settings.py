@@ -1,16 +1,19 @@
 """The settings of `id3-optim train`, and the checks that need neither the model nor transformers."""
 
 import codecs
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from id3_kernels import backend
 
 from .. import schedules
 from ..heuristics import D3
 
+T = TypeVar("T")
 # Setting: its least value.
 _LEAST = {"steps": 1, "batch_size": 1, "accumulate": 1, "log_every": 1, "max_length": 2, "warmup": 0}
 _LEAST |= {"save_every": 1, "keep": 1, "select_every": 1, "weight_decay": 0, "max_grad_norm": 0, "seed": 0}
@@ -74,6 +77,15 @@ def option(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
+def notes(settings: Settings) -> list[str]:
+    """What a run would otherwise do without a word."""
+    if settings.optimizer == "id3" and settings.budget == 0:
+        return [
+            "--budget 0: no entry of the model is trained; parameters that are new in it (a head) alone are"
+        ]
+    return []
+
+
 def check_settings(settings: Settings) -> None:
     """Raises ValueError or FileNotFoundError for settings that would fail late in training, or not at all."""
     for name in (*_LEAST, *_POSITIVE):
@@ -96,12 +108,39 @@ def check_settings(settings: Settings) -> None:
     _check_data(settings)
 
 
-def _check_alone(name: str, check: Callable[[], object]) -> None:
-    """Runs the library's own check of one argument; its error gets the option's name."""
+def _check_alone(name: str, check: Callable[[], T], argument: str | None = None) -> T:
+    """What the library's own check of one argument returns; its error gets the option's name."""
     try:
-        check()
+        return check()
     except ValueError as error:
-        raise ValueError(f"{option(name)}: {str(error).removeprefix(f'{name}: ')}") from None
+        raise ValueError(f"{option(name)}: {str(error).removeprefix(f'{argument or name}: ')}") from None
+
+
+@contextlib.contextmanager
+def naming_options(*arguments: str) -> Iterator[None]:
+    """Errors of the library that begin with one of these arguments begin with the option of that name."""
+    try:
+        yield
+    except ValueError as error:
+        name, colon, text = str(error).partition(": ")
+        if not colon or name not in arguments:
+            raise
+        raise ValueError(f"{option(name)}: {text}") from error
+
+
+def resolved_budget(settings: Settings, entries: int) -> int:
+    """The budget as a number of entries, out of so many.
+
+    Raises ValueError for a budget, or one of `save_at`, that is out of range.
+    """
+    budget = _check_alone("budget", lambda: schedules.resolve_budget(settings.budget, entries))
+    for given in settings.save_at:
+        at = _check_alone("save_at", lambda given=given: schedules.resolve_budget(given, entries), "budget")
+        if not 0 < at <= budget:
+            raise ValueError(
+                f"--save-at: expected 1 to {budget} entries (--budget), got {given}, which is {at} entries"
+            )
+    return budget
 
 
 def _check_d3(settings: Settings) -> None:
@@ -137,7 +176,7 @@ def _check_pairs(settings: Settings) -> None:
 def _check_save_at(settings: Settings) -> None:
     """Raises ValueError for budgets of `save_at` that the run does not pass through."""
     for budget in settings.save_at:
-        _check_alone("save_at", lambda budget=budget: schedules.check_budget(budget))
+        _check_alone("save_at", lambda budget=budget: schedules.check_budget(budget), "budget")
         if type(budget) is type(settings.budget) and not 0 < budget <= settings.budget:
             raise ValueError(f"--save-at: expected more than 0 and at most --budget, {settings.budget}, "
                              f"got {budget}")  # fmt: skip

@@ -9,6 +9,7 @@ import torch
 
 from .reading import Completion, LabelledText, read_completions, read_labelled
 
+KINDS = {".csv": "classification", ".tsv": "classification", ".jsonl": "causal-lm"}  # by a file's ending
 FEW_CLASSES = 20  # so many labels are classes, however few rows there are
 IGNORED = -100  # torch.nn.CrossEntropyLoss excludes targets of this value
 
@@ -26,12 +27,11 @@ class Task:
 def infer_kind(path: str) -> str:
     """The task for the ending of a file's name. Raises ValueError for an unknown ending."""
     suffix = Path(path).suffix.lower()
-    kinds = {".csv": "classification", ".tsv": "classification", ".jsonl": "causal-lm"}
-    if suffix not in kinds:
+    if suffix not in KINDS:
         raise ValueError(
             f"--train: expected a name in .csv, .tsv or .jsonl, got {path}; name it so or give --task"
         )
-    return kinds[suffix]
+    return KINDS[suffix]
 
 
 def read_task(
@@ -49,6 +49,11 @@ def read_task(
     kind: None: by the ending of `train`. Only then are labels refused that do not look like classes.
     """
     chosen = kind or infer_kind(train)
+    if kind is None and KINDS.get(Path(eval).suffix.lower(), chosen) != chosen:
+        raise ValueError(
+            f"--eval: expected a file for {chosen} as --train, got {eval}; CSV and TSV are for "
+            "classification, JSONL is for causal-lm"
+        )
     if chosen == "causal-lm":
         if delimiter is not None:
             raise ValueError("--delimiter: does not apply to causal-lm: its files are JSONL")

@@ -15,7 +15,7 @@ from .. import schedules
 from ..backward.handle import sparse_backward
 from ..delta import save_delta
 from ..delta.series import DeltaSeries
-from ..estimate import MemoryWatch, estimate_from_config
+from ..estimate import MemoryWatch
 from ..heuristics import D3, Bias, Magnitude, Random
 from ..integrations.groups import parameter_groups
 from ..integrations.huggingface import DELTA_NAME, ID3Callback, StepClock
@@ -30,10 +30,11 @@ from .checkpoints import (
     weights_hash,
 )
 from .divergence import Diverged, FiniteLoss, WatchedTrainer
+from .estimate import predicted_memory
 from .failures import first_line
 from .output import UNFINISHED, begin, check_paths, publishing, remove
 from .report import summarise
-from .settings import Settings, check_settings
+from .settings import Settings, check_settings, notes, resolved_budget
 from .start import Start, check_tokens, load_start, longest_input
 from .tasks import Task
 
@@ -130,7 +131,7 @@ def build_optimizer(settings: Settings, start: Start) -> torch.optim.Optimizer:
         lr=settings.lr,
         weight_decay=settings.weight_decay,
         # Resolved before the first step, so that a budget out of range is refused before the training.
-        budget=schedules.resolve_budget(settings.budget, entries),
+        budget=resolved_budget(settings, entries),
         heuristic=heuristics[settings.heuristic],
         strategy=settings.strategy,
         schedule=schedules.from_name(settings.schedule),
@@ -241,6 +242,8 @@ def train(settings: Settings) -> tuple[dict, Start, torch.optim.Optimizer]:
         check_same_run(checkpoint, run_record(settings, task))
     if task.eval == task.train:
         print("--eval has the rows of --train: the metrics say nothing about other texts")
+    for note in notes(settings):
+        print(note)
     watch = MemoryWatch() if settings.memory_report else None
     predicted = predicted_memory(settings) if watch else {}  # before the run, which a failure would lose
     start = load_start(settings, task, trainer_arguments(settings).device)
@@ -285,13 +288,3 @@ def stopping(output: Path) -> Iterator[None]:
         ) from error
     finally:
         remove(output / UNFINISHED)
-
-
-def predicted_memory(settings: Settings) -> dict[str, int]:
-    """Bytes by kind for batches of texts of `max_length`, from the model's configuration alone."""
-    options = {"batch": settings.batch_size, "length": settings.max_length, "bf16": settings.bf16}
-    options |= {"static": settings.strategy != "increment"}
-    if settings.steps:
-        options["steps"] = settings.steps
-    report = estimate_from_config(settings.model, settings.budget, **options)
-    return report["released" if settings.release_gradients or settings.sparse_backward else "dense"]

@@ -141,9 +141,13 @@ def _require(condition: bool, what: str, expected: str, got: object) -> None:
 
 def _header_bytes(file: BinaryIO, size: int) -> bytes:
     _require(size >= 8, "delta file", "at least 8 bytes", size)
-    (length,) = struct.unpack("<Q", file.read(8).ljust(8, b"\0"))
-    limit = min(size - 8, _HEADER_LIMIT_BYTES)
-    _require(length <= limit, "delta file", f"a safetensors header of at most {limit} bytes", length)
+    begin = file.read(8).ljust(8, b"\0")
+    (length,) = struct.unpack("<Q", begin)
+    _require(
+        length <= _HEADER_LIMIT_BYTES, "delta file", "a safetensors file", f"one that begins with {begin}"
+    )
+    expected = f"a safetensors header of at most {size - 8} bytes (a truncated file?)"
+    _require(length <= size - 8, "delta file", expected, length)
     raw = file.read(length)
     _require(len(raw) == length, "delta file", f"a header of {length} bytes", len(raw))
     return raw

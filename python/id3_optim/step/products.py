@@ -155,6 +155,7 @@ def collect_blocks(
         candidates.collect_part(active, at, heuristic, first, rows, entries, may_hold)
         for (begin, end), more in zip(inside, values.split([e - b for b, e in inside]), strict=True):
             gradient[begin:end] += more
+        del rows, block  # the next block is made now: two would be alive
 
 
 def _within(indices: Tensor, run: list[int], first: int, last: int) -> tuple[int, int]:
