@@ -32,7 +32,7 @@ def run_estimate(arguments: argparse.Namespace) -> None:
 
     names = ("budget", "batch", "length", "steps", "static", "bf16", "checkpointing")
     options = {name: getattr(arguments, name) for name in names}
-    load_config(arguments.model)  # its errors name the option
+    config = load_config(arguments.model)  # its errors name the option
     with reading("--model", f"a configuration of a model that can run in {arguments.model}"):
-        report = estimate_from_config(arguments.model, **options)
+        report = estimate_from_config(config, **options)
     print(json.dumps(report, indent=2) if arguments.json else memory_table(report))

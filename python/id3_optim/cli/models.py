@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import re
@@ -161,6 +162,27 @@ def check_source(option: str, source: str | Path) -> None:
         )
 
 
+def hub_options(source: str | Path) -> dict[str, bool]:
+    """The options of `from_pretrained` that read a hub name from the cache alone where the hub is out of reach.
+
+    Without them the client tries again for 20 seconds, for each file.
+    """
+    from huggingface_hub import constants
+
+    return {} if os.path.exists(source) or _answers(constants.ENDPOINT) else {"local_files_only": True}
+
+
+@functools.lru_cache
+def _answers(endpoint: str) -> bool:
+    from huggingface_hub import constants, get_session
+
+    try:
+        get_session().head(endpoint, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    except Exception:  # of httpx or httpx2, by the release of the client, or the client's own when it is offline
+        return False
+    return True
+
+
 def load_config(source: str | Path, option: str = "--model"):
     """The configuration of transformers in a folder, or of a hub name. option: its name in an error."""
     import transformers
@@ -172,7 +194,7 @@ def load_config(source: str | Path, option: str = "--model"):
         with reading(option, f"a model's configuration in {source}"):
             return transformers.AutoConfig.from_pretrained(source)
     try:
-        return transformers.AutoConfig.from_pretrained(source)
+        return transformers.AutoConfig.from_pretrained(source, **hub_options(source))
     except Exception as error:
         raise ValueError(
             f"{option}: expected a folder or the name of a model on the hub, got {source}: there "
@@ -189,7 +211,8 @@ def load_pretrained(
     """
     check_source(option, source)
     with reading(option, f"a model's weights in {source}"):
-        model, loading_info = model_class.from_pretrained(source, output_loading_info=True, **options)
+        options = options | hub_options(source) | {"output_loading_info": True}
+        model, loading_info = model_class.from_pretrained(source, **options)
     fresh = fresh_parameters(model, loading_info)
     for name, parameter in model.named_parameters():
         if name in fresh:
@@ -225,5 +248,5 @@ def load_tokenizer(sources: Mapping[str, str]):
     for option, source in sources.items():
         if not Path(source).is_dir() or (Path(source) / "tokenizer_config.json").is_file():
             with reading(option, f"a tokenizer in {source}"):
-                return transformers.AutoTokenizer.from_pretrained(source)
+                return transformers.AutoTokenizer.from_pretrained(source, **hub_options(source))
     return None

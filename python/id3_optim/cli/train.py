@@ -31,6 +31,7 @@ from .checkpoints import (
 )
 from .divergence import Diverged, FiniteLoss, WatchedTrainer
 from .failures import first_line
+from .models import load_config
 from .output import UNFINISHED, begin, check_paths, publishing, remove
 from .report import summarise
 from .settings import Settings, check_settings
@@ -293,5 +294,5 @@ def predicted_memory(settings: Settings) -> dict[str, int]:
     options |= {"static": settings.strategy != "increment"}
     if settings.steps:
         options["steps"] = settings.steps
-    report = estimate_from_config(settings.model, settings.budget, **options)
+    report = estimate_from_config(load_config(settings.model), settings.budget, **options)
     return report["released" if settings.release_gradients or settings.sparse_backward else "dense"]
