@@ -68,7 +68,7 @@ def test_a_tokenizer_without_a_length(files, tmp_path, capsys, no_steps, limit):
     change(folder, "tokenizer_config.json", model_max_length=limit)
     code, _, error = run(capsys, words(files, tmp_path / "out", "--model", folder))
     assert code == 2 and "--model: expected a tokenizer whose model_max_length is a number" in error
-    assert f"got {limit!r}; correct its tokenizer_config.json" in error
+    assert f"got {limit!r}; correct tokenizer_config.json in {folder}" in error
 
 
 @pytest.mark.parametrize("limit", [None, 2.5, 1e30])

@@ -163,7 +163,7 @@ def check_source(option: str, source: str | Path) -> None:
 
 
 def hub_options(source: str | Path) -> dict[str, bool]:
-    """The options of `from_pretrained` that read a hub name from the cache alone where the hub is out of reach.
+    """Options of `from_pretrained`: a hub name is read from the cache alone where the hub is out of reach.
 
     Without them the client tries again for 20 seconds, for each file.
     """
@@ -178,7 +178,7 @@ def _answers(endpoint: str) -> bool:
 
     try:
         get_session().head(endpoint, timeout=constants.HF_HUB_ETAG_TIMEOUT)
-    except Exception:  # of httpx or httpx2, by the release of the client, or the client's own when it is offline
+    except Exception:  # its class depends on the release of the client
         return False
     return True
 

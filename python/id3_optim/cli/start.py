@@ -77,8 +77,8 @@ def load_tokenizer(source: str):
     limit = tokenizer.model_max_length
     if not isinstance(limit, int | float) or not limit >= _SHORTEST:
         raise ValueError(
-            f"--model: expected a tokenizer whose model_max_length is a number from {_SHORTEST} up in {source}, "
-            f"got {limit!r}; correct its tokenizer_config.json"
+            f"--model: expected a tokenizer whose model_max_length is a number of at least {_SHORTEST}, "
+            f"got {limit!r}; correct tokenizer_config.json in {source}"
         )
     return tokenizer
 
