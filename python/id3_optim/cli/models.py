@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from ..delta import Delta, DeltaError, load_delta
+from ..delta.hub import FILE, is_hub_name, local_file
 from ..extras import require
 from ..integrations.groups import fresh_parameters
 from .failures import first_line
@@ -23,8 +24,14 @@ _TWO_LABELS = {"0": "LABEL_0", "1": "LABEL_1"}
 
 
 def delta_path(path: str) -> Path:
-    """The delta file at `path`, or in the directory at `path`."""
-    return Path(path) / "delta.safetensors" if Path(path).is_dir() else Path(path)
+    """The delta file at `path`, in the directory at `path`, or in the hub's repository of this name.
+
+    Raises ValueError for a name that the hub does not give.
+    """
+    if not is_hub_name(path):
+        return Path(path) / FILE if Path(path).is_dir() else Path(path)
+    with reading("delta", f"a file, or a repository of the hub, got {path}"):
+        return local_file(path, **hub_options(path))
 
 
 def read_delta(path: Path) -> Delta:
