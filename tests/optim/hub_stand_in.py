@@ -1,8 +1,8 @@
 """The part of the hub's HTTP interface that uploads and downloads use, on the loopback and in memory.
 
 As huggingface_hub calls it: create a repository, choose how a file is sent (here always in the commit itself;
-the real hub sends large files another way, which is the client's own work), check a card's metadata, commit, load a
-file by its revision. Bounded: `LIMIT` bytes of all files.
+the real hub takes large files another way, which is the client's own work), check a card's metadata, commit,
+load a file by its revision. Bounded: `LIMIT` bytes of all files.
 """
 
 import base64
@@ -18,7 +18,7 @@ TOKEN = "hf_of_the_stand_in"
 
 
 class Hub:
-    """Repositories by name: commits in order, each a snapshot of path → bytes. `requests` has all that came."""
+    """Repositories by name: commits in order, each a snapshot of path → bytes; and all requests that came."""
 
     def __init__(self):
         self.repos, self.requests, self.private = {}, [], {}

@@ -70,7 +70,8 @@ def test_the_card_says_method_budget_base_and_metrics(hub, trained):
     assert fields["library_name"] == "id3-optim" and fields["license"] == "mit"
     mark = load_delta(trained[0]).inspect()["fingerprint"]
     for part in (
-        "200 entries of 3,617 (5.53%)", "`org/base` at `1a2b3c`", mark, '| budget | 200 |', '| method | "id3" |',
+        "200 entries of 3,617 (5.53%)", "`org/base` at `1a2b3c`", mark, "| budget | 200 |",
+        '| method | "id3" |',
         '| heuristic | {"name": "d3", "eps": 1.0, "exp": 2.0} |', "| accuracy | 0.91 |", 'revision="1a2b3c"',
         'load_delta("user/tuned").apply(model)',
     ):  # fmt: skip
@@ -146,7 +147,7 @@ def test_what_is_a_name_and_what_a_path(trained, tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError):
         load_delta("runs/tuned")
     with pytest.raises(
-        ValueError, match="revision: does not apply to a file of this machine: .*tuned.safetens"
+        ValueError, match=r"revision: does not apply to a file of this machine: .*tuned.safetens"
     ):
         load_delta(trained[0], revision="main")
 
@@ -181,8 +182,8 @@ folder, strategy = sys.argv[1:]
 words = torch.tensor([6, 8, 13, 5])
 model = AutoModelForCausalLM.from_pretrained(save_llama(folder + "/base"))
 args = TrainingArguments(
-    folder + "/run", max_steps=4, save_steps=2, learning_rate=1e-2, max_grad_norm=0, report_to="none", use_cpu=True,
-    push_to_hub=True, hub_model_id="user/run", hub_strategy=strategy, hub_always_push=True,
+    folder + "/run", max_steps=4, save_steps=2, learning_rate=1e-2, max_grad_norm=0, report_to="none",
+    use_cpu=True, push_to_hub=True, hub_model_id="user/run", hub_strategy=strategy, hub_always_push=True,
 )
 trainer = Trainer(
     model, args, train_dataset=[{"input_ids": words, "labels": words}] * 8,

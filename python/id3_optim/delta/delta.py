@@ -211,10 +211,10 @@ def _is_rounded(change: Change, held: Patch) -> bool:
 
 
 def load_delta(path: str | os.PathLike, revision: str | None = None, **download: Any) -> Delta:
-    """Reads and checks a whole delta file of either form (`file.read`), from here or from the Hugging Face hub.
+    """Reads and checks a whole delta file of either form (`file.read`), of this machine or of the hub.
 
-    path: a file; or `user/repo`, the name of a repository with a `delta.safetensors`, where nothing of this
-    name is here. revision, download: of a repository (`hub.local_file`).
+    path: a file; or `user/repo`, the name of a repository on the Hugging Face hub with a `delta.safetensors`,
+    where this machine has nothing of this name. revision, download: of a repository (`hub.local_file`).
     Raises DeltaError or OSError, and of a repository what huggingface_hub raises.
     """
     delta = Delta(*file.read(hub.local_file(path, revision, **download)))

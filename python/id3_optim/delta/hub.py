@@ -17,7 +17,8 @@ _NAME = re.compile(r"[\w.-]+/[\w.-]+")
 def is_hub_name(path: str | os.PathLike) -> bool:
     """Whether text is the name of a repository, `user/repo`, and not a path of this machine.
 
-    A path object, text that ends in `.safetensors`, what exists, and what lies in a folder that exists are paths.
+    Paths are: path objects, text that ends in `.safetensors`, what exists, and what would lie in a folder
+    that exists.
     """
     if not isinstance(path, str) or not _NAME.fullmatch(path) or path.endswith(".safetensors"):
         return False

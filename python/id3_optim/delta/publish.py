@@ -111,8 +111,8 @@ def _summary(delta: Delta, base: str | None, base_revision: str | None) -> str:
     dense = f" and {facts['dense_entries']:,} in parameters stored whole" if facts["dense_entries"] else ""
     mark = facts["fingerprint"] or "none, so the base is not checked"
     return (
-        f"A sparse delta: the values of {facts['entries']:,} entries{share}{dense} that fine-tuning changed in "
-        f"{named}{at}. Fingerprint of the base: {mark}."
+        f"A sparse delta: the values of {facts['entries']:,} entries{share}{dense} that fine-tuning changed "
+        f"in {named}{at}. Fingerprint of the base: {mark}."
     )
 
 
