@@ -111,7 +111,7 @@ $(HAS_TORCH):
 # compile leaves the pure-Python backends, so `env` says at the end what can run here.
 $(READY): $(HAS_TORCH) $(LOCK) pyproject.toml setup.py $(NATIVE)
 	@echo "building the kernels and installing"
-	@$(INSTALL) --no-build-isolation -e '.[test,docs,hf,plot,peft,trl,lightning]'
+	@$(INSTALL) --no-build-isolation -e '.[test,docs,hf,plot,peft,trl,lightning,hub,completion,report]'
 	@rm -f $(VENV)/.has-bench $(VENV)/.has-dev
 	@$(BIN)/id3-optim env
 	@touch $@

@@ -51,7 +51,7 @@ def run_train(arguments: argparse.Namespace) -> None:
         require("matplotlib", extra="plot")
     names = Settings.__dataclass_fields__
     options = {name: value for name, value in vars(arguments).items() if name in names}
-    options |= {"text_column": tuple(arguments.text_column), "save_at": tuple(arguments.save_at)}
+    options |= {name: tuple(options[name]) for name in ("text_column", "save_at", "report_to")}
     settings = Settings(**options)
     check_settings(settings)
     check_paths(settings)

@@ -1,6 +1,7 @@
 """The settings of `id3-optim train`, and the checks that need neither the model nor transformers."""
 
 import codecs
+import importlib.util
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -66,6 +67,7 @@ class Settings:
     delimiter: str | None = None
     overwrite: bool = False
     report: str | None = None
+    report_to: tuple[str, ...] = ()
     save_plots: bool = False
 
 
@@ -94,6 +96,9 @@ def check_settings(settings: Settings) -> None:
     _check_pairs(settings)
     _check_save_at(settings)
     _check_data(settings)
+    for name in settings.report_to:
+        if importlib.util.find_spec(name) is None:
+            raise ImportError(f"--report-to: expected {name} to be installed, got none; pip install {name}")
 
 
 def _check_alone(name: str, check: Callable[[], object]) -> None:
