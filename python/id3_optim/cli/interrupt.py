@@ -1,4 +1,4 @@
-"""Ctrl-C during `id3-optim train`: the run ends after the step that it is in, with a checkpoint of that step."""
+"""Ctrl-C during `id3-optim train`: the run ends after its current step, with a checkpoint of that step."""
 
 import contextlib
 import signal
@@ -27,8 +27,8 @@ class Interrupt(transformers.TrainerCallback):
     def listening(self) -> Iterator[None]:
         """Within the block the first Ctrl-C sets `requested`, and a second one raises KeyboardInterrupt.
 
-        With several processes, which would not stop at the same step, and outside the main thread, where Python
-        has no signals, Ctrl-C keeps its effect.
+        Ctrl-C keeps its effect with several processes, which would not stop at the same step, and outside the
+        main thread, where Python has no signals.
         """
         several = torch.distributed.is_available() and torch.distributed.is_initialized()
         if several or threading.current_thread() is not threading.main_thread():

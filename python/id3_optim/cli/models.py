@@ -203,6 +203,11 @@ def load_config(source: str | Path, option: str = "--model"):
     try:
         return transformers.AutoConfig.from_pretrained(source, **hub_options(source))
     except Exception as error:
+        if any("gated" in str(cause).lower() for cause in (error, error.__cause__)):
+            raise ValueError(
+                f"{option}: expected a model that this login may load, got {source}, which is gated: accept "
+                "its terms on its page on the hub, then `hf auth login`"
+            ) from error
         raise ValueError(
             f"{option}: expected a folder or the name of a model on the hub, got {source}: there "
             "is no such folder, and the hub gave none of that name (is it private, is there a network?)"

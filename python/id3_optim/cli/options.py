@@ -101,7 +101,7 @@ def add_output(group) -> None:
         choices=("tensorboard", "wandb"),
         default=[],
         metavar="NAME",
-        help="also send the numbers to tensorboard (files in runs/ of the output directory) or wandb as it trains",
+        help="also send the numbers to tensorboard (files in runs/ of --output) or to wandb",
     )
     add("--save-plots", action="store_true", help="also draw losses and allocation into the output directory")
 

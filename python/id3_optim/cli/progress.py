@@ -35,10 +35,12 @@ class ProgressBar(transformers.TrainerCallback):
 
 
 def reporters(settings: Settings) -> list[transformers.TrainerCallback]:
-    """The Trainer's own callbacks for the names of `--report-to`; put them after the callbacks that add numbers."""
+    """The Trainer's callbacks for the names of `--report-to`; they follow the callbacks that add numbers."""
     made = []
     if "tensorboard" in settings.report_to:
         board = TensorBoardCallback()
-        board.logging_dir = board.logging_dir or str(Path(settings.output) / RUNS)  # not in the Trainer's folder
+        board.logging_dir = board.logging_dir or str(
+            Path(settings.output) / RUNS
+        )  # not in the Trainer's folder
         made.append(board)
     return [*made, *([WandbCallback()] if "wandb" in settings.report_to else [])]
