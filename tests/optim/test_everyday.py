@@ -1,6 +1,5 @@
 """The command line day by day: Ctrl-C, numbers elsewhere, completion in a shell, messages to act on."""
 
-import argparse
 import os
 import shutil
 import signal
@@ -12,7 +11,6 @@ import pytest
 import torch
 from train_command import run, save_train_files, snapshot, words
 
-from id3_optim.cli import failures
 from id3_optim.cli.checkpoints import fault
 from id3_optim.cli.divergence import FiniteLoss
 from id3_optim.cli.interrupt import Interrupt
@@ -264,13 +262,14 @@ def test_a_word_like_no_other(capsys):
         MemoryError(),
     ],
 )
-def test_too_little_memory_says_what_needs_less(capsys, error):
-    def fail(arguments):
+def test_too_little_memory_says_what_needs_less(files, tmp_path, capsys, monkeypatch, error):
+    def fail(self, step, loss):
         raise error
 
-    assert failures.run(argparse.Namespace(command="train", debug=False, run=fail)) == 2
-    said = capsys.readouterr().err
-    assert "--batch-size" in said and "--release-gradients" in said and said.count("\n") == 1
+    monkeypatch.setattr(FiniteLoss, "see", fail)
+    code, _, said = run(capsys, words(files, tmp_path / "out"))
+    assert code == 2 and str(error).split(".")[0] in said
+    assert "; less is needed with a smaller --batch-size" in said and "--release-gradients" in said
 
 
 def test_a_gated_model(files, tmp_path, capsys, monkeypatch):

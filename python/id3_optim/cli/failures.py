@@ -18,8 +18,7 @@ UNEXPECTED, FAILED, INTERRUPTED, CLOSED = 1, 2, 130, 141  # of a shell: 128 and 
 _DAMAGED = (pickle.UnpicklingError, EOFError)
 _EXPECTED = (ValueError, OSError, ImportError, csv.Error, MemoryError, torch.OutOfMemoryError, *_DAMAGED)
 _OF_THE_SYSTEM = re.compile(r"\(os error \d+\)")  # how libraries in Rust report a full disk, for one
-_NO_MEMORY = re.compile(r"DefaultCPUAllocator: (?:can't|not enough)")  # a RuntimeError of torch on the CPU
-_LESS_MEMORY = "less is needed with a smaller --batch-size or --max-length, --bf16 or --release-gradients"
+_NO_MEMORY = re.compile(r"DefaultCPUAllocator: (?:can't|not enough)")
 _LONGEST = 500  # characters of a message; those of libraries can list every model that there is
 
 # The package's errors name arguments of Python: here they are options.
@@ -47,20 +46,22 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.debug:
             raise
         _drop_unwritten()
-        return _report(error, getattr(arguments, "command", None) == "train")
+        return _report(error)
 
 
-def _report(error: BaseException, training: bool) -> int:
+def lacks_memory(error: BaseException) -> bool:
+    """Whether an error says that the memory is used up: on the CPU torch raises a RuntimeError then."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or bool(_NO_MEMORY.search(str(error)))
+
+
+def _report(error: BaseException) -> int:
     if isinstance(error, BrokenPipeError):
         return CLOSED
     if isinstance(error, KeyboardInterrupt):
         print(f"id3-optim: interrupted{f'; {error}' if str(error) else ''}", file=sys.stderr)
         return INTERRUPTED
     line = first_line(error)
-    no_memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or _NO_MEMORY.search(str(error))
-    if no_memory and training:
-        line = f"{line.rstrip('.')}; {_LESS_MEMORY}"
-    if no_memory or isinstance(error, _EXPECTED) or _OF_THE_SYSTEM.search(str(error)):
+    if lacks_memory(error) or isinstance(error, _EXPECTED) or _OF_THE_SYSTEM.search(str(error)):
         print(f"id3-optim: error: {line}", file=sys.stderr)
         return FAILED
     kind = type(error).__name__

@@ -29,7 +29,7 @@ from .checkpoints import (
     weights_hash,
 )
 from .divergence import Diverged, FiniteLoss, WatchedTrainer
-from .failures import first_line
+from .failures import first_line, lacks_memory
 from .interrupt import Interrupt
 from .models import load_config
 from .output import UNFINISHED, begin, check_paths, publishing, remove
@@ -38,6 +38,8 @@ from .report import summarise
 from .settings import Settings, check_settings
 from .start import Start, check_tokens, load_start, longest_input
 from .tasks import Task
+
+_LESS_MEMORY = "less is needed with a smaller --batch-size or --max-length, --bf16 or --release-gradients"
 
 
 @dataclass
@@ -248,7 +250,8 @@ def train(settings: Settings) -> tuple[dict, Start, torch.optim.Optimizer]:
 def stopping(output: Path) -> Iterator[None]:
     """Ends a run that stops early: says how to go on, and removes what it was writing.
 
-    Raises Diverged, KeyboardInterrupt, and OSError for whatever went wrong while files were written.
+    Raises Diverged, KeyboardInterrupt, MemoryError that says what needs less, and OSError for whatever went
+    wrong while files were written.
     """
     try:
         yield
@@ -256,7 +259,9 @@ def stopping(output: Path) -> Iterator[None]:
         raise Diverged(f"{error}; nothing is written, and {how_to_go_on(output)}") from None
     except KeyboardInterrupt:
         raise KeyboardInterrupt(how_to_go_on(output)) from None
-    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
+    except (OSError, RuntimeError, MemoryError, safetensors.SafetensorError) as error:
+        if lacks_memory(error):
+            raise MemoryError(f"{first_line(error).rstrip('.')}; {_LESS_MEMORY}") from error
         # torch reports a full disk as RuntimeError, which also has many other causes.
         if isinstance(error, RuntimeError) and not any((output / UNFINISHED).glob("*")):
             raise
