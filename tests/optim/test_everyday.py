@@ -130,12 +130,13 @@ def test_tensorboard(files, tmp_path, capsys):
     assert not any(path.exists() for path in before) and (out / "mine.txt").exists()
 
 
-def test_wandb(files, tmp_path, capsys, monkeypatch):
-    """Offline: a run's file appears, and no network is needed."""
+def test_wandb(files, tmp_path):
+    """Offline: a run's file appears, and no network is needed. It is whole when the process has ended."""
     pytest.importorskip("wandb", reason="--report-to wandb needs wandb")
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
-    assert run(capsys, words(files, tmp_path / "out", "--report-to", "wandb"))[0] == 0
+    command = [sys.executable, "-m", "id3_optim.cli", *words(files, tmp_path / "out", "--report-to", "wandb")]
+    environment = {**os.environ, "WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
     [log] = tmp_path.rglob("*.wandb")
     assert b"n_active" in log.read_bytes()
 
