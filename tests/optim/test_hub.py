@@ -158,7 +158,10 @@ def test_the_command_line_reads_a_name(hub, trained, capsys):
     assert json.loads(capsys.readouterr().out)["entries"] == 200
     assert main(["inspect", "user/nothing"]) == 2
     error = capsys.readouterr().err.strip()
-    assert error.startswith("id3-optim: error: delta: expected a file, or a repository") and "\n" not in error
+    assert (
+        error.startswith("id3-optim: error: delta: expected a file or a repository on the hub")
+        and "\n" not in error
+    )
 
 
 def test_the_command_line_without_a_network(trained, capsys, monkeypatch, tmp_path):
@@ -166,7 +169,7 @@ def test_the_command_line_without_a_network(trained, capsys, monkeypatch, tmp_pa
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail(f"waits {seconds} seconds"))
     assert main(["inspect", "user/tuned"]) == 2
-    assert "delta: expected a file, or a repository of the hub, got user/tuned" in capsys.readouterr().err
+    assert "got user/tuned: there is no such file, and the hub gave none" in capsys.readouterr().err
 
 
 # --- transformers' Trainer ------------------------------------------------------------------------------

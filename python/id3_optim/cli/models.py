@@ -30,8 +30,13 @@ def delta_path(path: str) -> Path:
     """
     if not is_hub_name(path):
         return Path(path) / FILE if Path(path).is_dir() else Path(path)
-    with reading("delta", f"a file, or a repository of the hub, got {path}"):
+    try:
         return local_file(path, **hub_options(path))
+    except Exception as error:  # the client's
+        raise ValueError(
+            f"delta: expected a file or a repository on the hub with {FILE}, got {path}: there is no such file, "
+            "and the hub gave none (is it private, is there a network?)"
+        ) from error
 
 
 def read_delta(path: Path) -> Delta:
