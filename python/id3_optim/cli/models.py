@@ -34,8 +34,8 @@ def delta_path(path: str) -> Path:
         return local_file(path, **hub_options(path))
     except Exception as error:  # the client's
         raise ValueError(
-            f"delta: expected a file or a repository on the hub with {FILE}, got {path}: there is no such file, "
-            "and the hub gave none (is it private, is there a network?)"
+            f"delta: expected a file or a repository on the hub with {FILE}, got {path}: there is no such "
+            "file, and the hub gave none (is it private, is there a network?)"
         ) from error
 
 
