@@ -15,7 +15,7 @@ CPP := $(NATIVE) $(wildcard benchmarks/*.cpp)
 HAS_TORCH := $(VENV)/.has-$(firstword $(TORCH))
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test test-latest bench gpu-check lint format docs wheel sdist lock clean
+.PHONY: setup demo test test-latest test-plugins bench gpu-check lint format docs wheel sdist lock clean
 
 setup: $(READY)
 
@@ -29,6 +29,21 @@ test: $(READY)
 test-latest:
 	$(PYTHON) -m venv --clear .venv-latest
 	$(MAKE) test VENV=.venv-latest LOCK=
+
+# Other packages' trainers, each in a fresh environment. torchtune 0.6.1 needs an old torchao; LLaMA-Factory runs
+# without torchvision and torchaudio, whose builds for CUDA do not load beside a torch for the CPU.
+PLUGINS ?= axolotl llamafactory nemo-automodel torchtitan torchtune verl
+test-plugins: $(READY)
+	@for plugin in $(PLUGINS); do \
+		python=.venv-$$plugin/bin/python; more=; unused=; \
+		case $$plugin in torchtune) more=torchao==0.10.0;; llamafactory) unused="torchvision torchaudio";; esac; \
+		echo "== $$plugin"; \
+		$(PYTHON) -m venv --clear .venv-$$plugin && $$python -m pip -q install $(TORCH) \
+			&& $$python -m pip -q install '$(firstword $(TORCH))' $$plugin $$more pytest hypothesis || exit 1; \
+		if [ "$$unused" ]; then $$python -m pip -q uninstall -y $$unused; fi; \
+		PYTHONPATH=.:python $$python -m pytest -rs tests/optim/test_plugins*.py \
+			|| exit 1; \
+	done
 
 bench: $(READY) $(VENV)/.has-bench
 	$(BIN)/python -m benchmarks
@@ -96,7 +111,7 @@ $(HAS_TORCH):
 # compile leaves the pure-Python backends, so `env` says at the end what can run here.
 $(READY): $(HAS_TORCH) $(LOCK) pyproject.toml setup.py $(NATIVE)
 	@echo "building the kernels and installing"
-	@$(INSTALL) --no-build-isolation -e '.[test,docs,hf,plot,peft,trl,lightning]'
+	@$(INSTALL) --no-build-isolation -e '.[test,docs,hf,plot,peft,trl,lightning,hub,completion,report]'
 	@rm -f $(VENV)/.has-bench $(VENV)/.has-dev
 	@$(BIN)/id3-optim env
 	@touch $@

@@ -22,9 +22,9 @@ FOREIGN = {
 
 def sources(*suffixes):
     """The project's own files, as the tree holds them: not what a build or a run has left."""
-    left = {".venv", ".venv-latest", "build", "dist", "runs", "site", ".git"}
-    files = (path for suffix in suffixes for path in ROOT.rglob(f"*{suffix}"))
-    return sorted(path for path in files if not left & set(path.relative_to(ROOT).parts))
+    left = {"build", "dist", "runs", "site", ".git"}
+    files = {path: path.relative_to(ROOT).parts for suffix in suffixes for path in ROOT.rglob(f"*{suffix}")}
+    return sorted(path for path, parts in files.items() if not left & set(parts) and parts[0][:5] != ".venv")
 
 
 def modules():

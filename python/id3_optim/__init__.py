@@ -4,6 +4,7 @@ from .backward.handle import sparse_backward
 from .delta import Delta, DeltaError, load_delta, save_delta
 from .delta.diff import diff
 from .delta.merge import merge
+from .delta.publish import push_delta_to_hub
 from .delta.series import DeltaSeries
 from .delta.stream import WeightPatch, weight_patches
 from .delta.toolkit import load_toolkit_summary
@@ -28,6 +29,7 @@ __all__ = [
     "load_delta",
     "load_toolkit_summary",
     "merge",
+    "push_delta_to_hub",
     "save_delta",
     "sparse_backward",
     "weight_patches",

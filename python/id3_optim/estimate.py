@@ -189,9 +189,12 @@ def estimate(
     return report
 
 
-def model_from(source: str | Path, dtype: torch.dtype, checkpointing: bool) -> torch.nn.Module:
+def model_from(
+    source: str | Path | transformers.PreTrainedConfig, dtype: torch.dtype, checkpointing: bool
+) -> torch.nn.Module:
     """The model of a configuration (a directory, a config.json or a hub name), within a FakeTensorMode."""
-    config = transformers.AutoConfig.from_pretrained(source)
+    loaded = isinstance(source, transformers.PreTrainedConfig)
+    config = source if loaded else transformers.AutoConfig.from_pretrained(source)
     architecture = (config.architectures or [""])[0]
     kinds = ("CausalLM", "SequenceClassification")
     kind = next((kind for kind in kinds if architecture.endswith(f"For{kind}")), None)
@@ -204,7 +207,7 @@ def model_from(source: str | Path, dtype: torch.dtype, checkpointing: bool) -> t
 
 
 def estimate_from_config(
-    source: str | Path,
+    source: str | Path | transformers.PreTrainedConfig,
     budget: int | float,
     batch: int,
     length: int,

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from plugin_interfaces import plugin  # noqa: F401 - a fixture
 
 from id3_optim import ID3AdamW
 

@@ -48,7 +48,7 @@ def values(action):
 @st.composite
 def command_lines(draw):
     """A command that succeeds, up to three options replaced, added or left out, and the files it reads."""
-    words_of, files = draw(st.sampled_from([*COMMANDS.values(), ("env", [])]))
+    words_of, files = draw(st.sampled_from([*COMMANDS.values(), ("env", []), ("completion bash", [])]))
     name, *given = words_of.split()
     actions = [a for a in COMMANDS_OF[name]._actions if a.dest != "help"]
     given = COMMANDS_OF[name].parse_args(given)

@@ -80,7 +80,9 @@ def test_the_newest_whole_checkpoint_is_taken(files, stopped, capsys, name, dama
     assert why.split(" has ")[0] in error and snapshot(stopped) == before
 
 
-@pytest.mark.parametrize("name", ["optimizer.pt", "model.safetensors", "scheduler.pt", "trainer_state.json"])
+@pytest.mark.parametrize(
+    "name", ["optimizer.pt", "model.safetensors", "scheduler.pt", "trainer_state.json", "rng_state.pth"]
+)
 def test_a_file_of_the_right_size_that_does_not_load(files, stopped, capsys, name):
     file = stopped / "checkpoint-4" / name
     file.write_bytes(b"\xff" * file.stat().st_size)

@@ -32,6 +32,11 @@ def copy(files, tmp_path, model, *without):
     return folder
 
 
+def change(folder, name, **fields):
+    content = json.loads((folder / name).read_text()) | fields
+    (folder / name).write_text(json.dumps(content))
+
+
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 
 
@@ -55,6 +60,31 @@ def test_a_damaged_tokenizer(files, tmp_path, capsys, no_steps, content):
     (folder / "tokenizer.json").write_text(content)
     code, _, error = run(capsys, words(files, tmp_path / "out", "--model", folder))
     assert code == 2 and error.startswith(f"id3-optim: error: --model: expected a tokenizer in {folder}")
+
+
+@pytest.mark.parametrize("limit", ["", "12", [], {"a": 1}, -1, 0, 1, 1.5, True, float("nan")])
+def test_a_tokenizer_without_a_length(files, tmp_path, capsys, no_steps, limit):
+    folder = copy(files, tmp_path, "bert")
+    change(folder, "tokenizer_config.json", model_max_length=limit)
+    code, _, error = run(capsys, words(files, tmp_path / "out", "--model", folder))
+    assert code == 2 and "--model: expected a tokenizer whose model_max_length is a number" in error
+    assert f"got {limit!r}; correct tokenizer_config.json in {folder}" in error
+
+
+@pytest.mark.parametrize("limit", [None, 2.5, 1e30])
+def test_a_tokenizer_with_a_length_of_another_kind(files, tmp_path, capsys, limit):
+    folder = copy(files, tmp_path, "bert")
+    change(folder, "tokenizer_config.json", model_max_length=limit)
+    assert run(capsys, words(files, tmp_path / "out", "--model", folder))[0] == 0
+
+
+def test_a_tokenizer_that_fails_on_a_text(files, tmp_path, capsys, no_steps, monkeypatch):
+    def fails(*args, **kwargs):
+        raise TypeError("not supported between instances of 'int' and 'str'")
+
+    monkeypatch.setattr("transformers.PreTrainedTokenizerFast.__call__", fails)
+    code, _, error = run(capsys, words(files, tmp_path / "out"))
+    assert code == 2 and error.startswith("id3-optim: error: --model: expected a tokenizer in")
 
 
 def test_a_tokenizer_that_knows_none_of_the_words(files, tmp_path, capsys, no_steps):
@@ -101,8 +131,7 @@ def test_what_a_model_sees_decides_not_its_name(dtype):
 
 def test_a_kind_of_model_without_the_task(files, tmp_path, capsys, no_steps):
     folder = copy(files, tmp_path, "bert")
-    config = json.loads((folder / "config.json").read_text()) | {"model_type": "clip"}
-    (folder / "config.json").write_text(json.dumps(config))
+    change(folder, "config.json", model_type="clip")
     command = words(files, tmp_path / "out", "--model", folder, data="facts.jsonl")
     code, _, error = run(capsys, command)
     assert code == 2 and "--model: expected one that causal-lm can train, got a clip" in error
@@ -118,6 +147,16 @@ def test_a_mistyped_model(files, tmp_path, capsys, no_steps, monkeypatch, model)
     assert repr(model) in error or f"got {model}" in error
     for word in ("http", "huggingface", "repo", "connect", "offline"):
         assert word not in error.lower()
+
+
+@pytest.mark.parametrize("command", ["train", "estimate"])
+def test_a_hub_name_without_a_network_ends_at_once(files, tmp_path, capsys, no_steps, monkeypatch, command):
+    """The hub's client tries five times, for 20 seconds."""
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail(f"waits {seconds} seconds"))
+    train = words(files, tmp_path / "out", "--model", "some/where")
+    code, _, error = run(capsys, train if command == "train" else ["estimate", "--model", "some/where"])
+    assert code == 2 and "got some/where: there is no such folder, and the hub gave none" in error
 
 
 def test_a_folder_without_a_configuration(files, tmp_path, capsys, no_steps):

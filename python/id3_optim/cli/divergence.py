@@ -22,9 +22,9 @@ class FiniteLoss(transformers.TrainerCallback):
     def __init__(self) -> None:
         self.steps: list[int] = []  # the newest row of steps, counted from 1, with a loss that is not finite
         self.loss = 0.0  # of the newest such step
-        self.begun = False  # the checkpoint, where there is one, is loaded
+        self.begun = False  # the checkpoint, where there is one, is loaded: its random numbers last
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_step_begin(self, args, state, control, **kwargs):
         self.begun = True
 
     def see(self, step: int, loss: torch.Tensor) -> None:

@@ -34,10 +34,10 @@ def run_estimate(arguments: argparse.Namespace) -> None:
 
     names = ("budget", "batch", "length", "steps", "select_every", "static", "bf16", "checkpointing")
     options = {name: getattr(arguments, name) for name in names}
-    load_config(arguments.model)  # its errors name the option
+    config = load_config(arguments.model)  # its errors name the option
     runs = reading("--model", f"a configuration of a model that can run in {arguments.model}")
     with naming_options("budget", "length"), runs:
-        report = estimate_from_config(arguments.model, **options)
+        report = estimate_from_config(config, **options)
     print(json.dumps(report, indent=2) if arguments.json else memory_table(report))
 
 
@@ -48,13 +48,14 @@ def predicted_memory(settings: Settings) -> dict[str, int]:
     """
     from ..estimate import estimate_from_config  # needs transformers
 
-    positions = getattr(load_config(settings.model), "max_position_embeddings", None)
+    config = load_config(settings.model)
+    positions = getattr(config, "max_position_embeddings", None)
     length = min(settings.max_length, positions or settings.max_length)
     options = {"batch": settings.batch_size, "length": length, "bf16": settings.bf16}
     options |= {"static": settings.strategy != "increment", "select_every": settings.select_every}
     if settings.steps:
         options["steps"] = settings.steps
     with naming_options("budget"):
-        report = estimate_from_config(settings.model, settings.budget, **options)
+        report = estimate_from_config(config, settings.budget, **options)
     released = "released" if settings.release_gradients else "dense"
     return report["sparse" if settings.sparse_backward else released]

@@ -18,6 +18,7 @@ UNEXPECTED, FAILED, INTERRUPTED, CLOSED = 1, 2, 130, 141  # of a shell: 128 and 
 _DAMAGED = (pickle.UnpicklingError, EOFError)
 _EXPECTED = (ValueError, OSError, ImportError, csv.Error, MemoryError, torch.OutOfMemoryError, *_DAMAGED)
 _OF_THE_SYSTEM = re.compile(r"\(os error \d+\)")  # how libraries in Rust report a full disk, for one
+_NO_MEMORY = re.compile(r"DefaultCPUAllocator: (?:can't|not enough)")
 _LONGEST = 500  # characters of a message; those of libraries can list every model that there is
 
 # The package's errors name arguments of Python: here they are options.
@@ -48,6 +49,11 @@ def run(arguments: argparse.Namespace) -> int:
         return _report(error)
 
 
+def lacks_memory(error: BaseException) -> bool:
+    """Whether an error says that the memory is used up: on the CPU torch raises a RuntimeError then."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or bool(_NO_MEMORY.search(str(error)))
+
+
 def _report(error: BaseException) -> int:
     if isinstance(error, BrokenPipeError):
         return CLOSED
@@ -55,7 +61,7 @@ def _report(error: BaseException) -> int:
         print(f"id3-optim: interrupted{f'; {error}' if str(error) else ''}", file=sys.stderr)
         return INTERRUPTED
     line = first_line(error)
-    if isinstance(error, _EXPECTED) or _OF_THE_SYSTEM.search(str(error)):
+    if lacks_memory(error) or isinstance(error, _EXPECTED) or _OF_THE_SYSTEM.search(str(error)):
         print(f"id3-optim: error: {line}", file=sys.stderr)
         return FAILED
     kind = type(error).__name__

@@ -4,12 +4,15 @@ An error ends in one line on stderr and an exit status (`failures.run`); `--debu
 """
 
 import argparse
+import difflib
+import re
 from pathlib import Path
 from typing import NoReturn
 
 from ..extras import require
 from ..plots import save_plots
 from . import failures
+from .completion import actions, add_completion
 from .delta import add_delta_commands
 from .env import run_env, version_of
 from .estimate import add_estimate
@@ -21,10 +24,16 @@ from .settings import Settings, check_settings
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line, as the commands' errors are."""
+    """A parser whose errors are one line, as the commands' errors are, and name what was probably meant."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+        found = re.search(r"(?:unrecognized arguments: |invalid choice: ')([\w-]+)", message)
+        known = [
+            word for action in actions(self) for word in (*action.option_strings, *(action.choices or ()))
+        ]
+        near = difflib.get_close_matches(found[1], map(str, known), 1) if found else []
+        hint = f"; did you mean {near[0]}?" if near else ""
+        self.exit(2, f"{self.prog}: error: {message}{hint} (see {self.prog} --help)\n")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -41,6 +50,7 @@ def parser() -> argparse.ArgumentParser:
     add_estimate(commands, budget)
     env = commands.add_parser("env", help="versions, and which backends can run here")
     env.set_defaults(run=run_env)
+    add_completion(commands, whole)
     return whole
 
 
@@ -51,7 +61,7 @@ def run_train(arguments: argparse.Namespace) -> None:
         require("matplotlib", extra="plot")
     names = Settings.__dataclass_fields__
     options = {name: value for name, value in vars(arguments).items() if name in names}
-    options |= {"text_column": tuple(arguments.text_column), "save_at": tuple(arguments.save_at)}
+    options |= {name: tuple(options[name]) for name in ("text_column", "save_at", "report_to")}
     settings = Settings(**options)
     check_settings(settings)
     check_paths(settings)

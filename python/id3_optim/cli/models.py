@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import re
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 
 from ..delta import Delta, DeltaError, load_delta
+from ..delta.hub import FILE, is_hub_name, local_file
 from ..extras import require
 from ..integrations.groups import fresh_parameters
 from .failures import first_line
@@ -22,11 +24,26 @@ _TWO_LABELS = {"0": "LABEL_0", "1": "LABEL_1"}
 
 
 def delta_path(path: str) -> Path:
-    """The delta file at `path`, or in the directory at `path`. Raises FileNotFoundError without one."""
-    found = Path(path) / "delta.safetensors" if Path(path).is_dir() else Path(path)
+    """The delta file at `path`, in the directory at `path`, or in the hub's repository of this name.
+
+    Raises FileNotFoundError for a path without one, ValueError for a name that the hub does not give.
+    """
+    if not is_hub_name(path):
+        return _local_delta(path)
+    try:
+        return local_file(path, **hub_options(path))
+    except Exception as error:  # the client's
+        raise ValueError(
+            f"delta: expected a file or a repository on the hub with {FILE}, got {path}: there is no such "
+            "file, and the hub gave none (is it private, is there a network?)"
+        ) from error
+
+
+def _local_delta(path: str) -> Path:
+    found = Path(path) / FILE if Path(path).is_dir() else Path(path)
     if not found.exists():
         got = f"the folder {path} without one" if Path(path).is_dir() else f"{path}, which does not exist"
-        raise FileNotFoundError(f"delta: expected a file or a folder with delta.safetensors, got {got}")
+        raise FileNotFoundError(f"delta: expected a file or a folder with {FILE}, got {got}")
     return found
 
 
@@ -165,6 +182,27 @@ def check_source(option: str, source: str | Path) -> None:
         )
 
 
+def hub_options(source: str | Path) -> dict[str, bool]:
+    """Options of `from_pretrained`: a hub name is read from the cache alone where the hub is out of reach.
+
+    Without them the client tries again for 20 seconds, for each file.
+    """
+    from huggingface_hub import constants
+
+    return {} if os.path.exists(source) or _answers(constants.ENDPOINT) else {"local_files_only": True}
+
+
+@functools.lru_cache
+def _answers(endpoint: str) -> bool:
+    from huggingface_hub import constants, get_session
+
+    try:
+        get_session().head(endpoint, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    except Exception:  # its class depends on the release of the client
+        return False
+    return True
+
+
 def load_config(source: str | Path, option: str = "--model"):
     """The configuration of transformers in a folder, or of a hub name. option: its name in an error."""
     import transformers
@@ -176,8 +214,13 @@ def load_config(source: str | Path, option: str = "--model"):
         with reading(option, f"a model's configuration in {source}"):
             return transformers.AutoConfig.from_pretrained(source)
     try:
-        return transformers.AutoConfig.from_pretrained(source)
+        return transformers.AutoConfig.from_pretrained(source, **hub_options(source))
     except Exception as error:
+        if any("gated" in str(cause).lower() for cause in (error, error.__cause__)):
+            raise ValueError(
+                f"{option}: expected a model that this login may load, got {source}, which is gated: accept "
+                "its terms on its page on the hub, then `hf auth login`"
+            ) from error
         raise ValueError(
             f"{option}: expected a folder or the name of a model on the hub, got {source}: there "
             "is no such folder, and the hub gave none of that name (is it private, is there a network?)"
@@ -193,7 +236,8 @@ def load_pretrained(
     """
     check_source(option, source)
     with reading(option, f"a model's weights in {source}"):
-        model, loading_info = model_class.from_pretrained(source, output_loading_info=True, **options)
+        options = options | hub_options(source) | {"output_loading_info": True}
+        model, loading_info = model_class.from_pretrained(source, **options)
     fresh = fresh_parameters(model, loading_info)
     for name, parameter in model.named_parameters():
         if name in fresh:
@@ -229,5 +273,5 @@ def load_tokenizer(sources: Mapping[str, str]):
     for option, source in sources.items():
         if not Path(source).is_dir() or (Path(source) / "tokenizer_config.json").is_file():
             with reading(option, f"a tokenizer in {source}"):
-                return transformers.AutoTokenizer.from_pretrained(source)
+                return transformers.AutoTokenizer.from_pretrained(source, **hub_options(source))
     return None

@@ -95,6 +95,14 @@ def add_output(group) -> None:
         help="also a delta at these budgets",
     )
     add("--report", metavar="JSON", help="also write every number of the run to this file")
+    add(
+        "--report-to",
+        nargs="+",
+        choices=("tensorboard", "wandb"),
+        default=[],
+        metavar="NAME",
+        help="also send the numbers to tensorboard (files in runs/ of --output) or to wandb",
+    )
     add("--save-plots", action="store_true", help="also draw losses and allocation into the output directory")
 
 

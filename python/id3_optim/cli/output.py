@@ -14,7 +14,7 @@ UNFINISHED = "unfinished"  # in the output directory: the checkpoint that is bei
 # Of an earlier run: what a result of another kind would leave behind, and what the first step removes.
 _WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
 _RESULTS = (*_WEIGHTS, "delta.safetensors", "plots.png")
-_ALONG_THE_WAY = ("checkpoint-*[0-9]", "delta-*[0-9].safetensors")
+_ALONG_THE_WAY = ("checkpoint-*[0-9]", "delta-*[0-9].safetensors", "runs/events.out.tfevents.*")
 
 
 def check_paths(settings: Settings) -> None:

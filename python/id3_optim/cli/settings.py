@@ -2,6 +2,7 @@
 
 import codecs
 import contextlib
+import importlib.util
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -69,6 +70,7 @@ class Settings:
     delimiter: str | None = None
     overwrite: bool = False
     report: str | None = None
+    report_to: tuple[str, ...] = ()
     save_plots: bool = False
 
 
@@ -106,6 +108,9 @@ def check_settings(settings: Settings) -> None:
     _check_pairs(settings)
     _check_save_at(settings)
     _check_data(settings)
+    for name in settings.report_to:
+        if importlib.util.find_spec(name) is None:
+            raise ImportError(f"--report-to: expected {name} to be installed, got none; pip install {name}")
 
 
 def _check_alone(name: str, check: Callable[[], T], argument: str | None = None) -> T:

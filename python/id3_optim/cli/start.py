@@ -8,7 +8,7 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from . import tasks
-from .models import load_config, load_pretrained, reading
+from .models import hub_options, load_config, load_pretrained, reading
 from .settings import Settings
 from .tasks import Task
 
@@ -18,6 +18,7 @@ _KNOWN = {
     "causal-lm": transformers.MODEL_FOR_CAUSAL_LM_MAPPING,
 }
 _SAMPLED = 200  # rows whose tokens are counted
+_SHORTEST = 2  # tokens of a text, as for --max-length
 
 
 @dataclass
@@ -68,18 +69,26 @@ def check_model(source: str, task: Task) -> None:
 def load_tokenizer(source: str):
     """The tokenizer at `source`. Raises ValueError where a folder has none, or one that cannot be read."""
     with reading("--model", f"a tokenizer in {source}"):
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source, **hub_options(source))
     # Without these files transformers builds a tokenizer whose vocabulary is its special tokens.
     names = sorted(set(tokenizer.vocab_files_names.values()))
     if Path(source).is_dir() and names and not any((Path(source) / name).is_file() for name in names):
         raise ValueError(f"--model: expected a tokenizer ({' or '.join(names)}) in {source}, got none")
+    limit = tokenizer.model_max_length
+    if not isinstance(limit, int | float) or not limit >= _SHORTEST:
+        raise ValueError(
+            f"--model: expected a tokenizer whose model_max_length is a number of at least {_SHORTEST}, "
+            f"got {limit!r}; correct tokenizer_config.json in {source}"
+        )
     return tokenizer
 
 
 def check_tokenizer(source: str, tokenizer, task: Task) -> None:
     """Raises ValueError where most tokens of the training texts are the tokenizer's unknown one."""
     texts = [text for row in task.train[:_SAMPLED] for text in (row.texts if task.labels else row)]
-    tokens = [token for ids in tokenizer(texts, add_special_tokens=False)["input_ids"] for token in ids]
+    with reading("--model", f"a tokenizer in {source}"):
+        rows = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    tokens = [token for ids in rows for token in ids]
     unknown = tokens.count(tokenizer.unk_token_id)
     if not tokens or 2 * unknown > len(tokens):
         got = f"{unknown} of {len(tokens)} tokens unknown ({tokenizer.unk_token})"
@@ -89,7 +98,7 @@ def check_tokenizer(source: str, tokenizer, task: Task) -> None:
 def longest_input(start: Start) -> int:
     """How many tokens the tokenizer and the model's positions allow."""
     positions = getattr(start.model.config, "max_position_embeddings", None)
-    return min(start.tokenizer.model_max_length, positions or start.tokenizer.model_max_length)
+    return int(min(start.tokenizer.model_max_length, positions or start.tokenizer.model_max_length))
 
 
 def check_tokens(source: str, model: torch.nn.Module, rows: list[dict]) -> None:

@@ -9,7 +9,6 @@ from pathlib import Path
 import safetensors
 import torch
 import transformers
-from tqdm.auto import tqdm
 
 from .. import schedules
 from ..backward.handle import sparse_backward
@@ -31,12 +30,16 @@ from .checkpoints import (
 )
 from .divergence import Diverged, FiniteLoss, WatchedTrainer
 from .estimate import predicted_memory
-from .failures import first_line
+from .failures import first_line, lacks_memory
+from .interrupt import Interrupt
 from .output import UNFINISHED, begin, check_paths, publishing, remove
+from .progress import ProgressBar, reporters
 from .report import summarise
 from .settings import Settings, check_settings, notes, resolved_budget
 from .start import Start, check_tokens, load_start, longest_input
 from .tasks import Task
+
+_LESS_MEMORY = "less is needed with a smaller --batch-size or --max-length, --bf16 or --release-gradients"
 
 
 @dataclass
@@ -46,29 +49,6 @@ class Run:
     metrics: dict[str, float]
     history: list[dict]
     clock: StepClock
-
-
-class ProgressBar(transformers.TrainerCallback):
-    """One line: loss, active entries, entries changed."""
-
-    _bar = None
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self._bar = tqdm(total=state.max_steps, unit="step", dynamic_ncols=True)
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self._bar.update(1)
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if "loss" in logs:
-            counts = {"active": logs.get("n_active"), "changed": logs.get("n_changed")}
-            shown = {name: f"{count:,}" for name, count in counts.items() if count is not None}
-            self._bar.set_postfix(loss=f"{logs['loss']:.3f}", **shown)
-
-    def close(self) -> None:
-        """Ends the line, so that what is printed next has its own."""
-        if self._bar is not None:
-            self._bar.close()
 
 
 def trainer_arguments(settings: Settings) -> transformers.TrainingArguments:
@@ -155,21 +135,22 @@ def fit(
 
     callbacks: added to a progress bar and a clock. ID3AdamW needs `ID3Callback` among them, or its
     `total_steps` set. checkpoint: to go on from; its record must be that of this run (ValueError).
-    Raises `divergence.Diverged` where the loss or the weights leave the finite numbers.
+    Raises `divergence.Diverged` where the loss or the weights leave the finite numbers, and KeyboardInterrupt
+    after Ctrl-C, with a checkpoint of the step that it came in.
     """
     clock, watch = StepClock(), FiniteLoss()
-    record = run_record(settings, task)
-    if settings.save_every or checkpoint:
-        record["weights"] = weights_hash(start.model, start.fresh)
+    record = run_record(settings, task) | {"weights": weights_hash(start.model, start.fresh)}
     if checkpoint:
         check_same_run(checkpoint, record)
     checkpoints = Checkpoints(settings, record, watch)
     # The watch refuses to save weights that are not finite; `checkpoints` moves what the Trainer saved.
-    progress = ProgressBar()
-    callbacks = [watch, *callbacks, progress, clock, checkpoints]
+    progress, interrupt = ProgressBar(), Interrupt()
+    callbacks = [watch, *callbacks, progress, clock, checkpoints, interrupt, *reporters(settings)]
     trainer = make_trainer(start, task, optimizer, settings, callbacks, watch)
-    with contextlib.closing(progress):
+    with contextlib.closing(progress), interrupt.listening():
         run_trainer(trainer, checkpoint)
+    if interrupt.stopped:
+        raise KeyboardInterrupt
     measured = trainer.evaluate()
     watch.check_end(start.model, trainer.state.global_step, measured["eval_loss"])
     checkpoints.remove_old()
@@ -271,7 +252,8 @@ def train(settings: Settings) -> tuple[dict, Start, torch.optim.Optimizer]:
 def stopping(output: Path) -> Iterator[None]:
     """Ends a run that stops early: says how to go on, and removes what it was writing.
 
-    Raises Diverged, KeyboardInterrupt, and OSError for whatever went wrong while files were written.
+    Raises Diverged, KeyboardInterrupt, MemoryError that says what needs less, and OSError for whatever went
+    wrong while files were written.
     """
     try:
         yield
@@ -279,7 +261,9 @@ def stopping(output: Path) -> Iterator[None]:
         raise Diverged(f"{error}; nothing is written, and {how_to_go_on(output)}") from None
     except KeyboardInterrupt:
         raise KeyboardInterrupt(how_to_go_on(output)) from None
-    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
+    except (OSError, RuntimeError, MemoryError, safetensors.SafetensorError) as error:
+        if lacks_memory(error):
+            raise MemoryError(f"{first_line(error).rstrip('.')}; {_LESS_MEMORY}") from error
         # torch reports a full disk as RuntimeError, which also has many other causes.
         if isinstance(error, RuntimeError) and not any((output / UNFINISHED).glob("*")):
             raise

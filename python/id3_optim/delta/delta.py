@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..wrappers import check_holds, check_trained, plain_names, unwrapped
-from . import file
+from . import file, hub
 from .file import Change, Contents, DeltaError
 from .fingerprint import fingerprint, same_bits
 from .patches import Patch, check_param, find, first_changed, read, write
@@ -210,9 +210,14 @@ def _is_rounded(change: Change, held: Patch) -> bool:
     return kept is not None and kept.dtype != values.dtype and same_bits(rounded(kept, values.dtype), values)
 
 
-def load_delta(path: str | os.PathLike) -> Delta:
-    """Reads and checks a whole delta file of either form (`file.read`). Raises DeltaError or OSError."""
-    delta = Delta(*file.read(path))
+def load_delta(path: str | os.PathLike, revision: str | None = None, **download: Any) -> Delta:
+    """Reads and checks a whole delta file of either form (`file.read`), of this machine or of the hub.
+
+    path: a file; or `user/repo`, the name of a repository on the Hugging Face hub with a `delta.safetensors`,
+    where this machine has nothing of this name. revision, download: of a repository (`hub.local_file`).
+    Raises DeltaError or OSError, and of a repository what huggingface_hub raises.
+    """
+    delta = Delta(*file.read(hub.local_file(path, revision, **download)))
     rows = {n: (c.indices, c.originals) for n, c in delta.changes.items() if c.indices is not None}
     if delta.fingerprint is not None and all(kept is not None for _, kept in rows.values()):
         got = fingerprint(rows)

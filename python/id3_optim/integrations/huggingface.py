@@ -109,8 +109,8 @@ class ID3Callback(TrainerCallback, ExportableState):
     `report_first(trainer)`; without that call a warning is given.
 
     save_deltas: write `delta.safetensors` into each checkpoint folder, once per run or node as the Trainer
-    saves; not in a hyper-parameter search. delta_options: arguments for `save_delta`, such as
-    `originals=True`.
+    saves, and beside the model that `push_to_hub` uploads; not in a hyper-parameter search. delta_options:
+    arguments for `save_delta`, such as `originals=True`.
     fresh_optimizer: resume from a checkpoint that has no optimizer state (`save_only_model=True`), which is
     refused otherwise. The whole budget is spent over the steps that are left. The optimizer's originals are
     the checkpoint's weights then, so that a delta would fit this checkpoint and not the base: needs
@@ -220,6 +220,18 @@ class ID3Callback(TrainerCallback, ExportableState):
     def on_save(self, args, state, control, model=None, optimizer=None, **kwargs):
         if self.save_deltas and args.should_save and not state.is_hyper_param_search:
             folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+            save_delta(folder / DELTA_NAME, model, optimizer, **self.delta_options)
+
+    def on_push_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+        trained = optimizer is not None and state.is_world_process_zero and not state.is_hyper_param_search
+        if not (self.save_deltas and trained):
+            return
+        whole = Path(
+            args.output_dir
+        )  # what the Trainer uploads next, and with some strategies the checkpoint
+        checkpoint = whole / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        whole.mkdir(parents=True, exist_ok=True)
+        for folder in (whole, checkpoint) if checkpoint.is_dir() else (whole,):
             save_delta(folder / DELTA_NAME, model, optimizer, **self.delta_options)
 
 
