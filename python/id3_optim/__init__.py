@@ -2,11 +2,14 @@
 
 from .backward.handle import sparse_backward
 from .delta import Delta, DeltaError, load_delta, save_delta
+from .delta.chain import WeightStream
 from .delta.diff import diff
 from .delta.merge import merge
+from .delta.receiver import ResendNeeded, WeightReceiver
 from .delta.series import DeltaSeries
 from .delta.stream import WeightPatch, weight_patches
 from .delta.toolkit import load_toolkit_summary
+from .delta.update import WeightUpdate, load_update
 from .heuristics import D3, Bias, Fisher, Magnitude, Random, fisher_scores
 from .optimizer import ID3AdamW
 from .step.grad_scaler import GradScaler
@@ -22,11 +25,16 @@ __all__ = [
     "ID3AdamW",
     "Magnitude",
     "Random",
+    "ResendNeeded",
     "WeightPatch",
+    "WeightReceiver",
+    "WeightStream",
+    "WeightUpdate",
     "diff",
     "fisher_scores",
     "load_delta",
     "load_toolkit_summary",
+    "load_update",
     "merge",
     "save_delta",
     "sparse_backward",

@@ -52,7 +52,14 @@ def find(
 
     cast: the values are rounded to the parameters' dtypes, which may differ from the delta's.
     """
-    present, found, owner = plain_parameters(model), {}, {}
+    return find_in(plain_parameters(model), changes, strict, cast)
+
+
+def find_in(
+    present: Mapping[str, Tensor], changes: Mapping[str, Change], strict: bool = True, cast: bool = False
+) -> dict[str, Patch]:
+    """`find` among tensors by name."""
+    found, owner = {}, {}
     for name, change in changes.items():
         param = present.get(name)
         if param is None:
