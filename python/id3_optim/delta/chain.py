@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from id3_kernels import Entries
+
 from ..wrappers import check_holds, check_trained, plain_names, unwrapped
-from .coordinates import Part, checkpoint_parts
+from .coordinates import checkpoint_parts
 from .file import Change
-from .fingerprint import bits, fingerprint
-from .patches import Patch, check_param, read
-from .rows import Row, Rows, joined
-from .update import WeightUpdate, checksum_after
+from .fingerprint import fingerprints
+from .patches import check_param
+from .rows import Kind, Rows, kinds_of
+from .update import WeightUpdate
 from .values import check_finite
 
 
@@ -40,16 +43,16 @@ class WeightStream:
             raise ValueError("optimizer: expected keep_originals=True, got keep_originals=False")
         groups = self.optimizer.param_groups
         check_holds(names, (p for group in groups for p in group["params"] if p.requires_grad))
-        self._params = {names[id(p)]: p for g in groups for p in g["params"] if id(p) in names}
-        for name, param in self._params.items():
+        params = {names[id(p)]: p for group in groups for p in group["params"] if id(p) in names}
+        for name, param in params.items():
             check_param(name, param)
-        self._names, self._parts = names, checkpoint_parts(model)
+        self._names, self._parts, self._kinds = names, checkpoint_parts(model), kinds_of(params)
         dense = [p for group in groups if group.get("dense") for p in group["params"]]
-        self._dense: Rows = {names[id(p)]: _whole(p) for p in dense}
+        self._dense = {names[id(p)]: p.detach().reshape(-1).clone() for p in dense}
         self._dense_known = self.optimizer.steps_done == 0 or not dense
-        self._known: Rows = {}
+        self._known = [Rows.empty(kind.tensors) for kind in self._kinds]
         self.step, self.checksum = 0, 0  # of the last acknowledged update
-        self._pending: tuple[WeightUpdate, Rows] | None = None
+        self._pending: tuple[WeightUpdate, list[Rows]] | None = None
 
     @torch.no_grad()
     def next(self, full: bool = False, allow_nonfinite: bool = False) -> WeightUpdate:
@@ -60,24 +63,24 @@ class WeightStream:
         with a GPU. Raises DeltaError for values that are NaN or infinite, without allow_nonfinite; ValueError
         for a parameter that the checkpoint keeps in a form that is no view of it.
         """
-        step, checksum, original = self.step, self.checksum, self._originals()
-        base = original if full else joined(self._known, original)
-        if full:
-            step, checksum = 0, 0
-        patches = [Patch(self._params[name], row.indices, row.values) for name, row in base.items()]
-        held = {name: patch.values for name, patch in zip(base, read(patches), strict=True)}
-        before, after = _changed(base, held)
-        before, after = self._in_checkpoint(before), self._in_checkpoint(after)
-        changes = {n: Change(part.shape, row.values.dtype, *row) for n, (part, row) in after.items()}
+        step, checksum = (0, 0) if full else (self.step, self.checksum)
+        pieces, held, n_entries = {}, [], 0
+        for kind, known, original in zip(self._kinds, self._known, self._originals(), strict=True):
+            base = original if full else known.joined(original)
+            now = base.held(kind.tensors)
+            n_entries += now.values.numel()
+            held.append(now)
+            pieces |= self._in_checkpoint(kind.names, *base.changed(now.values))
+        changes = {name: Change(p.shape, p.after.dtype, p.indices, p.after) for name, p in pieces.items()}
         if not allow_nonfinite:
             check_finite(changes)
-        mark = fingerprint({name: row for name, (_, row) in before.items()})
-        target = checksum_after(checksum, mark, changes)
-        unchanged = sum(values.numel() for values in held.values())
-        unchanged -= sum(change.values.numel() for change in changes.values())
+        rows = {name: (p.indices, p.before, p.after) for name, p in pieces.items()}
+        before, after = fingerprints(rows) if rows else (0, 0)
+        unchanged = n_entries - sum(p.after.numel() for p in pieces.values())
+        target = (checksum - before + after) % 2**64
         done = self.optimizer.steps_done
-        update = WeightUpdate(step, done, checksum, target, changes, mark, unchanged)
-        self._pending = update, {name: Row(row.indices.clone(), held[name]) for name, row in base.items()}
+        update = WeightUpdate(step, done, checksum, target, changes, before, unchanged)
+        self._pending = update, [rows.clone() for rows in held]
         return update
 
     def acknowledge(self, update: WeightUpdate) -> None:
@@ -95,12 +98,10 @@ class WeightStream:
 
     def state_dict(self) -> dict[str, Any]:
         """The acknowledged step and values: save them with the optimizer's state, to continue the chain."""
-        rows = {"known": self._known, "dense": self._dense}
-        kept = {
-            key: {n: {"indices": r.indices.clone(), "values": r.values.clone()} for n, r in row.items()}
-            for key, row in rows.items()
-        }
-        return {"step": self.step, "checksum": f"{self.checksum:016x}", **kept}
+        known = [self._by_name(*pair) for pair in zip(self._kinds, self._known, strict=True)]
+        dense = {name: values.clone() for name, values in self._dense.items()}
+        rows = {name: row for kind in known for name, row in kind.items()}
+        return {"step": self.step, "checksum": f"{self.checksum:016x}", "known": rows, "dense": dense}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continues the chain of a saved stream, in a run that resumed from the same checkpoint.
@@ -108,63 +109,76 @@ class WeightStream:
         Raises ValueError, before anything changes, for a parameter that the optimizer does not train, or
         another dtype or size.
         """
-        rows = {key: {n: self._loaded(n, row) for n, row in state[key].items()} for key in ("known", "dense")}
-        if rows["dense"].keys() != self._dense.keys():
-            raise ValueError(f"dense: expected the parameters of the dense groups, {sorted(self._dense)}, "
-                             f"got {sorted(rows['dense'])}")  # fmt: skip
-        self.step, self.checksum = int(state["step"]), int(state["checksum"], 16)
-        self._known, self._dense, self._dense_known, self._pending = rows["known"], rows["dense"], True, None
+        for name, row in state["known"].items():
+            self._check_saved(name, row["indices"], row["values"])
+        dense = {name: (v.numel(), v.dtype) for name, v in state["dense"].items()}
+        own = {name: (v.numel(), v.dtype) for name, v in self._dense.items()}
+        if dense != own:
+            raise ValueError(f"dense: expected the dense groups' {own}, got {dense}")
+        saved, known = state["known"], []
+        for names, tensors in self._kinds:
+            found = {i: saved[name] for i, name in enumerate(names) if name in saved}
+            rows = {i: (row["indices"], row["values"]) for i, row in found.items()}
+            known.append(Rows.of(tensors, rows).clone())
+        self.step, self.checksum, self._known = int(state["step"]), int(state["checksum"], 16), known
+        self._dense = {name: v.to(self._dense[name].device, copy=True) for name, v in state["dense"].items()}
+        self._dense_known, self._pending = True, None
 
-    def _loaded(self, name: str, row: Mapping[str, Tensor]) -> Row:
-        param = self._params.get(name)
-        if param is None:
-            raise ValueError(f"{name}: expected a parameter that the optimizer trains, got none of this name")
-        indices, values = row["indices"], row["values"]
+    def _check_saved(self, name: str, indices: Tensor, values: Tensor) -> None:
+        found = [t for kind in self._kinds for n, t in zip(*kind, strict=True) if n == name]
+        if not found:
+            raise ValueError(f"{name}: expected a parameter that the optimizer trains, got another name")
+        (param,) = found
         inside = indices.numel() == 0 or (indices[0] >= 0 and indices[-1] < param.numel())
         ascending = indices.dtype == torch.int32 and bool((indices.diff() > 0).all())
         if not (inside and ascending) or values.dtype != param.dtype or values.shape != indices.shape:
             expected = f"ascending int32 below {param.numel()} with as many {param.dtype} values"
             raise ValueError(f"{name}: expected {expected}, got {values.dtype} {tuple(values.shape)}")
-        return Row(indices.to(param.device, copy=True), values.to(param.device, copy=True))
 
-    def _originals(self) -> Rows:
-        """The entries that the optimizer trains, with the values that training began with."""
+    @staticmethod
+    def _by_name(kind: Kind, rows: Rows) -> dict[str, dict[str, Tensor]]:
+        parts = zip(kind.names, rows.entries.lists(), rows.values.split(rows.counts()), strict=True)
+        return {n: {"indices": i.clone(), "values": v.clone()} for n, i, v in parts if i.numel()}
+
+    def _originals(self) -> Iterator[Rows]:
+        """The entries that the optimizer trains, with the values that training began with, for each kind."""
         if not self._dense_known:
-            raise ValueError("optimizer: expected its first step after the stream was made, for the values of "
-                             "dense groups, got a run that has begun; load its")  # fmt: skip
+            raise ValueError("stream: expected its making before the first step of a dense group, got it made "
+                             "later, without the values before training; load its state")  # fmt: skip
         rows = {
-            self._names[id(touched.param)]: Row(touched.indices, touched.originals)
+            self._names[id(touched.param)]: (touched.indices, touched.originals)
             for touched in self.optimizer.touched()
             if touched.indices.numel()
         }
-        return rows | self._dense
+        for name, values in self._dense.items():
+            rows[name] = torch.arange(values.numel(), dtype=torch.int32, device=values.device), values
+        for names, tensors in self._kinds:
+            yield Rows.of(tensors, {i: rows[name] for i, name in enumerate(names) if name in rows})
 
-    def _in_checkpoint(self, rows: Mapping[str, Row]) -> dict[str, tuple[Part, Row]]:
-        """The rows by the checkpoint's names, on the CPU."""
-        found = {}
-        for name, row in rows.items():
-            parts = self._parts[name]
-            if not parts:
+    def _in_checkpoint(
+        self, names: list[str], entries: Entries, before: Tensor, after: Tensor
+    ) -> dict[str, _Piece]:
+        """The changed entries by the checkpoint's names, on the CPU."""
+        entries, before, after = Entries(*(t.cpu() for t in entries)), before.cpu(), after.cpu()
+        found, bounds = {}, entries.offsets.tolist()
+        for name, (begin, end) in zip(names, pairwise(bounds), strict=True):
+            if begin == end:
+                continue
+            indices, old, new = (t[begin:end] for t in (entries.indices, before, after))
+            if not self._parts[name]:
                 raise ValueError(f"{name}: expected a parameter whose checkpoint holds views of it, got a "
                                  "conversion that copies; freeze it, or send the whole model")  # fmt: skip
-            for part in parts:
-                selected, flat = part.locate(row.indices)
+            for part in self._parts[name]:
+                selected, flat = part.locate(indices)
                 if flat.numel():
-                    found[part.name] = part, Row(flat.cpu(), row.values[selected].cpu())
+                    found[part.name] = _Piece(part.shape, flat, old[selected], new[selected])
         return found
 
 
-def _whole(param: Tensor) -> Row:
-    indices = torch.arange(param.numel(), dtype=torch.int32, device=param.device)
-    return Row(indices, param.detach().reshape(-1).clone())
+class _Piece(NamedTuple):
+    """Changed entries of one weight of the checkpoint, with the values before and after."""
 
-
-def _changed(base: Mapping[str, Row], held: Mapping[str, Tensor]) -> tuple[Rows, Rows]:
-    """The entries whose bits differ: with the base's values, and with those held now."""
-    before, after = {}, {}
-    for name, row in base.items():
-        at = (bits(row.values) != bits(held[name])).nonzero().squeeze(1)
-        if at.numel():
-            indices = row.indices[at]
-            before[name], after[name] = Row(indices, row.values[at]), Row(indices, held[name][at])
-    return before, after
+    shape: tuple[int, ...]
+    indices: Tensor
+    before: Tensor
+    after: Tensor

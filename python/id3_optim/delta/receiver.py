@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .coordinates import part_views
-from .file import DeltaError
-from .fingerprint import fingerprint
-from .patches import Patch, find_in, read, write
-from .rows import Row, Rows, joined
-from .update import WeightUpdate, checksum_after
+from .file import Change, DeltaError
+from .fingerprint import fingerprints
+from .patches import find_in
+from .rows import Kind, Rows, kinds_of
+from .update import WeightUpdate
 
 
 class ResendNeeded(DeltaError):
@@ -32,7 +34,8 @@ class WeightReceiver:
     def __init__(self, model: nn.Module) -> None:
         self.step, self.checksum = 0, 0
         self._weights = part_views(model)
-        self._originals: Rows = {}
+        self._kinds = kinds_of(self._weights)
+        self._originals = [Rows.empty(kind.tensors) for kind in self._kinds]
 
     @torch.no_grad()
     def apply_patch(self, update: WeightUpdate) -> None:
@@ -45,24 +48,42 @@ class WeightReceiver:
         full = update.base_step == 0 and update.base_checksum == 0
         if not full:
             self._check_base(update)
-        patches = find_in(self._weights, update.changes)
-        held = self._first_values(patches) if full else _rows(patches, read(list(patches.values())))
-        target = checksum_after(update.base_checksum, fingerprint(held), update.changes)
-        if target != update.target_checksum:
-            raise ResendNeeded(f"target_checksum: expected {update.target_checksum:016x} at step "
-                               f"{update.target_step}, got {target:016x}: the update is damaged, or its "
-                               "base has other weights; send next(full=True)")  # fmt: skip
+        find_in(self._weights, update.changes)
+        new = [_rows(kind, update.changes) for kind in self._kinds]
+        held = [rows.held(kind.tensors) for kind, rows in zip(self._kinds, new, strict=True)]
+        if full:
+            pairs = zip(self._originals, held, strict=True)
+            held = [first.joined(now).at(now.entries) for first, now in pairs]
+        self._check_target(update, held)
         if full:
             self.reset()
-        write(list(patches.values()))
-        self._originals = joined(self._originals, held)
+        for kind, rows in zip(self._kinds, new, strict=True):
+            rows.write(kind.tensors)
+        self._originals = [o.joined(now) for o, now in zip(self._originals, held, strict=True)]
         self.step, self.checksum = update.target_step, update.target_checksum
 
     @torch.no_grad()
     def reset(self) -> None:
         """Puts the first model's values back bit for bit: step 0."""
-        write([Patch(self._weights[name], *row) for name, row in self._originals.items()])
-        self._originals, self.step, self.checksum = {}, 0, 0
+        for kind, rows in zip(self._kinds, self._originals, strict=True):
+            rows.write(kind.tensors)
+        self._originals = [Rows.empty(kind.tensors) for kind in self._kinds]
+        self.step, self.checksum = 0, 0
+
+    def _check_target(self, update: WeightUpdate, held: list[Rows]) -> None:
+        """held: the base's values at the update's entries."""
+        rows = {}
+        for kind, now in zip(self._kinds, held, strict=True):
+            for name, values in zip(kind.names, now.values.split(now.counts()), strict=True):
+                if values.numel():
+                    change = update.changes[name]
+                    rows[name] = change.indices, values.cpu(), change.values
+        before, after = fingerprints(rows) if rows else (0, 0)
+        target = (update.base_checksum - before + after) % 2**64
+        if target != update.target_checksum:
+            raise ResendNeeded(f"target_checksum: expected {update.target_checksum:016x} at step "
+                               f"{update.target_step}, got {target:016x}: the update is damaged, or its "
+                               "base has other weights; send next(full=True)")  # fmt: skip
 
     def _check_base(self, update: WeightUpdate) -> None:
         if update.base_step != self.step:
@@ -72,18 +93,7 @@ class WeightReceiver:
             raise ResendNeeded(f"base_checksum: expected {self.checksum:016x} at step {self.step}, got "
                                f"{update.base_checksum:016x}, another run; send next(full=True)")  # fmt: skip
 
-    def _first_values(self, patches: dict[str, Patch]) -> Rows:
-        """The first model's values at the entries of the patches."""
-        now = _rows(patches, read(list(patches.values())))
-        known = joined(self._originals, now)
-        return {name: Row(row.indices, _at(known[name], row.indices)) for name, row in now.items()}
 
-
-def _rows(patches: dict[str, Patch], held: list[Patch]) -> Rows:
-    pairs = zip(patches.items(), held, strict=True)
-    return {name: Row(patch.indices.to(now.values.device), now.values) for (name, patch), now in pairs}
-
-
-def _at(row: Row, indices: Tensor) -> Tensor:
-    """The row's values at some of its indices."""
-    return row.values[torch.searchsorted(row.indices, indices)]
+def _rows(kind: Kind, changes: Mapping[str, Change]) -> Rows:
+    found = ((i, changes[name]) for i, name in enumerate(kind.names) if name in changes)
+    return Rows.of(kind.tensors, {i: (change.indices, change.values) for i, change in found})

@@ -14,7 +14,6 @@ from torch import Tensor
 from . import file
 from .delta import Delta, load_delta
 from .file import Change, DeltaError
-from .fingerprint import fingerprint
 
 KEY = "stream"  # in a delta file's settings
 _NUMBERS = ("base_step", "target_step", "unchanged")
@@ -158,9 +157,3 @@ def _verl_checksum(positions: Tensor, values: Tensor) -> int:
     """verl's `checksum`: xor of the words of both tensors."""
     hashes = [int(torch.hash_tensor(t).item()) if t.numel() else 0 for t in (positions, values)]
     return hashes[0] ^ (hashes[1] << 1)
-
-
-def checksum_after(before: int, held: int, changes: Mapping[str, Change]) -> int:
-    """The checksum of the weights once `changes` replace values whose fingerprint is `held`."""
-    new = fingerprint({name: (c.indices, c.values) for name, c in changes.items()})
-    return (before - held + new) % 2**64
