@@ -12,6 +12,7 @@ from .delta.toolkit import load_toolkit_summary
 from .delta.update import WeightUpdate, load_update
 from .heuristics import D3, Bias, Fisher, Magnitude, Random, fisher_scores
 from .optimizer import ID3AdamW
+from .originals import ReferenceModel, dense_copies, original_weights
 from .step.grad_scaler import GradScaler
 
 __all__ = [
@@ -25,17 +26,20 @@ __all__ = [
     "ID3AdamW",
     "Magnitude",
     "Random",
+    "ReferenceModel",
     "ResendNeeded",
     "WeightPatch",
     "WeightReceiver",
     "WeightStream",
     "WeightUpdate",
+    "dense_copies",
     "diff",
     "fisher_scores",
     "load_delta",
     "load_toolkit_summary",
     "load_update",
     "merge",
+    "original_weights",
     "save_delta",
     "sparse_backward",
     "weight_patches",
