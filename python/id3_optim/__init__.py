@@ -2,6 +2,7 @@
 
 from .backward.handle import sparse_backward
 from .delta import Delta, DeltaError, load_delta, save_delta
+from .delta.bank import DeltaBank
 from .delta.chain import WeightStream
 from .delta.diff import diff
 from .delta.merge import merge
@@ -19,6 +20,7 @@ __all__ = [
     "D3",
     "Bias",
     "Delta",
+    "DeltaBank",
     "DeltaError",
     "DeltaSeries",
     "Fisher",
