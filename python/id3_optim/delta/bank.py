@@ -63,7 +63,7 @@ class DeltaBank:
         `Delta.apply` does.
         """
         if name in self._held:
-            raise ValueError(f"name: expected one that the bank does not hold, got {name!r}; remove it first")
+            raise ValueError(f"name: expected one that is free, got {name!r}; remove that delta first")
         with self.using(None):
             delta = delta.cast(self.model, strict) if cast else delta
             if not allow_nonfinite:
@@ -75,7 +75,7 @@ class DeltaBank:
             self._held[name] = self._hold(placed, previous)
 
     def remove(self, name: str) -> None:
-        """Forgets a delta, and takes it off the model where it is in use. Raises KeyError for another name."""
+        """Forgets a delta, and takes it off the model where it is in use. Raises KeyError as `use`."""
         self._check(name)
         if self.active == name:
             self.use(None)
@@ -115,10 +115,10 @@ class DeltaBank:
     ) -> list[Answer]:
         """Answers a mixed batch with one call of `run` for each delta, and one switch between two calls.
 
-        requests: (name of a delta or None, request). run: the requests of one delta, which is on the
-        model → as many answers. Returns the answers in the order of the requests. The delta in use comes first, and
-        the last one stays in use. Raises KeyError for a name that the bank does not hold, before the first
-        call, and ValueError for another number of answers.
+        requests: (name of a delta or None, request). run: the requests of one delta, which is on the model,
+        → as many answers. Returns the answers in the order of the requests. The delta in use comes first,
+        and the last one stays in use. Raises KeyError for a name that the bank does not hold, before the
+        first call, and ValueError for another number of answers.
         """
         groups: dict[str | None, list[int]] = {}
         for i, (name, _) in enumerate(requests):

@@ -143,7 +143,7 @@ class WeightStream:
     def _originals(self) -> Iterator[Rows]:
         """The entries that the optimizer trains, with the values that training began with, for each kind."""
         if not self._dense_known:
-            raise ValueError("stream: expected its making before the first step of a dense group, got it made "
+            raise ValueError("stream: expected its making before the first step of a dense group, got it "
                              "later, without the values before training; load its state")  # fmt: skip
         rows = {
             self._names[id(touched.param)]: (touched.indices, touched.originals)

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from ..wrappers import plain_parameters, unwrapped_model
 
+LARGEST = 2**31 - 1  # the most entries of a weight whose indices are int32
+
 
 class Part(NamedTuple):
     """A weight of the checkpoint as a view of a parameter.
@@ -65,6 +67,7 @@ def checkpoint_parts(model: nn.Module) -> dict[str, list[Part]]:
     For a model of transformers these are the names and shapes of `save_pretrained`, by the conversions of
     `transformers.core_model_loading`; in other models each parameter is one weight under its own name. A
     tied parameter counts once. A parameter that a checkpoint keeps in a form that is no view has no parts.
+    A weight of more than `LARGEST` entries is several parts, `name[first:end]` of its rows.
     """
     params, owner = {}, set()
     for name, param in plain_parameters(model).items():
@@ -80,11 +83,26 @@ def checkpoint_parts(model: nn.Module) -> dict[str, list[Part]]:
         if tensor.untyped_storage().nbytes() == whole.untyped_storage().nbytes():  # else a copy
             source = bisect_right(begins, tensor.storage_offset()) - 1
             offset = tensor.storage_offset() - begins[source]
-            parts[names[source]].append(Part(name, tuple(tensor.shape), offset, tensor.stride()))
+            parts[names[source]] += _split(Part(name, tuple(tensor.shape), offset, tensor.stride()))
     for name, views in parts.items():
-        if sum(math.prod(part.shape) for part in views) != params[name].numel():
+        if sum(math.prod(part.shape) for part in views) != params[name].numel():  # a copy of a part
             parts[name] = []
     return parts
+
+
+def _split(part: Part) -> list[Part]:
+    """The part, or parts of its rows of at most `LARGEST` entries."""
+    if math.prod(part.shape) <= LARGEST:
+        return [part]
+    rows, *row = part.shape
+    step = LARGEST // math.prod(row)
+    if step == 0:
+        raise ValueError(f"{part.name}: expected rows of at most {LARGEST} entries, got {math.prod(row)}")
+    found = []
+    for first in range(0, rows, step):
+        end, offset = min(first + step, rows), part.offset + first * part.strides[0]
+        found.append(Part(f"{part.name}[{first}:{end}]", (end - first, *row), offset, part.strides))
+    return found
 
 
 def part_views(model: nn.Module) -> dict[str, Tensor]:
