@@ -31,6 +31,8 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "many": _from("many"),
     "release": _from("release"),
     "training": _from("training"),
+    "deploy": _from("deploy"),
+    "reference": _from("reference"),
     "against": _from("against"),
     "report": _from("report"),
     "gpu": _from("gpu.check"),
