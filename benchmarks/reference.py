@@ -26,6 +26,8 @@ SIZES = {
     "85M": {"hidden_size": 768, "num_hidden_layers": 10, "intermediate_size": 2048, "vocab_size": 8192},
 }
 KINDS = ("copied", "shared")
+ARGUMENTS = {"per_device_train_batch_size": 2, "gradient_checkpointing": False, "max_grad_norm": 0}
+ARGUMENTS |= {"logging_steps": 1, "save_strategy": "no", "report_to": "none", "use_cpu": True, "bf16": False}
 WORDS = ("the", "film", "book", "was", "is", "good", "awful", "fine", "bad")
 
 
@@ -73,11 +75,7 @@ def in_process(options: argparse.Namespace) -> dict[str, object]:
     trainer = DPOTrainer(
         model,
         ref_model=ReferenceModel(model, optimizer) if options.kind == "shared" else None,
-        args=DPOConfig(
-            output_dir=options.folder, max_steps=options.steps, per_device_train_batch_size=2, bf16=False,
-            gradient_checkpointing=False, max_grad_norm=0, logging_steps=1, save_strategy="no",
-            report_to="none", use_cpu=True, disable_tqdm=True,
-        ),
+        args=DPOConfig(output_dir=options.folder, max_steps=options.steps, **ARGUMENTS),
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
         optimizers=(optimizer, None),
