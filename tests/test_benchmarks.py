@@ -266,7 +266,7 @@ def test_what_is_deployed_is_checked_and_timed(tmp_path, capsys):
     pytest.importorskip("peft")
     words = ("--model=MiniLM-L6", "--rounds=1", "--steps=2", "--threads=1", f"--output={tmp_path}")
     main(["deploy", *words])
-    assert capsys.readouterr().out.count("≤") == 6
+    assert capsys.readouterr().out.count("≤") == 7
     (path,) = tmp_path.glob("*.json")
     results = json.loads(path.read_text())
     assert results["bytes"]["updates"] < results["bytes"]["diffs"] < results["bytes"]["full"]
