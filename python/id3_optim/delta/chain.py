@@ -47,6 +47,8 @@ class WeightStream:
         for name, param in params.items():
             check_param(name, param)
         self._names, self._parts, self._kinds = names, checkpoint_parts(model), kinds_of(params)
+        whole = ((n, p) for n in params for p in self._parts[n] if p.is_all_of(params[n]))
+        self._whole = dict(whole)  # parameter name → the weight that is the whole parameter
         dense = [p for group in groups if group.get("dense") for p in group["params"]]
         self._dense = {names[id(p)]: p.detach().reshape(-1).clone() for p in dense}
         self._dense_known = self.optimizer.steps_done == 0 or not dense
@@ -64,19 +66,20 @@ class WeightStream:
         for a parameter that the checkpoint keeps in a form that is no view of it.
         """
         step, checksum = (0, 0) if full else (self.step, self.checksum)
-        pieces, held, n_entries = {}, [], 0
+        pieces, held, finite = {}, [], True
         for kind, known, original in zip(self._kinds, self._known, self._originals(), strict=True):
             base = original if full else known.joined(original)
             now = base.held(kind.tensors)
-            n_entries += now.values.numel()
             held.append(now)
-            pieces |= self._in_checkpoint(kind.names, *base.changed(now.values))
+            changed = base.changed(now.values)
+            finite = finite and bool(changed[2].isfinite().all())
+            pieces |= self._in_checkpoint(kind.names, *changed)
         changes = {name: Change(p.shape, p.after.dtype, p.indices, p.after) for name, p in pieces.items()}
-        if not allow_nonfinite:
+        if not (finite or allow_nonfinite):
             check_finite(changes)
         rows = {name: (p.indices, p.before, p.after) for name, p in pieces.items()}
         before, after = fingerprints(rows) if rows else (0, 0)
-        unchanged = n_entries - sum(p.after.numel() for p in pieces.values())
+        unchanged = sum(rows.values.numel() for rows in held) - sum(p.after.numel() for p in pieces.values())
         target = (checksum - before + after) % 2**64
         done = self.optimizer.steps_done
         update = WeightUpdate(step, done, checksum, target, changes, before, unchanged)
@@ -165,6 +168,9 @@ class WeightStream:
             if begin == end:
                 continue
             indices, old, new = (t[begin:end] for t in (entries.indices, before, after))
+            if (part := self._whole.get(name)) is not None:
+                found[part.name] = _Piece(part.shape, indices, old, new)
+                continue
             if not self._parts[name]:
                 raise ValueError(f"{name}: expected a parameter whose checkpoint holds views of it, got a "
                                  "conversion that copies; freeze it, or send the whole model")  # fmt: skip

@@ -33,12 +33,16 @@ class Part(NamedTuple):
 
     def view(self, param: Tensor) -> Tensor:
         """The weight in the parameter's memory. Raises ValueError for part of one that is not contiguous."""
-        if tuple(param.shape) == self.shape and self._row_major():
+        if tuple(param.shape) == self.shape and self.is_all_of(param):
             return param.detach()
         if not param.is_contiguous():
             raise ValueError(f"{self.name}: expected a contiguous parameter that holds it, got strides "
                              f"{param.stride()}; call contiguous() on it")  # fmt: skip
         return param.detach().as_strided(self.shape, self.strides, param.storage_offset() + self.offset)
+
+    def is_all_of(self, param: Tensor) -> bool:
+        """Whether the weight is the whole parameter, so that both have the same indices."""
+        return math.prod(self.shape) == param.numel() and self._row_major()
 
     def locate(self, indices: Tensor) -> tuple[Tensor | slice, Tensor]:
         """Which of a parameter's ascending flat indices lie in this weight, and their flat indices in it."""
