@@ -33,6 +33,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "training": _from("training"),
     "deploy": _from("deploy"),
     "reference": _from("reference"),
+    "quantized": _from("quantized"),
     "against": _from("against"),
     "report": _from("report"),
     "gpu": _from("gpu.check"),

@@ -279,3 +279,9 @@ def test_a_shared_reference_has_the_losses_of_a_copy(tmp_path, capsys):
     assert "peak memory" in capsys.readouterr().out
     (path,) = tmp_path.glob("*.json")
     assert len(json.loads(path.read_text())["losses"]) == 2
+
+
+def test_memory_beside_quantised_weights(tmp_path, capsys):
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is no extra of this package")
+    main(["quantized", "--size=small", "--threads=1", f"--output={tmp_path}"])
+    assert "peak memory beside 4-bit weights" in capsys.readouterr().out
