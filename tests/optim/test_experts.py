@@ -163,3 +163,11 @@ def test_more_than_two_to_the_31_entries(tmp_path):
     with load_delta(tmp_path / "delta.safetensors").applied(model):
         assert [model.experts[place].item() for place in places] == [1, 2, 3, 4, 5, 6]
     assert [model.experts[place].item() for place in places] == [0] * 6
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_the_optimizer_refuses_so_many_entries_and_says_what_to_do(dense):
+    weight = nn.Parameter(torch.empty(2**16, 2**15 + 1, dtype=torch.bfloat16, device="meta"))
+    expected = f"experts: expected fewer than 2.31 entries, got {weight.numel()}; leave it out of the param"
+    with pytest.raises(ValueError, match=expected):
+        ID3AdamW([{"params": [("experts", weight)], "dense": dense}], budget=1, total_steps=1)

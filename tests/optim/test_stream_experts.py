@@ -46,6 +46,23 @@ def test_the_parts_are_the_weights_of_the_checkpoint(build, tmp_path):
     assert (model.model.norm.weight == 7).all()
 
 
+FAMILY = {**SIZES, "num_key_value_heads": 2, "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4}
+FAMILY |= {"moe_intermediate_size": 16, "shared_expert_intermediate_size": 16, "num_experts_per_tok": 2}
+FAMILY |= {"n_group": 1, "topk_group": 1, "head_dim": 8, "pad_token_id": 0, "first_k_dense_replace": 1}
+FAMILY |= {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
+
+
+@pytest.mark.parametrize(
+    "kind", ["deepseek_v3", "gpt_oss", "jamba", "llama4_text", "phimoe", "qwen3_moe", "qwen3_next", "gpt2"]
+)
+def test_the_families_of_transformers(kind, tmp_path):
+    config = transformers.AutoConfig.for_model(kind, **FAMILY)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    views, weights = part_views(model), saved(model, tmp_path)
+    assert views.keys() == weights.keys() - {name for name, _ in model.named_buffers()}
+    assert all(torch.equal(views[name], weights[name]) for name in views)
+
+
 @pytest.mark.parametrize("build", [mixtral, qwen2_moe])
 def test_updates_have_the_names_and_indices_of_the_checkpoint(build, tmp_path):
     torch.manual_seed(0)
