@@ -73,11 +73,14 @@ class QuantizedSparse:
 
         loss.backward(); sparse.join(); optimizer.step(); optimizer.zero_grad()
 
+    Of several backward passes before a step the last one chooses, and gives the first gradient of what joins.
+
     model: with layers of bitsandbytes (4 and 8 bits) or torchao (int8), or of any kind that `dequantize`
     knows. budget: entries (int) or a share of the quantised weights (float). total_steps, heuristic,
     schedule, select_every: as for ID3AdamW. dequantize: the weight of a module as a plain tensor
     [outputs, inputs], None for a module that is not quantised.
-    Raises ValueError for a model without quantised layers or an argument out of range.
+    Raises ValueError for a model without quantised layers or with layers on several devices, another
+    heuristic, or an argument out of range.
     """
 
     def __init__(
@@ -95,8 +98,14 @@ class QuantizedSparse:
         self._layers = list(self._find(model))
         if not self._layers:
             raise ValueError("model: expected quantised linear layers (bitsandbytes, torchao), got none")
+        devices = {str(layer.slots.device) for layer in self._layers}
+        if len(devices) > 1:
+            raise ValueError(f"model: expected quantised layers on one device, got {sorted(devices)}")
+        if not isinstance(heuristic, D3):
+            raise ValueError(f"heuristic: expected D3, got {type(heuristic).__name__}")
         n_entries = sum(layer.shape[0] * layer.shape[1] for layer in self._layers)
         self.budget = resolve_budget(budget, n_entries)
+        self._select_every = select_every
         self._targets = tabulate(schedule, total_steps, self.budget, select_every)
         device = self._layers[0].slots.device
         self.values = nn.Parameter(torch.zeros(self.budget, device=device))
@@ -172,6 +181,8 @@ class QuantizedSparse:
 
     def _wanted(self) -> int:
         """How many entries should join in this step."""
+        if self.steps_done % self._select_every:
+            return 0
         return self._targets[min(self.steps_done, len(self._targets) - 1)] - self.n_active
 
     def _gradient(self) -> Tensor:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from id3_optim import ID3AdamW
+from id3_optim import ID3AdamW, Magnitude
 from id3_optim.quantized import QuantizedSparse
 
 STEPS = 6
@@ -120,6 +120,22 @@ def test_the_additive_form_continues_on_the_quantised_base():
 def test_a_model_that_is_not_quantised_is_refused():
     with pytest.raises(ValueError, match="model: expected quantised linear layers"):
         QuantizedSparse(nn.Linear(3, 3), 2, 2)
+
+
+def test_another_heuristic_is_refused():
+    with pytest.raises(ValueError, match="heuristic: expected D3, got Magnitude"):
+        QuantizedSparse(pair()[0], 2, 2, heuristic=Magnitude(), dequantize=dequantize)
+
+
+def test_entries_join_in_each_third_step_alone():
+    model, _ = pair()
+    sparse = QuantizedSparse(model, 30, STEPS, select_every=3, dequantize=dequantize)
+    optimizer = torch.optim.AdamW([sparse.values], lr=1e-2, weight_decay=0)
+    counts = []
+    for row in batches():
+        run(model, sparse, optimizer, [row])
+        counts.append(sparse.n_active)
+    assert counts == [15, 15, 15, 30, 30, 30]
 
 
 def bitsandbytes(bits):
