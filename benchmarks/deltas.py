@@ -28,13 +28,13 @@ def model_of(inputs: Inputs) -> nn.Module:
     return root
 
 
-def delta_of(model: nn.Module, seed: int = 0) -> Delta:
-    """About `ENTRIES` random entries, the same share of every parameter, moved by one."""
+def delta_of(model: nn.Module, seed: int = 0, entries: int = ENTRIES) -> Delta:
+    """About `entries` random entries, the same share of every parameter, moved by one."""
     generator, tuned = torch.Generator().manual_seed(seed), copy.deepcopy(model)
     n_entries = sum(param.numel() for param in model.parameters())
     with torch.no_grad():
         for param in tuned.parameters():
-            count = max(1, round(ENTRIES * param.numel() / n_entries))
+            count = max(1, round(entries * param.numel() / n_entries))
             indices = torch.randint(param.numel(), (count,), generator=generator).unique()
             param.view(-1)[indices] += 1
     return diff(model, tuned, originals=False)

@@ -29,7 +29,7 @@ SHARE = 0.0017
 STEPS = 3000
 
 
-def _config(model: str):
+def config_of(model: str):
     if model == "MiniLM-L6":
         sizes = {"hidden_size": 384, "num_hidden_layers": 6, "intermediate_size": 1536}
         return BertConfig(vocab_size=30522, num_attention_heads=12, **sizes)
@@ -53,7 +53,7 @@ def _config(model: str):
 def _model(options: argparse.Namespace) -> torch.nn.Module:
     """Random weights, no dropout; bfloat16 with gradient checkpoints on a GPU."""
     torch.manual_seed(0)
-    config, on_gpu = _config(options.model), options.device != "cpu"
+    config, on_gpu = config_of(options.model), options.device != "cpu"
     auto = AutoModelForCausalLM if isinstance(config, LlamaConfig) else AutoModel
     with torch.device(options.device):
         model = auto.from_config(config, dtype=torch.bfloat16 if on_gpu else torch.float32)

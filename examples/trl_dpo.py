@@ -6,7 +6,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer
 
-from id3_optim import ID3AdamW, save_delta
+from id3_optim import ID3AdamW, ReferenceModel, save_delta
 from id3_optim.integrations.huggingface import ID3Callback, parameter_groups
 
 options = tiny.arguments(__doc__)
@@ -18,7 +18,8 @@ optimizer = ID3AdamW(
 rows = Dataset.from_list(tiny.preferences())
 
 trainer = DPOTrainer(
-    model,  # the reference model is a copy that the trainer makes of it
+    model,
+    ref_model=ReferenceModel(model, optimizer),  # left out, TRL loads a second model
     args=DPOConfig(
         output_dir=options.output,
         max_steps=options.steps,

@@ -265,3 +265,31 @@ def test_a_folder_that_is_no_checkout_is_refused(tmp_path):
 def test_digests_see_one_bit():
     x = torch.zeros(4)
     assert digest([x]) == digest([x.clone()]) != digest([torch.tensor([0.0, 0, 0, -0.0])])
+
+
+# --- where models are deployed ------------------------------------------------------------------------
+
+
+def test_what_is_deployed_is_checked_and_timed(tmp_path, capsys):
+    pytest.importorskip("peft")
+    words = ("--model=MiniLM-L6", "--rounds=1", "--steps=2", "--threads=1", f"--output={tmp_path}")
+    main(["deploy", *words])
+    assert capsys.readouterr().out.count("≤") == 7
+    (path,) = tmp_path.glob("*.json")
+    results = json.loads(path.read_text())
+    assert results["bytes"]["updates"] < results["bytes"]["diffs"] < results["bytes"]["full"]
+
+
+def test_a_shared_reference_has_the_losses_of_a_copy(tmp_path, capsys):
+    pytest.importorskip("trl")
+    words = ("--size=small", "--rounds=1", "--steps=2", "--threads=1", f"--output={tmp_path}")
+    main(["reference", *words])
+    assert "peak memory" in capsys.readouterr().out
+    (path,) = tmp_path.glob("*.json")
+    assert len(json.loads(path.read_text())["losses"]) == 2
+
+
+def test_memory_beside_quantised_weights(tmp_path, capsys):
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is no extra of this package")
+    main(["quantized", "--size=small", "--threads=1", f"--output={tmp_path}"])
+    assert "peak memory beside 4-bit weights" in capsys.readouterr().out

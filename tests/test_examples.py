@@ -1,6 +1,7 @@
 """Every example runs as a user runs it, and its delta makes what it trained out of what it began with."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 pytest.importorskip("transformers", reason="the examples need the extras `hf`, `peft`, `trl`, `lightning`")
 
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from id3_optim import load_delta
 
@@ -66,6 +67,7 @@ READ = {
     "trainer_classification.py": whole_models(AutoModelForSequenceClassification),
     "trl_dpo.py": whole_models(AutoModelForCausalLM),
     "trl_sft.py": whole_models(AutoModelForCausalLM),
+    "weight_stream.py": whole_models(AutoModelForCausalLM),
 }
 
 
@@ -99,3 +101,17 @@ def test_example(name, tmp_path):
     assert any(not torch.equal(p, expected[n]) for n, p in model.named_parameters())
     delta.apply(model)
     assert all(torch.equal(p, expected[n]) for n, p in model.named_parameters())
+
+
+def test_the_server_of_the_stream_follows_each_step(tmp_path):
+    """Each step prints the bytes sent and what the other process generated with the new weights."""
+    said = run("weight_stream.py", tmp_path, "--steps", "12")
+    sent = re.findall(r"^step (\d+): (\d+) bytes of (\d+), (\d+) entries: (.*)$", said, re.MULTILINE)
+    assert [int(row[0]) for row in sent] == list(range(1, 13))
+    assert all(int(row[1]) < int(row[2]) / 20 for row in sent)
+    folder = tmp_path / "tuned"
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "base")
+    prompt = tokenizer("the colour of the book is", return_tensors="pt").input_ids
+    text = model.generate(prompt, max_new_tokens=4, do_sample=False, pad_token_id=0)[0]
+    assert sent[-1][4] == tokenizer.decode(text) != sent[0][4]

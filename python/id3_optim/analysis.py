@@ -41,6 +41,8 @@ ROLES = (
     *("LayerNorm", "embeddings", "pooler", "head", "other"),
 )
 _LAYER = re.compile(r"\b(?:layers?|h|blocks?)\.(\d+)\.")
+# `experts.3.` is one expert; `experts.up_proj` has all, `experts.up_proj[8:16]` some of them, by dimension 0.
+_EXPERTS = re.compile(r"(?:^|\.)experts(?:\.(?P<one>\d+)\.|(?=$|[.\[])[^\[]*(?:\[(?P<first>\d+):\d+\])?$)")
 
 
 class Place(NamedTuple):
@@ -83,6 +85,28 @@ def delta_allocation(delta) -> Allocation:
     """A delta's entries by role and layer; `entries` counts the parameters that the delta has entries of."""
     changes = delta.changes.items()
     return allocate((n, len(c.indices), math.prod(c.shape)) for n, c in changes if c.indices is not None)
+
+
+def delta_experts(delta) -> dict[int | None, dict[int, int]]:
+    """A delta's entries by layer and expert, of weights whose name has `experts`; {} without such weights.
+
+    An expert has weights of its own (`experts.3.up_proj`), or is a slice of one weight's first dimension.
+    """
+    found: dict[int | None, dict[int, int]] = {}
+    for name, change in delta.changes.items():
+        known = _EXPERTS.search(name)
+        if change.indices is None or known is None or not change.shape:
+            continue
+        if known["one"] is not None:
+            counts = torch.tensor([change.indices.numel()])
+        else:
+            each = change.indices.long() // math.prod(change.shape[1:])
+            counts = torch.bincount(each, minlength=change.shape[0])
+        experts = found.setdefault(locate(name).layer, {})
+        for expert, count in enumerate(counts.tolist(), int(known["one"] or known["first"] or 0)):
+            experts[expert] = experts.get(expert, 0) + count
+    order = sorted(found, key=lambda layer: -1 if layer is None else layer)
+    return {layer: dict(sorted(found[layer].items())) for layer in order}
 
 
 def allocate(counts: Iterable[tuple[str, int, int]]) -> Allocation:

@@ -193,6 +193,7 @@ class ID3AdamW(torch.optim.Optimizer):
     n_entries = property(attrgetter("_unmasking.n_entries"), doc="N, or None before the first step.")
     steps_done = property(attrgetter("_unmasking.progress.steps_done"), doc="t, without overflowed steps.")
     n_active = property(attrgetter("_unmasking.active.n_active"), doc="|Λ|: how many entries are active.")
+    active_set = property(attrgetter("_unmasking.active"), doc="The `ActiveSet`, which a step may replace.")
     last_selection = property(attrgetter("_unmasking.last_selection"), doc="The newest `Selection`, or None.")
     phase_seconds = property(attrgetter("_unmasking.phase_seconds"), doc="Host seconds of select and update.")
 

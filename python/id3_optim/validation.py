@@ -203,8 +203,16 @@ def check_params(group: dict[str, Any], i: int) -> None:
         if torch.nn.parameter.is_lazy(p):  # has a dtype; no shape before its module's first forward pass
             checks.plain(name, torch.empty(0, dtype=p.dtype, device=p.device))
         else:
+            check_countable_entries(name, p)
             checks.plain(name, p)
             check_memory(name, p)
+
+
+def check_countable_entries(name: str, p: torch.Tensor) -> None:
+    """Refuses a parameter whose entries int32 does not count."""
+    if p.numel() >= 2**31:
+        raise ValueError(f"{name}: expected fewer than 2^31 entries, got {p.numel()}; "
+                         "leave it out of the param groups")  # fmt: skip
 
 
 def check_memory(name: str, p: torch.Tensor) -> None:

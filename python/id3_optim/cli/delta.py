@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..analysis import Allocation, allocation_table, delta_allocation
+from ..analysis import Allocation, allocation_table, delta_allocation, delta_experts
 from ..delta import Delta, DeltaError
 from ..delta.diff import diff
 from ..delta.toolkit import load_toolkit_summary
@@ -114,9 +114,10 @@ def run_inspect(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--plot: expected entries in the delta, got none in {path}")
     if arguments.plot:
         save_allocation(arguments.plot, allocated, path.name)
-    print_summary(
-        arguments, report | {"allocation": _as_json(allocated)}, *_inspected(arguments, delta, report)
-    )
+    report["allocation"] = _as_json(allocated)
+    experts = delta_experts(delta).items()
+    report["experts"] = {"–" if layer is None else str(layer): counts for layer, counts in experts}
+    print_summary(arguments, report, *_inspected(arguments, delta, report))
 
 
 def _as_json(allocated: Allocation) -> dict[str, Any]:
@@ -144,10 +145,25 @@ def _inspected(arguments: argparse.Namespace, delta: Delta, report: dict[str, An
     lines += [f"{name}: {json.dumps(value)}" for name, value in shown.items()]
     if sparse:
         lines += ["", "changed entries by layer and role", *allocation_table(delta_allocation(delta))]
+    if report["experts"]:
+        lines += ["", "changed entries by layer and expert", *_by_expert(report["experts"])]
     whole = {name: tensor for name, tensor in report["tensors"].items() if tensor["kind"] == "dense"}
     lines += ["", "stored whole"] if whole else []
     lines += [f"  {name}: {'×'.join(map(str, t['shape']))} {t['dtype']}" for name, t in whole.items()]
     return lines + ([f"picture: {arguments.plot}"] if arguments.plot else [])
+
+
+def _by_expert(experts: dict[str, dict[int, int]]) -> list[str]:
+    """A line for each layer: the number of experts with entries, and the experts with the most entries."""
+    lines = []
+    for layer, counts in experts.items():
+        most = sorted(counts, key=lambda expert: (-counts[expert], expert))[:8]
+        shown = ", ".join(f"{expert}: {counts[expert]:,}" for expert in most)
+        used = sum(count > 0 for count in counts.values())
+        lines.append(
+            f"  {layer}: {used} of {len(counts)} experts; {shown}{', …' if used > len(most) else ''}"
+        )
+    return lines
 
 
 def run_rewrite(arguments: argparse.Namespace) -> None:

@@ -129,7 +129,7 @@ class Delta:
         patches = list(placed.values())
         previous = read(patches)
         if strict:
-            self._check_base(list(placed), previous)
+            self.check_base(list(placed), previous)
         write(patches)
         return Undo(model, {name: self.changes[name] for name in placed}, previous)
 
@@ -145,7 +145,7 @@ class Delta:
         placed = find(base, self.changes, strict, cast=True)
         held = read(list(placed.values()))
         if strict:
-            self._check_base(list(placed), held)
+            self.check_base(list(placed), held)
         changes = {}
         for (name, patch), now in zip(placed.items(), held, strict=True):
             kept = None if patch.indices is None else now.values.cpu()
@@ -191,7 +191,8 @@ class Delta:
             if name is not None:
                 warnings.warn(f"{name}: changed while the delta was on; discarded the changes", stacklevel=3)
 
-    def _check_base(self, names: list[str], previous: list[Patch]) -> None:
+    def check_base(self, names: list[str], previous: list[Patch]) -> None:
+        """Raises DeltaError unless `previous`, a base's values of parameters, have the fingerprint."""
         if self.fingerprint is None:
             raise DeltaError("fingerprint: expected one in the delta, got none (trained with "
                              "keep_originals=False); strict=False applies it unchecked")  # fmt: skip

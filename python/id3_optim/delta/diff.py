@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..wrappers import plain_name, plain_parameters
+from . import coordinates
 from .delta import Delta
 from .file import VALUE_DTYPES, Change, DeltaError
 from .fingerprint import bits, fingerprint, same_bits
@@ -24,8 +25,10 @@ def diff(base: Model, tuned: Model, originals: bool = True) -> Delta:
     base, tuned: modules, whose parameters are compared and whose buffers are not, or mappings name → tensor,
     such as state dicts or the tensors of a checkpoint. Names are those of the plain model: a mapping's common
     prefix `module.` and parts `_orig_mod` are dropped. Tied weights count once, unchanged tensors are
-    omitted, and a tensor of `tuned` alone is stored whole. originals: keep the base's values, which `revert`
-    and `merge` need; the delta has a fingerprint without them too.
+    omitted, and a tensor of `tuned` alone is stored whole. A parameter of 2^31 entries or more counts as
+    weights of its checkpoint: the experts of a layer, or ranges of rows.
+    originals: keep the base's values, which `revert` and `merge` need; the delta has a fingerprint without
+    them too.
     Works tensor by tensor, in the memory of the result and one tensor. Mutates nothing.
     Raises DeltaError by name: for a tensor that `tuned` lacks, another shape or dtype, a tensor that a delta
     cannot hold, and weights tied in `base` that differ in `tuned`.
@@ -56,7 +59,11 @@ def diff(base: Model, tuned: Model, originals: bool = True) -> Delta:
 def _tensors(model: Model) -> dict[str, Tensor]:
     """Detached tensors by their plain names, a tied one under each of its names."""
     if isinstance(model, nn.Module):
-        return {name: param.detach() for name, param in plain_parameters(model).items()}
+        params = {name: param.detach() for name, param in plain_parameters(model).items()}
+        large = {name for name, param in params.items() if param.numel() > coordinates.LARGEST}
+        parts = coordinates.checkpoint_parts(model) if large else {}
+        views = {p.name: p.view(params[name]) for name in large & parts.keys() for p in parts[name]}
+        return {name: param for name, param in params.items() if name not in large} | views
     wrapped = bool(model) and all(name.startswith("module.") for name in model)
     found: dict[str, Tensor] = {}
     for name, tensor in model.items():
@@ -100,7 +107,8 @@ def _change(name: str, base: Tensor | None, tuned: Tensor) -> Change | None:
         if tensor is not None:
             check_param(name, tensor)
     if tuned.numel() >= 2**31:
-        raise DeltaError(f"{name}: expected fewer than 2^31 entries, got {tuned.numel()}")
+        raise DeltaError(f"{name}: expected fewer than 2^31 entries, got {tuned.numel()}; "
+                         "diff of two modules splits it")  # fmt: skip
     if base is None:
         return Change(shape, dtype, None, tuned.cpu().clone(memory_format=torch.contiguous_format))
     found = []

@@ -133,6 +133,13 @@ def is_delta(path: str | os.PathLike) -> bool:
             return False
 
 
+def hex_digits(what: str, value: Any) -> int:
+    """The 64-bit number of 16 lower-case hex digits. Raises DeltaError, which begins with `what`."""
+    fits = isinstance(value, str) and re.fullmatch("[0-9a-f]{16}", value)
+    _require(bool(fits), what, "16 hex digits", value)
+    return int(value, 16)
+
+
 def _require(condition: bool, what: str, expected: str, got: object) -> None:
     if not condition:
         text = str(got)

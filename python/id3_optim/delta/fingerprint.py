@@ -48,15 +48,22 @@ def fingerprint(rows: Mapping[str, tuple[Tensor, Tensor]]) -> int:
     rows: parameter name → (flat indices, the values there). key: the first 8 bytes, little-endian, of the
     name's blake2b-64 (UTF-8); bits: a value's bit pattern, sign-extended. Widened 2^14 entries at a time.
     """
+    return fingerprints(rows)[0] if rows else 0
+
+
+def fingerprints(rows: Mapping[str, tuple[Tensor, ...]]) -> list[int]:
+    """`fingerprint` of several values at the same entries: rows has (flat indices, values, values, …)."""
     digests = (hashlib.blake2b(name.encode(), digest_size=8).digest() for name in rows)
     keys = torch.tensor([int.from_bytes(d, "little", signed=True) for d in digests], dtype=torch.int64)
-    indices, values = [i for i, _ in rows.values()], [v for _, v in rows.values()]
-    total = 0
-    for members in by_kind(values):
-        owner = keys[members].repeat_interleave(torch.tensor([values[i].numel() for i in members]))
-        index = torch.cat([indices[i] for i in members]).cpu()
-        patterns = bits(torch.cat([values[i] for i in members]).cpu())
-        for part in zip(owner.split(_SLICE), index.split(_SLICE), patterns.split(_SLICE), strict=True):
-            key, flat, pattern = (t.to(torch.int64) for t in part)
-            total += mix64(mix64(key + flat * INCREMENT) ^ pattern).sum().item()
-    return total % 2**64
+    columns = list(zip(*rows.values(), strict=True))
+    totals = [0] * (len(columns) - 1)
+    for members in by_kind(columns[1]):
+        owner = keys[members].repeat_interleave(torch.tensor([columns[1][i].numel() for i in members]))
+        index, *values = (torch.cat([column[i] for i in members]).cpu() for column in columns)
+        parts = [owner, index, *map(bits, values)]
+        for part in zip(*(t.split(_SLICE) for t in parts), strict=True):
+            key, flat, *patterns = (t.to(torch.int64) for t in part)
+            place = mix64(key + flat * INCREMENT)
+            for i, pattern in enumerate(patterns):
+                totals[i] += mix64(place ^ pattern).sum().item()
+    return [total % 2**64 for total in totals]

@@ -12,6 +12,7 @@ import id3_kernels
 from id3_kernels import Entries
 
 from ..wrappers import plain_parameters
+from .coordinates import part_views
 from .file import VALUE_DTYPES, Change, DeltaError
 from .fingerprint import by_kind, first_difference
 from .values import rounded
@@ -50,9 +51,20 @@ def find(
 ) -> dict[str, Patch]:
     """The parameter and the new values of each change, all checked; strict=False omits missing names.
 
+    A name that is no parameter's may be that of a weight of the model's checkpoint, a part of a parameter.
     cast: the values are rounded to the parameters' dtypes, which may differ from the delta's.
     """
-    present, found, owner = plain_parameters(model), {}, {}
+    present = plain_parameters(model)
+    if not changes.keys() <= present.keys():
+        present = part_views(model) | present
+    return find_in(present, changes, strict, cast)
+
+
+def find_in(
+    present: Mapping[str, Tensor], changes: Mapping[str, Change], strict: bool = True, cast: bool = False
+) -> dict[str, Patch]:
+    """`find` among tensors by name."""
+    found, owner = {}, {}
     for name, change in changes.items():
         param = present.get(name)
         if param is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -128,6 +128,12 @@ class Shard:
         self.settle()
         bounds = self.bounds[0]
         return self.arrays[name][: bounds[-1]].split([end - begin for begin, end in pairwise(bounds)])
+
+    def runs(self) -> Iterator[tuple[Entries, slice]]:
+        """The entries of each run, padding behind them, and the part of the arrays that they lie in."""
+        begins = (0,) if self._begin is None else (0, self._begin)
+        for row, begin in zip(self._rows, begins, strict=False):
+            yield Entries(row, self.arrays["indices"][begin:]), slice(begin, None)
 
     def reserve(self, n: int) -> None:
         """Gives the arrays a capacity of at least n entries. Settles where they grow."""
