@@ -10,6 +10,7 @@ from typing import NoReturn
 from ..extras import require
 from ..plots import save_plots
 from . import failures
+from .compare.command import add_compare
 from .delta import add_delta_commands
 from .env import run_env, version_of
 from .estimate import add_estimate
@@ -37,6 +38,7 @@ def parser() -> argparse.ArgumentParser:
     train = commands.add_parser("train", help="fine-tune a model")
     train.set_defaults(run=run_train)
     add_train(train)
+    add_compare(commands)
     add_delta_commands(commands)
     add_estimate(commands, budget)
     env = commands.add_parser("env", help="versions, and which backends can run here")

@@ -140,10 +140,24 @@ def add_schedule(group) -> None:
     add = adder(group)
     add("--epochs", type=float, default=3.0, help="passes over the training file")
     add("--steps", type=int, help="optimizer steps, instead of --epochs")
+    add("--lr", type=float, default=1e-3, help="learning rate, decaying linearly to 0")
+    add("--seed", type=int, default=42, help="the same seed gives the same run")
+    add_batches(group)
+    add("--release-gradients", action="store_true", help="free each gradient during the backward pass")
+    add(
+        "--sparse-backward",
+        action="store_true",
+        help="compute weight gradients where entries are active; fastest with --select-every 16 or more",
+    )
+    add("--memory-report", action="store_true", help="also print predicted and measured memory")
+
+
+def add_batches(group) -> None:
+    """Adds the options that `compare` has too: the same for each run of a grid."""
+    add = adder(group)
     add("--batch-size", type=int, default=16, help="rows of one forward pass")
     add("--accumulate", type=int, default=1, metavar="BATCHES", help="batches of one optimizer step")
-    add("--lr", type=float, default=1e-3, help="learning rate, decaying linearly to 0")
-    add("--head-lr", type=float, help="learning rate of a new head (default: --lr)")
+    add("--head-lr", type=float, help="learning rate of a new head (default: that of all entries)")
     add("--warmup", type=float, default=0.05, help="steps, or a share of them, before the full learning rate")
     add("--weight-decay", type=float, default=0.0, help="on active entries alone, decoupled")
     add(
@@ -152,15 +166,7 @@ def add_schedule(group) -> None:
         default=1.0,
         help="clips the gradients of active entries; 0: no clipping",
     )
-    add("--seed", type=int, default=42, help="the same seed gives the same run")
     add("--bf16", action="store_true", help="bfloat16 weights, with float32 masters for active entries alone")
-    add("--release-gradients", action="store_true", help="free each gradient during the backward pass")
-    add(
-        "--sparse-backward",
-        action="store_true",
-        help="compute weight gradients where entries are active; fastest with --select-every 16 or more",
-    )
-    add("--memory-report", action="store_true", help="also print predicted and measured memory")
     add("--cpu", action="store_true", help="use the CPU, even if there is a GPU")
     add(
         "--log-every",
@@ -169,3 +175,4 @@ def add_schedule(group) -> None:
         metavar="STEPS",
         help="steps between two values of the loss curve",
     )
+    add("--eval-every", type=int, metavar="STEPS", help="measure on --eval along the way too")

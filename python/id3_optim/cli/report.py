@@ -77,17 +77,18 @@ def table(report: dict) -> str:
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
 
 
+def plain(value):
+    """The value as JSON has it: NaN and infinities, which JSON lacks, are None; keys are texts."""
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def write_report(path: str | Path, report: dict) -> None:
     """Writes JSON; NaN and infinities, which JSON lacks, are written as null. Makes the directory.
 
     The file holds the old report or the new one afterwards, never a part.
     """
-
-    def plain(value):
-        if isinstance(value, dict):
-            return {str(key): plain(item) for key, item in value.items()}
-        if isinstance(value, list | tuple):
-            return [plain(item) for item in value]
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
     write_text(path, json.dumps(plain(report), indent=2) + "\n")

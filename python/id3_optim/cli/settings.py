@@ -13,7 +13,15 @@ from ..heuristics import D3
 
 # Setting: its least value.
 _LEAST = {"steps": 1, "batch_size": 1, "accumulate": 1, "log_every": 1, "max_length": 2, "warmup": 0}
-_LEAST |= {"save_every": 1, "keep": 1, "select_every": 1, "weight_decay": 0, "max_grad_norm": 0, "seed": 0}
+_LEAST |= {
+    "save_every": 1,
+    "keep": 1,
+    "select_every": 1,
+    "eval_every": 1,
+    "weight_decay": 0,
+    "max_grad_norm": 0,
+    "seed": 0,
+}
 _POSITIVE = ("epochs", "lr", "head_lr")
 _SEEDS = 2**32  # numpy's generator takes no larger ones
 
@@ -62,6 +70,7 @@ class Settings:
     resume: bool = False
     save_at: tuple[int | float, ...] = ()
     log_every: int = 10
+    eval_every: int | None = None
     encoding: str = "utf-8"
     delimiter: str | None = None
     overwrite: bool = False

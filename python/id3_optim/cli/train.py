@@ -9,7 +9,6 @@ from pathlib import Path
 import safetensors
 import torch
 import transformers
-from tqdm.auto import tqdm
 
 from .. import schedules
 from ..backward.handle import sparse_backward
@@ -32,6 +31,7 @@ from .checkpoints import (
 from .divergence import Diverged, FiniteLoss, WatchedTrainer
 from .failures import first_line
 from .output import UNFINISHED, begin, check_paths, publishing, remove
+from .progress import ProgressBar
 from .report import summarise
 from .settings import Settings, check_settings
 from .start import Start, check_tokens, load_start, longest_input
@@ -45,29 +45,6 @@ class Run:
     metrics: dict[str, float]
     history: list[dict]
     clock: StepClock
-
-
-class ProgressBar(transformers.TrainerCallback):
-    """One line: loss, active entries, entries changed."""
-
-    _bar = None
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self._bar = tqdm(total=state.max_steps, unit="step", dynamic_ncols=True)
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self._bar.update(1)
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if "loss" in logs:
-            counts = {"active": logs.get("n_active"), "changed": logs.get("n_changed")}
-            shown = {name: f"{count:,}" for name, count in counts.items() if count is not None}
-            self._bar.set_postfix(loss=f"{logs['loss']:.3f}", **shown)
-
-    def close(self) -> None:
-        """Ends the line, so that what is printed next has its own."""
-        if self._bar is not None:
-            self._bar.close()
 
 
 def trainer_arguments(settings: Settings) -> transformers.TrainingArguments:
@@ -101,6 +78,8 @@ def trainer_arguments(settings: Settings) -> transformers.TrainingArguments:
         logging_steps=settings.log_every,
         save_strategy="no" if settings.save_every is None else "steps",
         save_steps=settings.save_every or 500,
+        eval_strategy="no" if settings.eval_every is None else "steps",
+        eval_steps=settings.eval_every,
         report_to="none",
         disable_tqdm=True,
         dataloader_pin_memory=torch.cuda.is_available() and not cpu,
@@ -142,6 +121,18 @@ def build_optimizer(settings: Settings, start: Start) -> torch.optim.Optimizer:
     )
 
 
+def prepare(
+    settings: Settings, task: Task
+) -> tuple[Start, torch.optim.Optimizer, list[transformers.TrainerCallback]]:
+    """The model before training, its optimizer, and the callbacks that `fit` needs for them."""
+    start = load_start(settings, task, trainer_arguments(settings).device)
+    optimizer = build_optimizer(settings, start)
+    if settings.sparse_backward:
+        sparse_backward(start.model, optimizer)
+    callbacks = [ID3Callback(originals=settings.originals)] if settings.optimizer == "id3" else []
+    return start, optimizer, callbacks
+
+
 def fit(
     start: Start,
     task: Task,
@@ -149,11 +140,13 @@ def fit(
     settings: Settings,
     callbacks: Sequence[transformers.TrainerCallback] = (),
     checkpoint: Path | None = None,
+    progress: ProgressBar | None = None,
 ) -> Run:
     """Trains `start.model` in place and evaluates it. The same settings give the same batches and dropout.
 
     callbacks: added to a progress bar and a clock. ID3AdamW needs `ID3Callback` among them, or its
     `total_steps` set. checkpoint: to go on from; its record must be that of this run (ValueError).
+    progress: a callback with `close`, in place of the bar.
     Raises `divergence.Diverged` where the loss or the weights leave the finite numbers.
     """
     clock, watch = StepClock(), FiniteLoss()
@@ -164,7 +157,7 @@ def fit(
         check_same_run(checkpoint, record)
     checkpoints = Checkpoints(settings, record, watch)
     # The watch refuses to save weights that are not finite; `checkpoints` moves what the Trainer saved.
-    progress = ProgressBar()
+    progress = progress or ProgressBar()
     callbacks = [watch, *callbacks, progress, clock, checkpoints]
     trainer = make_trainer(start, task, optimizer, settings, callbacks, watch)
     with contextlib.closing(progress):
@@ -243,13 +236,9 @@ def train(settings: Settings) -> tuple[dict, Start, torch.optim.Optimizer]:
         print("--eval has the rows of --train: the metrics say nothing about other texts")
     watch = MemoryWatch() if settings.memory_report else None
     predicted = predicted_memory(settings) if watch else {}  # before the run, which a failure would lose
-    start = load_start(settings, task, trainer_arguments(settings).device)
+    start, optimizer, callbacks = prepare(settings, task)
     if start.fresh:
         print(f"new in this model, so trained whole (dense): {', '.join(sorted(start.fresh))}")
-    optimizer = build_optimizer(settings, start)
-    if settings.sparse_backward:
-        sparse_backward(start.model, optimizer)
-    callbacks = [ID3Callback(originals=settings.originals)] if settings.optimizer == "id3" else []
     begin(settings)
     if settings.save_at:
         DeltaSeries(settings.output, start.model, optimizer, settings.save_at, originals=settings.originals)
