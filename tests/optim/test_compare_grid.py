@@ -175,4 +175,10 @@ def test_what_changes_a_result_makes_another_run(changes, trial):
 def test_the_settings_of_a_run():
     plan = plan_of(read_method("id3:eps=0.5"))
     settings = settings_of(plan, Trial("id3:eps=0.5", 100, 2e-3, 4, 16, True))
-    assert (settings.eps, settings.budget, settings.lr, settings.seed, settings.steps) == (0.5, 100, 2e-3, 4, 16)
+    assert (settings.eps, settings.budget, settings.lr, settings.seed, settings.steps) == (
+        0.5,
+        100,
+        2e-3,
+        4,
+        16,
+    )

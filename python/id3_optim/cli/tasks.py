@@ -173,13 +173,23 @@ def reduce_logits(kind: str):
 
 
 def metrics(kind: str):
-    """The Trainer's `compute_metrics`: accuracy, or the mean loss of a token and its perplexity."""
+    """The Trainer's `compute_metrics`: accuracy and Matthews, or the mean loss of a token and its perplexity."""
 
     def accuracy(prediction):
-        return {"accuracy": float(np.mean(prediction.predictions == prediction.label_ids))}
+        predicted, labels = prediction.predictions, prediction.label_ids
+        return {"accuracy": float(np.mean(predicted == labels)), "matthews": matthews(predicted, labels)}
 
     def perplexity(prediction):
         loss, tokens = prediction.predictions.sum(axis=0, dtype=np.float64)
         return {"token_loss": loss / tokens, "perplexity": math.exp(min(loss / tokens, 700.0))}
 
     return perplexity if kind == "causal-lm" else accuracy
+
+
+def matthews(predicted: np.ndarray, labels: np.ndarray) -> float:
+    """Matthews' correlation of classes (Gorodkin's R_K for more than two); 0 where one side is constant."""
+    classes = np.unique(np.concatenate([predicted, labels]))
+    a, b = (np.equal.outer(side, classes).astype(np.float64) for side in (predicted, labels))
+    a, b = a - a.mean(0), b - b.mean(0)
+    scale = math.sqrt((a * a).sum() * (b * b).sum())
+    return float((a * b).sum() / scale) if scale else 0.0

@@ -166,7 +166,7 @@ def fit(
     watch.check_end(start.model, trainer.state.global_step, measured["eval_loss"])
     checkpoints.remove_old()
     remove(Path(settings.output) / UNFINISHED)
-    names = ("eval_accuracy", "eval_token_loss", "eval_perplexity", "eval_loss")
+    names = ("eval_accuracy", "eval_matthews", "eval_token_loss", "eval_perplexity", "eval_loss")
     metrics = {name: float(measured[name]) for name in names if name in measured}
     return Run(metrics, trainer.state.log_history, clock)
 

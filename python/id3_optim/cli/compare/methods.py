@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -47,7 +48,7 @@ def read_rates(text: str) -> tuple[float, ...]:
         first, last = (float(part) for part in (text.split(":") if ":" in text else (text, text)))
     except ValueError:
         first = last = 0.0
-    if not 0.0 < first <= last < 1e6:
+    if not 0.0 < first <= last < math.inf:
         expected = "expected a learning rate above 0 (1e-3) or a range to double through (1e-4:1.6e-3)"
         raise argparse.ArgumentTypeError(f"{expected}, got {text!r}")
     rates = [first]

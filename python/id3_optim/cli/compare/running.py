@@ -22,7 +22,11 @@ from .store import Store
 from .summary import shown_budget
 from .workers import runner
 
-_METRICS = {"causal-lm": "token_loss"}  # of all other tasks the accuracy
+# Of each kind of task; the first one is the default.
+_METRICS = {
+    "classification": ("accuracy", "matthews", "loss"),
+    "causal-lm": ("token_loss", "perplexity", "loss"),
+}
 
 
 def plan_of(arguments: argparse.Namespace, settings: Settings, store: Store) -> tuple[Plan, Task]:
@@ -37,6 +41,9 @@ def plan_of(arguments: argparse.Namespace, settings: Settings, store: Store) -> 
         delimiter=settings.delimiter,
     )
     check_model(settings.model, task)
+    metrics = _METRICS[task.kind]
+    if arguments.metric not in (None, *metrics):
+        raise ValueError(f"--metric: expected one of {', '.join(metrics)}, got {arguments.metric}")
     plan = Plan(
         settings,
         tuple(arguments.methods),
@@ -45,7 +52,7 @@ def plan_of(arguments: argparse.Namespace, settings: Settings, store: Store) -> 
         tuple(arguments.seeds),
         arguments.tune_steps or max(1, settings.steps // 2),
         arguments.held_out,
-        arguments.metric or _METRICS.get(task.kind, "accuracy"),
+        arguments.metric or metrics[0],
         arguments.against or arguments.methods[0].name,
         arguments.threads or store.threads() or max(1, _cores() // arguments.jobs),
         _facts(settings, task),
