@@ -11,7 +11,7 @@ from id3_optim.cli.compare.statistics import paired, spread, wilcoxon
 
 
 def by_enumeration(differences):
-    """The definition: over all choices of signs, how often the smaller rank sum is as small as the seen one."""
+    """The definition: over all choices of signs, how often the smaller rank sum is that small."""
     sizes = [abs(d) for d in differences if d]
     if not sizes:
         return None
@@ -32,7 +32,7 @@ def test_p_is_that_of_all_choices_of_signs(differences):
     assert wilcoxon(differences) == (expected if expected is None else pytest.approx(expected))
 
 
-# From tables of the signed-rank distribution: n all of one sign; and n = 6 with the rank sum 2, n = 10 with 8.
+# Tables of the signed-rank distribution: all of one sign; n = 6 with the rank sum 2, n = 10 with 8.
 @pytest.mark.parametrize(
     ("differences", "p"),
     [

@@ -1,5 +1,6 @@
 """`id3_optim.cli.tasks`: files as rows, rows as tokens and batches, and the mistakes in a file."""
 
+import numpy as np
 import pytest
 from tiny_models import word_tokenizer
 
