@@ -1,6 +1,7 @@
 """Which runs a comparison has: methods and rates as typed, halving with equal effort, keys of runs."""
 
 import argparse
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -69,15 +70,19 @@ def test_a_method_that_is_none(text, message):
 def test_rungs_halve_the_rates_and_double_the_steps(n):
     found = rungs(n, 800)
     counts = [rung.kept for rung in found] + [1]
-    assert counts[0] == n and all(b == (a + 1) // 2 for a, b in zip(counts, counts[1:], strict=False))
+    assert counts[0] == n and all(b == (a + 1) // 2 for a, b in itertools.pairwise(counts))
     assert [rung.steps for rung in found] == [800 // 2 ** (len(found) - 1 - i) for i in range(len(found))]
 
 
 def tuned(rates, scores):
     """The chosen rate, and every run that it took, where a rate's score is that of a dict."""
     ran, chosen = {}, None
+
+    def value(rate, steps):
+        return ran.get((rate, steps))
+
     while chosen is None:
-        chosen, wanted = choose(rates, 16, lambda rate, steps: ran.get((rate, steps)))
+        chosen, wanted = choose(rates, 16, value)
         ran |= {(rate, steps): (scores[rate],) for rate, steps in wanted}
     return chosen, ran
 

@@ -106,7 +106,8 @@ def test_shared_entries():
 
     assert shared(np.array([1, 2, 3, 4]), np.array([3, 4])) == 1.0
     assert (
-        shared(np.array([1, 2]), np.array([2, 9, 10])) == 0.5 and shared(np.array([]), np.array([1])) == 0.0
+        shared(np.array([1, 2]), np.array([2, 9, 10])) == 0.5
+    assert shared(np.array([]), np.array([1])) == 0.0
     )
 
 

@@ -173,7 +173,7 @@ def reduce_logits(kind: str):
 
 
 def metrics(kind: str):
-    """The Trainer's `compute_metrics`: accuracy and Matthews, or the mean loss of a token and its perplexity."""
+    """The Trainer's `compute_metrics`: accuracy and Matthews, or a token's mean loss and perplexity."""
 
     def accuracy(prediction):
         predicted, labels = prediction.predictions, prediction.label_ids
