@@ -105,10 +105,8 @@ def test_shared_entries():
     from id3_optim.cli.compare.maps import shared
 
     assert shared(np.array([1, 2, 3, 4]), np.array([3, 4])) == 1.0
-    assert (
-        shared(np.array([1, 2]), np.array([2, 9, 10])) == 0.5
+    assert shared(np.array([1, 2]), np.array([2, 9, 10])) == 0.5
     assert shared(np.array([]), np.array([1])) == 0.0
-    )
 
 
 def test_no_name_ends_the_script_or_the_markup(results):
