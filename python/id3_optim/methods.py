@@ -40,8 +40,8 @@ SELECTIVE: dict[str, tuple[Heuristic | str, str]] = {
     "weights-dynamic": (largest, "repeat"),
     "diff": ("diff", "static"),
 }
-# Name: the selective method, and the pool that it selects from. LoRA has no bias, and SNIP scores all of a new
-# LoRA 0, since B is 0 and A has no gradient. "id3+lora" is IncreLoRA's idea, growth by a score, entry by entry.
+# Name: the selective method, and the pool that it selects from. LoRA has no bias, and SNIP scores all of a
+# new LoRA 0: B is 0 and A has no gradient. "id3+lora" is IncreLoRA's idea, growth by a score, by entries.
 ON_A_POOL = {
     f"{name}+{pool}": (name, pool)
     for pool in ("lora", "adapter")
