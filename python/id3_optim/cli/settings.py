@@ -39,6 +39,7 @@ class Settings:
     label_column: str = "label"
     max_length: int = 256
     optimizer: str = "id3"
+    method: str | None = None
     budget: int | float = 0.005
     heuristic: str = "d3"
     eps: float = 1.0

@@ -20,6 +20,7 @@ from ..integrations.groups import parameter_groups
 from ..integrations.huggingface import DELTA_NAME, ID3Callback, StepClock
 from ..optimizer import ID3AdamW
 from . import tasks
+from .by_method import AfterStep, by_method
 from .checkpoints import (
     Checkpoints,
     check_same_run,
@@ -126,10 +127,15 @@ def prepare(
 ) -> tuple[Start, torch.optim.Optimizer, list[transformers.TrainerCallback]]:
     """The model before training, its optimizer, and the callbacks that `fit` needs for them."""
     start = load_start(settings, task, trainer_arguments(settings).device)
-    optimizer = build_optimizer(settings, start)
+    callbacks = [ID3Callback(originals=settings.originals)] if settings.optimizer == "id3" else []
+    if settings.method:
+        prepared = by_method(settings, start, task)
+        optimizer = prepared.optimizer
+        callbacks += [AfterStep(prepared.after_step)] if prepared.after_step else []
+    else:
+        optimizer = build_optimizer(settings, start)
     if settings.sparse_backward:
         sparse_backward(start.model, optimizer)
-    callbacks = [ID3Callback(originals=settings.originals)] if settings.optimizer == "id3" else []
     return start, optimizer, callbacks
 
 

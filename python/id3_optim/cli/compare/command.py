@@ -11,7 +11,7 @@ from ..options import add_batches, add_data, adder, budget
 from ..output import write_text
 from ..settings import Settings, check_settings
 from .grid import Plan, possible, settings_of
-from .methods import NAMED, read_method, read_rates
+from .methods import read_method, read_rates
 from .store import Store
 
 
@@ -43,7 +43,7 @@ def _add_results(group) -> None:
 
 def _add_grid(group) -> None:
     add = adder(group)
-    about = f"each NAME or NAME:SETTING=VALUE,… with settings of train; names: {', '.join(NAMED)}"
+    about = "each NAME or NAME:SETTING=VALUE,… with settings of train; names: those of id3_optim.methods"
     add("--methods", nargs="+", type=read_method, required=True, metavar="METHOD", help=about)
     add("--budgets", nargs="+", type=budget, default=[0.005], metavar="BUDGET", help="entries or shares")
     about = "learning rates to tune over; 1e-4:1.6e-3 doubles from the first to the second"

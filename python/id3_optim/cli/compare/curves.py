@@ -49,7 +49,7 @@ def _measured(plan: Plan, report: History) -> dict[int, float]:
     active = {log["step"]: log["n_active"] for log in report["history"] if "n_active" in log}
     metric = f"eval_{plan.metric}"
     measured = {log["step"]: log[metric] for log in report["history"] if metric in log}
-    always = None if active else report.get("entries", {}).get("active")  # of an optimizer without a schedule
+    always = None if active else report.get("trained")  # of an optimizer without a schedule
     return {n: value for step, value in measured.items() if (n := active.get(step, always))}
 
 

@@ -8,22 +8,40 @@ import math
 from dataclasses import dataclass, fields
 from typing import Any
 
+from ... import methods
 from ..options import budget
 from ..settings import Settings
 
 # Name: the settings that make it; `budget` None: the method has none.
-NAMED: dict[str, dict[str, Any]] = {
-    "id3": {},
-    "full": {"optimizer": "adamw", "budget": None},
-    "random": {"heuristic": "random", "strategy": "static"},
-    "magnitude": {"heuristic": "magnitude", "strategy": "static"},
-    "bias": {"heuristic": "bias", "strategy": "static"},
-    "static-d3": {"strategy": "static"},
-    "repeat-d3": {"strategy": "repeat"},
-}
+NAMED: dict[str, dict[str, Any]] = {name: {"method": name} for name in methods.names()}
+NAMED |= {name: {"method": name, "budget": None} for name in ("head", "adapter")}
+NAMED |= {"full": {"optimizer": "adamw", "budget": None}}
+# So that eps, exp, heuristic and strategy may differ.
+NAMED |= {"id3": {}, "static-d3": {"strategy": "static"}, "repeat-d3": {"strategy": "repeat"}}
 # Each has an option of its own, or says where files lie.
-_NOT_IN_A_METHOD = {"model", "train", "eval", "task", "output", "seed", "steps", "epochs", "budget", "resume"}
-_NOT_IN_A_METHOD |= {"save_every", "save_at", "report", "save_plots", "overwrite", "memory_report", "keep"}
+_NOT_IN_A_METHOD = {
+    "model",
+    "train",
+    "eval",
+    "task",
+    "output",
+    "seed",
+    "steps",
+    "epochs",
+    "budget",
+    "resume",
+    "method",
+}
+_NOT_IN_A_METHOD |= {
+    "method",
+    "save_every",
+    "save_at",
+    "report",
+    "save_plots",
+    "overwrite",
+    "memory_report",
+    "keep",
+}
 
 
 @dataclass(frozen=True)

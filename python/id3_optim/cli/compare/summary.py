@@ -62,7 +62,7 @@ def _row(plan, results, cell: Cell, reports, scores) -> Row:
         len(reports) - len(scores[cell]),
         spread(list(scores[cell].values())),
         paired(scores[cell], reference) if reference is not None else None,
-        fmean(r["entries"]["active"] for r in ended) if ended else None,
+        fmean(r["trained"] for r in ended) if ended else None,
         fmean(r["step_ms"]["total"] for r in ended) if ended else None,
         fmean(r["optimizer_bytes"] for r in ended) if ended else None,
     )
@@ -156,7 +156,7 @@ def exported(plan: Plan, results: Results) -> dict[str, Any]:
     }
 
 
-_EXPORTED = ("metrics", "entries", "optimizer_bytes", "step_ms", "diverged", "versions")
+_EXPORTED = ("metrics", "trained", "optimizer_bytes", "step_ms", "diverged", "versions")
 
 
 def _plain_row(row: Row) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from ..divergence import Diverged
 from ..env import version_of
 from ..report import summarise
 from ..settings import Settings
+from ..start import Start
 from ..tasks import Task
 from ..train import fit, prepare
 
@@ -72,10 +73,17 @@ def run_trial(settings: Settings, task: Task, threads: int, on_step: Callable[[]
             run = fit(start, task, optimizer, settings, callbacks, progress=Steps(on_step))
         except Diverged as error:
             return Outcome({"metrics": {}, "diverged": str(error), "history": []}, None)
-        report = summarise(settings, start, optimizer, run)
-        return Outcome(
-            _of_this_run(report) | _selected(start.model, optimizer) | _memory(), _places(optimizer)
-        )
+        report = _of_this_run(summarise(settings, start, optimizer, run)) | _memory()
+        report |= {"trained": trained_entries(start, optimizer)} | _selected(start.model, optimizer)
+        return Outcome(report, _places(optimizer))
+
+
+def trained_entries(start: Start, optimizer: torch.optim.Optimizer) -> int:
+    """Entries that training may have changed, of the model and of what a method added; no fresh head."""
+    groups = optimizer.param_groups
+    whole = [p for group in groups if group.get("dense", True) for p in group["params"]]
+    fresh = sum(p.numel() for name, p in start.model.named_parameters() if name in start.fresh)
+    return getattr(optimizer, "n_active", 0) + sum(p.numel() for p in whole) - fresh
 
 
 @contextlib.contextmanager
