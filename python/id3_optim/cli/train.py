@@ -9,7 +9,6 @@ from pathlib import Path
 import safetensors
 import torch
 import transformers
-from tqdm.auto import tqdm
 
 from .. import schedules
 from ..backward.handle import sparse_backward
@@ -20,7 +19,8 @@ from ..heuristics import D3, Bias, Magnitude, Random
 from ..integrations.groups import parameter_groups
 from ..integrations.huggingface import DELTA_NAME, ID3Callback, StepClock
 from ..optimizer import ID3AdamW
-from . import tasks
+from . import metrics, tasks
+from .by_method import AfterStep, prepare_method
 from .checkpoints import (
     Checkpoints,
     check_same_run,
@@ -32,6 +32,7 @@ from .checkpoints import (
 from .divergence import Diverged, FiniteLoss, WatchedTrainer
 from .failures import first_line
 from .output import UNFINISHED, begin, check_paths, publishing, remove
+from .progress import ProgressBar
 from .report import summarise
 from .settings import Settings, check_settings
 from .start import Start, check_tokens, load_start, longest_input
@@ -45,29 +46,6 @@ class Run:
     metrics: dict[str, float]
     history: list[dict]
     clock: StepClock
-
-
-class ProgressBar(transformers.TrainerCallback):
-    """One line: loss, active entries, entries changed."""
-
-    _bar = None
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self._bar = tqdm(total=state.max_steps, unit="step", dynamic_ncols=True)
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self._bar.update(1)
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if "loss" in logs:
-            counts = {"active": logs.get("n_active"), "changed": logs.get("n_changed")}
-            shown = {name: f"{count:,}" for name, count in counts.items() if count is not None}
-            self._bar.set_postfix(loss=f"{logs['loss']:.3f}", **shown)
-
-    def close(self) -> None:
-        """Ends the line, so that what is printed next has its own."""
-        if self._bar is not None:
-            self._bar.close()
 
 
 def trainer_arguments(settings: Settings) -> transformers.TrainingArguments:
@@ -142,6 +120,24 @@ def build_optimizer(settings: Settings, start: Start) -> torch.optim.Optimizer:
     )
 
 
+def prepare(
+    settings: Settings, task: Task
+) -> tuple[Start, torch.optim.Optimizer, list[transformers.TrainerCallback]]:
+    """The model before training, its optimizer, and the callbacks that `fit` needs for them."""
+    arguments = trainer_arguments(settings)
+    start = load_start(settings, task, arguments.device)
+    callbacks = [ID3Callback(originals=settings.originals)] if settings.optimizer == "id3" else []
+    if settings.method is None:
+        optimizer = build_optimizer(settings, start)
+    else:
+        ready = prepare_method(settings, task, start, arguments)
+        optimizer, start.merge = ready.optimizer, ready.merge
+        callbacks += [AfterStep(ready.after_step)] if ready.after_step else []
+    if settings.sparse_backward:
+        sparse_backward(start.model, optimizer)
+    return start, optimizer, callbacks
+
+
 def fit(
     start: Start,
     task: Task,
@@ -173,9 +169,9 @@ def fit(
     watch.check_end(start.model, trainer.state.global_step, measured["eval_loss"])
     checkpoints.remove_old()
     remove(Path(settings.output) / UNFINISHED)
-    names = ("eval_accuracy", "eval_token_loss", "eval_perplexity", "eval_loss")
-    metrics = {name: float(measured[name]) for name in names if name in measured}
-    return Run(metrics, trainer.state.log_history, clock)
+    found = (f"eval_{name}" for name in metrics.NAMES)
+    measured = {name: float(measured[name]) for name in found if name in measured}
+    return Run(measured, trainer.state.log_history, clock)
 
 
 def run_trainer(trainer: WatchedTrainer, checkpoint: Path | None) -> None:
@@ -205,8 +201,8 @@ def make_trainer(start, task, optimizer, settings, callbacks, watch) -> WatchedT
         data_collator=partial(tasks.collate, pad_token_id=tasks.padding_token(start.tokenizer)),
         optimizers=(optimizer, None),
         callbacks=callbacks,
-        preprocess_logits_for_metrics=tasks.reduce_logits(task.kind),
-        compute_metrics=tasks.metrics(task.kind),
+        preprocess_logits_for_metrics=metrics.reduce_logits(task.kind),
+        compute_metrics=metrics.metrics(task.kind, task.labels),
     )
     trainer.remove_callback(transformers.PrinterCallback)
     return trainer
@@ -243,13 +239,9 @@ def train(settings: Settings) -> tuple[dict, Start, torch.optim.Optimizer]:
         print("--eval has the rows of --train: the metrics say nothing about other texts")
     watch = MemoryWatch() if settings.memory_report else None
     predicted = predicted_memory(settings) if watch else {}  # before the run, which a failure would lose
-    start = load_start(settings, task, trainer_arguments(settings).device)
+    start, optimizer, callbacks = prepare(settings, task)
     if start.fresh:
         print(f"new in this model, so trained whole (dense): {', '.join(sorted(start.fresh))}")
-    optimizer = build_optimizer(settings, start)
-    if settings.sparse_backward:
-        sparse_backward(start.model, optimizer)
-    callbacks = [ID3Callback(originals=settings.originals)] if settings.optimizer == "id3" else []
     begin(settings)
     if settings.save_at:
         DeltaSeries(settings.output, start.model, optimizer, settings.save_at, originals=settings.originals)
@@ -257,8 +249,10 @@ def train(settings: Settings) -> tuple[dict, Start, torch.optim.Optimizer]:
         callbacks.append(watch)
     with stopping(Path(settings.output)):
         run = fit(start, task, optimizer, settings, callbacks, checkpoint)
+        report = summarise(settings, start, optimizer, run)
+        if start.merge is not None:
+            start.merge()
         write_model(settings, start, optimizer)
-    report = summarise(settings, start, optimizer, run)
     if watch:
         report["memory"] = {"predicted": predicted, "measured": watch.measured}
     return report, start, optimizer
