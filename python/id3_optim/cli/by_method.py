@@ -46,7 +46,7 @@ def prepare_method(
         budget=settings.budget,
         lr=settings.lr,
         total_steps=total_steps(settings, task, arguments),
-        examples=_examples(settings, task, start) if methods.needs_examples(settings.method) else (),
+        examples=examples_of(settings, task, start) if methods.needs_examples(settings.method) else (),
         seed=settings.seed,
         head_options={} if settings.head_lr is None else {"lr": settings.head_lr},
         leave_out=settings.leave_out,
@@ -61,7 +61,7 @@ def total_steps(settings: Settings, task: Task, arguments: transformers.Training
     return settings.steps or int(-(-settings.epochs * per_epoch // 1))
 
 
-def _examples(settings: Settings, task: Task, start: Start) -> list[dict]:
+def examples_of(settings: Settings, task: Task, start: Start) -> list[dict]:
     """Batches of one training row each, on the model's device; which rows, the seed decides."""
     rows = random.Random(settings.seed).sample(task.train, min(methods.SAMPLES, len(task.train)))
     length = min(settings.max_length, longest_input(start))

@@ -13,8 +13,8 @@ NAMES += ("token_loss", "perplexity", "loss")
 
 
 def reduce_logits(kind: str) -> Callable:
-    """The Trainer's `preprocess_logits_for_metrics`: classes, scores [rows], or the loss [rows, 2] of each row
-    with the number of its tokens."""
+    """The Trainer's `preprocess_logits_for_metrics`: classes, scores [rows], or [rows, 2] the loss of a row
+    and the number of its tokens."""
 
     def predicted_class(logits, labels):
         return _first(logits).argmax(-1)

@@ -153,8 +153,8 @@ def _check_method(settings: Settings) -> None:
     pool = name not in methods.SELECTIVE
     for unfit in ("delta_only", "save_at", "save_every", "release_gradients", "sparse_backward"):
         if pool and getattr(settings, unfit):
-            raise ValueError(f"{option(unfit)}: does not apply to --method {name}: it trains whole tensors or "
-                             "an adapter")  # fmt: skip
+            raise ValueError(f"{option(unfit)}: does not apply to --method {name}: it trains whole tensors "
+                             "or an adapter")  # fmt: skip
 
 
 def _check_save_at(settings: Settings) -> None:

@@ -1,8 +1,8 @@
 """A text classifier over the mean of the last hidden states, for any encoder of transformers.
 
 The file needs torch and transformers alone. `save_pretrained` puts a copy of it beside the weights, so that
-`AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=True)` loads the model where this
-package is not installed; where it is, `MeanPoolingClassifier.from_pretrained(folder)` does.
+`AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=True)` loads the model where
+this package is not installed; where it is, `MeanPoolingClassifier.from_pretrained(folder)` does.
 """
 
 import inspect
@@ -27,6 +27,7 @@ class MeanPoolingConfig(PretrainedConfig):
 
     def __init__(self, encoder: dict | None = None, **options):
         self.encoder = encoder or {}
+        self.pad_token_id = options.pop("pad_token_id", self.encoder.get("pad_token_id"))
         super().__init__(**options)
 
     @property
@@ -40,7 +41,7 @@ class MeanPoolingConfig(PretrainedConfig):
 
 
 class MeanPoolingClassifier(PreTrainedModel):
-    """`encoder`, the mean of its last hidden states over the attention mask, dropout, and a linear `classifier`.
+    """`encoder`, the mean of its last hidden states over the attention mask, dropout, a linear `classifier`.
 
     With `problem_type` "regression" the loss is the mean square, else the cross entropy.
     """
