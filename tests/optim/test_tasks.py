@@ -1,6 +1,5 @@
 """`id3_optim.cli.tasks`: files as rows, rows as tokens and batches, and the mistakes in a file."""
 
-import numpy as np
 import pytest
 from tiny_models import word_tokenizer
 
@@ -78,7 +77,7 @@ def test_labels_are_ordered_by_number_where_they_are_numbers():
         (
             "a.txt",
             "x",
-            r"--train: expected a name in .csv, .tsv or .jsonl, got .*a.txt; name it so or give --task",
+            r"--train: expected a name in .csv, .tsv, .jsonl or .conll, got .*a.txt; name it so or give --task",
         ),
     ],
 )
@@ -95,12 +94,3 @@ def test_a_label_that_training_never_saw(tmp_path):
         ValueError, match=r"eval.csv: expected labels that occur in .*train.csv, got '3' \(1 such"
     ):
         tasks.read_task(str(tmp_path / "train.csv"), str(tmp_path / "eval.csv"))
-
-
-def test_matthews_is_the_correlation_of_the_classes():
-    predicted, labels = np.array([1, 1, 0, 0, 1, 0]), np.array([1, 0, 0, 0, 1, 1])
-    assert tasks.matthews(predicted, labels) == pytest.approx(np.corrcoef(predicted, labels)[0, 1])
-    assert tasks.matthews(np.ones(4), np.array([0, 1, 0, 1])) == 0.0
-    assert tasks.matthews(np.array([0, 1, 2]), np.array([0, 1, 2])) == pytest.approx(1.0)
-    # 3 classes by the counts of Gorodkin: c = 3 right of s = 4; p = (1, 2, 1), t = (1, 1, 2).
-    assert tasks.matthews(np.array([0, 1, 2, 1]), np.array([0, 1, 2, 2])) == pytest.approx(7 / 10)

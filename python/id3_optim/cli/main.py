@@ -54,6 +54,7 @@ def run_train(arguments: argparse.Namespace) -> None:
     names = Settings.__dataclass_fields__
     options = {name: value for name, value in vars(arguments).items() if name in names}
     options |= {"text_column": tuple(arguments.text_column), "save_at": tuple(arguments.save_at)}
+    options["leave_out"] = tuple(arguments.leave_out)
     settings = Settings(**options)
     check_settings(settings)
     check_paths(settings)

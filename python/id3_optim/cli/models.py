@@ -165,6 +165,8 @@ def load_config(source: str | Path, option: str = "--model"):
     """The configuration of transformers in a folder, or of a hub name. option: its name in an error."""
     import transformers
 
+    from ..integrations import mean_pooling  # noqa: F401 - makes its configuration known
+
     check_source(option, source)
     if os.path.isdir(source) and not os.path.isfile(Path(source) / "config.json"):
         raise ValueError(f"{option}: expected a config.json in {source}, got none")
@@ -197,12 +199,37 @@ def load_pretrained(
     return model, fresh
 
 
+def load_mean_pooling(
+    source: str, dtype: torch.dtype | str, option: str = "--model", **settings
+) -> tuple[torch.nn.Module, set[str]]:
+    """As `load_pretrained`: a classifier over the mean of the encoder's states, or one that is saved there.
+
+    settings: of the classifier's configuration, such as `id2label`.
+    """
+    from transformers import AutoModel
+
+    from ..integrations.mean_pooling import MeanPoolingClassifier, MeanPoolingConfig, without_pooler
+
+    config = load_config(source, option)
+    if isinstance(config, MeanPoolingConfig):
+        options = {"dtype": dtype, "ignore_mismatched_sizes": True, **settings}
+        return load_pretrained(MeanPoolingClassifier, source, option, **options)
+    encoder, missing = load_pretrained(AutoModel, source, option, dtype=dtype, **without_pooler(config))
+    model = MeanPoolingClassifier(MeanPoolingConfig(encoder.config.to_dict(), **settings))
+    model.encoder = encoder
+    head = {name for name, _ in model.named_parameters() if name.startswith("classifier.")}
+    return model, head | {f"encoder.{name}" for name in missing}
+
+
 def load(
     config, source: str, dtype: torch.dtype | str, option: str = "--model"
 ) -> tuple[torch.nn.Module, set[str]]:
     """The model, and the names of its parameters that the checkpoint at `source` lacks."""
     import transformers
 
+    if config.model_type == "mean_pooling":
+        settings = {"id2label": config.id2label, "problem_type": config.problem_type}
+        return load_mean_pooling(source, dtype, option, **settings)
     names = config.architectures or ["AutoModel"]
     name = names[0] if isinstance(names, list) else names
     model_class = getattr(transformers, str(name), None)

@@ -46,12 +46,15 @@ def add_train(train: argparse.ArgumentParser) -> None:
 
 def add_data(group) -> None:
     add = adder(group)
-    add("--train", required=True, metavar="FILE", help="CSV or TSV (classification), JSONL (causal-lm)")
+    add(
+        "--train", required=True, metavar="FILE", help="CSV or TSV (classification), JSONL (causal-lm), CoNLL"
+    )
     add("--eval", required=True, metavar="FILE", help="the same, to measure on")
     add(
         "--task",
-        choices=("classification", "causal-lm"),
-        help="default: by the file's ending; classification: labels that look like scores too are classes",
+        choices=("classification", "regression", "token-classification", "causal-lm"),
+        help="default: by the file's ending; classification: labels that look like scores too are classes; "
+        "regression: labels are numbers",
     )
     add("--text-column", nargs="+", default=["text"], metavar="NAME", help="one column, or two for pairs")
     add("--label-column", default="label", metavar="NAME", help="column of the class")
@@ -63,6 +66,12 @@ def add_data(group) -> None:
         help="between columns: ';', tab (default: by the ending)",
     )
     add("--max-length", type=int, default=256, metavar="TOKENS", help="longer texts are truncated")
+    add(
+        "--pooling",
+        choices=("first", "mean"),
+        default="first",
+        help="of a text classifier: the model's own head, or a head on the mean of the last states",
+    )
 
 
 def add_output(group) -> None:
@@ -105,6 +114,19 @@ def add_selection(group) -> None:
         choices=("id3", "adamw"),
         default="id3",
         help="adamw trains every entry, for comparison",
+    )
+    add(
+        "--method",
+        metavar="NAME",
+        help="a method of id3_optim.methods, such as fish, bitfit, lora, id3+lora, in place of --optimizer, "
+        "--heuristic and --strategy",
+    )
+    add(
+        "--leave-out",
+        nargs="+",
+        default=[],
+        metavar="PART",
+        help="parts of parameter names, such as embeddings, that stay frozen",
     )
     add("--budget", type=budget, default="0.5%", help="entries (320000) or a share of the model (0.5%%)")
     add(

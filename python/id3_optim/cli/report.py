@@ -32,13 +32,14 @@ def summarise(settings, start, optimizer: torch.optim.Optimizer, run) -> dict:
     entries = {name: p.numel() for name, p in start.model.named_parameters() if p.requires_grad}
     dense = sum(entries[name] for name in start.fresh if name in entries)
     total = sum(entries.values())
+    chooses = is_id3 and not all(group["dense"] for group in optimizer.param_groups)
     return {
         "metrics": run.metrics,
         "entries": {
             "total": total - dense,
             "dense": dense,
-            "active": optimizer.n_active if is_id3 else total - dense,
-            "changed": count_changed(optimizer) if is_id3 else None,
+            "active": optimizer.n_active if chooses else total - dense,
+            "changed": count_changed(optimizer) if chooses else None,
         },
         "optimizer_bytes": state_bytes(optimizer),
         "optimizer_memory": optimizer.memory_report() if is_id3 else {},

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from id3_kernels import backend
 
-from .. import schedules
+from .. import methods, schedules
 from ..heuristics import D3
 
 # Setting: its least value.
@@ -38,8 +38,10 @@ class Settings:
     text_column: tuple[str, ...] = ("text",)
     label_column: str = "label"
     max_length: int = 256
+    pooling: str = "first"
     optimizer: str = "id3"
     method: str | None = None
+    leave_out: tuple[str, ...] = ()
     budget: int | float = 0.005
     heuristic: str = "d3"
     eps: float = 1.0
@@ -102,6 +104,7 @@ def check_settings(settings: Settings) -> None:
     if settings.backend is not None:
         _check_alone("backend", lambda: backend.require(settings.backend))
     _check_pairs(settings)
+    _check_method(settings)
     _check_save_at(settings)
     _check_data(settings)
 
@@ -142,6 +145,25 @@ def _check_pairs(settings: Settings) -> None:
         raise ValueError("--keep: expected --save-every with it, got none")
     if settings.resume and settings.overwrite:
         raise ValueError("--overwrite: does not apply to --resume: the run goes on with what is there")
+
+
+def _check_method(settings: Settings) -> None:
+    """Raises ValueError for options that a method decides itself, or that its pool excludes."""
+    name = settings.method
+    if name is None:
+        if settings.leave_out:
+            raise ValueError("--leave-out: expected --method with it, got none")
+        return
+    _check_alone("method", lambda: methods.check_name(name))
+    defaults = {f: Settings.__dataclass_fields__[f].default for f in ("optimizer", "heuristic", "strategy")}
+    for given, default in defaults.items():
+        if getattr(settings, given) != default:
+            raise ValueError(f"{option(given)}: does not apply to --method: {name} decides it")
+    pool = name not in methods.SELECTIVE
+    for unfit in ("delta_only", "save_at", "save_every", "release_gradients", "sparse_backward"):
+        if pool and getattr(settings, unfit):
+            raise ValueError(f"{option(unfit)}: does not apply to --method {name}: it trains whole tensors "
+                             "or an adapter")  # fmt: skip
 
 
 def _check_save_at(settings: Settings) -> None:

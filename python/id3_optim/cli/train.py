@@ -19,8 +19,8 @@ from ..heuristics import D3, Bias, Magnitude, Random
 from ..integrations.groups import parameter_groups
 from ..integrations.huggingface import DELTA_NAME, ID3Callback, StepClock
 from ..optimizer import ID3AdamW
-from . import tasks
-from .by_method import AfterStep, by_method
+from . import metrics, tasks
+from .by_method import AfterStep, prepare_method
 from .checkpoints import (
     Checkpoints,
     check_same_run,
@@ -126,14 +126,15 @@ def prepare(
     settings: Settings, task: Task
 ) -> tuple[Start, torch.optim.Optimizer, list[transformers.TrainerCallback]]:
     """The model before training, its optimizer, and the callbacks that `fit` needs for them."""
-    start = load_start(settings, task, trainer_arguments(settings).device)
+    arguments = trainer_arguments(settings)
+    start = load_start(settings, task, arguments.device)
     callbacks = [ID3Callback(originals=settings.originals)] if settings.optimizer == "id3" else []
-    if settings.method:
-        prepared = by_method(settings, start, task)
-        optimizer = prepared.optimizer
-        callbacks += [AfterStep(prepared.after_step)] if prepared.after_step else []
-    else:
+    if settings.method is None:
         optimizer = build_optimizer(settings, start)
+    else:
+        ready = prepare_method(settings, task, start, arguments)
+        optimizer, start.merge = ready.optimizer, ready.merge
+        callbacks += [AfterStep(ready.after_step)] if ready.after_step else []
     if settings.sparse_backward:
         sparse_backward(start.model, optimizer)
     return start, optimizer, callbacks
@@ -172,9 +173,9 @@ def fit(
     watch.check_end(start.model, trainer.state.global_step, measured["eval_loss"])
     checkpoints.remove_old()
     remove(Path(settings.output) / UNFINISHED)
-    names = ("eval_accuracy", "eval_matthews", "eval_token_loss", "eval_perplexity", "eval_loss")
-    metrics = {name: float(measured[name]) for name in names if name in measured}
-    return Run(metrics, trainer.state.log_history, clock)
+    found = (f"eval_{name}" for name in metrics.NAMES)
+    measured = {name: float(measured[name]) for name in found if name in measured}
+    return Run(measured, trainer.state.log_history, clock)
 
 
 def run_trainer(trainer: WatchedTrainer, checkpoint: Path | None) -> None:
@@ -204,8 +205,8 @@ def make_trainer(start, task, optimizer, settings, callbacks, watch) -> WatchedT
         data_collator=partial(tasks.collate, pad_token_id=tasks.padding_token(start.tokenizer)),
         optimizers=(optimizer, None),
         callbacks=callbacks,
-        preprocess_logits_for_metrics=tasks.reduce_logits(task.kind),
-        compute_metrics=tasks.metrics(task.kind),
+        preprocess_logits_for_metrics=metrics.reduce_logits(task.kind),
+        compute_metrics=metrics.metrics(task.kind, task.labels),
     )
     trainer.remove_callback(transformers.PrinterCallback)
     return trainer
@@ -252,8 +253,10 @@ def train(settings: Settings) -> tuple[dict, Start, torch.optim.Optimizer]:
         callbacks.append(watch)
     with stopping(Path(settings.output)):
         run = fit(start, task, optimizer, settings, callbacks, checkpoint)
+        report = summarise(settings, start, optimizer, run)
+        if start.merge is not None:
+            start.merge()
         write_model(settings, start, optimizer)
-    report = summarise(settings, start, optimizer, run)
     if watch:
         report["memory"] = {"predicted": predicted, "measured": watch.measured}
     return report, start, optimizer

@@ -25,6 +25,8 @@ from .workers import runner
 # Of each kind of task; the first one is the default.
 _METRICS = {
     "classification": ("accuracy", "matthews", "loss"),
+    "regression": ("pearson", "spearman", "loss"),
+    "token-classification": ("f1", "precision", "recall", "accuracy", "loss"),
     "causal-lm": ("token_loss", "perplexity", "loss"),
 }
 
@@ -40,7 +42,7 @@ def plan_of(arguments: argparse.Namespace, settings: Settings, store: Store) -> 
         encoding=settings.encoding,
         delimiter=settings.delimiter,
     )
-    check_model(settings.model, task)
+    check_model(settings.model, task, settings.pooling)
     metrics = _METRICS[task.kind]
     if arguments.metric not in (None, *metrics):
         raise ValueError(f"--metric: expected one of {', '.join(metrics)}, got {arguments.metric}")
