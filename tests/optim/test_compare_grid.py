@@ -42,13 +42,16 @@ def test_a_method_has_settings_of_train():
     method = read_method("id3:eps=0.5,select-every=16,sparse_backward=true,schedule=cosine,lr=1e-3:4e-3")
     changes = {"eps": 0.5, "select_every": 16, "sparse_backward": True, "schedule": "cosine"}
     assert dict(method.changes) == changes and method.rates == (1e-3, 2e-3, 4e-3)
+    assert method.name == "id3:eps=0.5,select-every=16,sparse_backward=true,schedule=cosine"
+    assert dict(read_method("fish").changes) == {"method": "fish"}
+    assert dict(read_method("id3:leave_out=embed+pooler").changes) == {"leave_out": ("embed", "pooler")}
     assert not read_method("full").has_budget and read_method("random").has_budget
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("no-such", "expected one of id3"),
+        ("no-such", "expected one of .*, got 'no-such'"),
         ("id3:no_such=1", "expected settings of train"),
         ("id3:train=x.csv", "expected settings of train"),
         ("id3:eps=big", "expected eps as float, got 'big'"),
@@ -148,7 +151,7 @@ def test_a_loss_is_made_small():
 
 def test_one_rate_needs_no_tuning():
     plan = plan_of(read_method("id3:lr=5e-3"), budgets=(0.01,))
-    assert list(missing(plan, {})) == [Trial("id3:lr=5e-3", 0.01, 5e-3, seed, 40, False) for seed in (3, 4)]
+    assert list(missing(plan, {})) == [Trial("id3", 0.01, 5e-3, seed, 40, False) for seed in (3, 4)]
 
 
 def test_a_run_is_the_same_in_every_grid_that_has_it():

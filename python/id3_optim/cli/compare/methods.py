@@ -46,7 +46,7 @@ _NOT_IN_A_METHOD |= {
 
 @dataclass(frozen=True)
 class Method:
-    """name: as typed; changes: settings; rates: its own learning rates, else those of `--lr`."""
+    """name: as typed, less learning rates; changes: settings; rates: its own learning rates, else those of `--lr`."""
 
     name: str
     changes: tuple[tuple[str, Any], ...] = ()
@@ -83,15 +83,16 @@ def read_method(text: str) -> Method:
     name, _, rest = text.partition(":")
     if name not in NAMED:
         raise argparse.ArgumentTypeError(f"expected one of {', '.join(NAMED)}, got {name!r}")
-    changes, rates = dict(NAMED[name]), None
-    for part in filter(None, rest.split(",")):
+    changes, rates, parts = dict(NAMED[name]), None, list(filter(None, rest.split(",")))
+    for part in parts:
         setting, _, value = part.partition("=")
         setting = setting.strip().replace("-", "_")
         if setting == "lr":
             rates = read_rates(value)
         else:
             changes[setting] = _value(setting, value, text)
-    return Method(text, tuple(sorted(changes.items())), rates)
+    shown = ",".join(part for part in parts if not part.strip().startswith("lr="))
+    return Method(f"{name}:{shown}" if shown else name, tuple(sorted(changes.items())), rates)
 
 
 def _value(setting: str, value: str, text: str) -> Any:
@@ -102,6 +103,8 @@ def _value(setting: str, value: str, text: str) -> Any:
     kind = types[setting].__name__ if isinstance(types[setting], type) else str(types[setting])
     if kind.startswith("str"):
         return value
+    if kind.startswith("tuple[str"):
+        return tuple(value.split("+"))
     if setting == "budget":
         return budget(value)
     try:

@@ -121,7 +121,11 @@ def _plan(saved: dict[str, Any]) -> Plan:
     settings = saved.pop("settings")
     settings = {name: tuple(v) if isinstance(v, list) else v for name, v in settings.items()}
     methods = tuple(
-        Method(m["name"], tuple((k, v) for k, v in m["changes"]), m["rates"] and tuple(m["rates"]))
+        Method(
+            m["name"],
+            tuple((k, tuple(v) if isinstance(v, list) else v) for k, v in m["changes"]),
+            m["rates"] and tuple(m["rates"]),
+        )
         for m in saved.pop("methods")
     )
     lists = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
