@@ -31,6 +31,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "many": _from("many"),
     "release": _from("release"),
     "training": _from("training"),
+    "quality": _from("quality.run"),
     "against": _from("against"),
     "report": _from("report"),
     "gpu": _from("gpu.check"),

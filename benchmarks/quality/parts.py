@@ -18,12 +18,30 @@ _RATES = {
 }
 # One for each kind, which no task has tuned: the defaults of the docs, or of the method's own papers.
 _DEFAULTS = {"full": "2e-5", "whole": "1e-3", "sparse": "2e-3", "random": "1e-2"}
-_KINDS = {"full": "full", "head": "whole", "lora": "whole", "adalora": "whole", "adapter": "whole"}
+_KINDS = {"full": "full", "head": "random", "lora": "whole", "adalora": "whole", "adapter": "whole"}
 _KINDS |= {"random": "random", "shira": "random"}
 
 MAIN = ("id3", "full", "head", "random", "fish", "pafi", "bitfit", "static-d3", "repeat-d3", "lora")
-RIVALS = ("id3", "adalora", "shira", "diff", "gradient", "gradient-dynamic", "snip", "snip-dynamic", "weights")
-ON_A_POOL = ("id3", "id3+lora", "static-d3+lora", "random+lora", "id3+adapter", "random+adapter", "sparse-adapter")
+RIVALS = (
+    "id3",
+    "adalora",
+    "shira",
+    "diff",
+    "gradient",
+    "gradient-dynamic",
+    "snip",
+    "snip-dynamic",
+    "weights",
+)
+ON_A_POOL = (
+    "id3",
+    "id3+lora",
+    "static-d3+lora",
+    "random+lora",
+    "id3+adapter",
+    "random+adapter",
+    "sparse-adapter",
+)
 _SCHEDULES = ("front-loaded:0.05", "front-loaded:0.1", "front-loaded:0.2", "front-loaded:0.5", "one-shot")
 WHY = (
     "id3",
