@@ -4,17 +4,18 @@ import json
 from pathlib import Path
 
 import pytest
-from tiny_models import save_bert, write_reviews
+from tiny_models import save_bert
 
 from benchmarks.quality import parts, report, run, tasks
 from benchmarks.quality.parts import PARTS
 from benchmarks.render import README, block
 from id3_optim.cli.main import parser
 
+BUDGET = report.budgets_of("main")[0]
 SCORES = {"id3": 0.60, "full": 0.65, "head": 0.40, "fish": 0.58}
 
 
-def made(part, task, scores, budget=0.0017, seeds=5):
+def made(part, task, scores, budget=BUDGET, seeds=5):
     """A report as `compare --report` writes it, with scores that grow with the seed."""
     rows = [
         {
@@ -58,7 +59,7 @@ def test_without_results_the_pages_say_so(tmp_path):
 
 
 def test_the_table_has_every_method_and_names_empty_cells(reports):
-    table = report.part_table(reports, "main", 0.0017)
+    table = report.part_table(reports, "main", BUDGET)
     lines = {line.split("|")[1].strip(): line for line in table.splitlines()[2:]}
     assert list(lines) == list(PARTS["main"].methods)
     assert "62.00 ± 1.58" in lines["id3"] and "60.00 ± 1.58*" in lines["fish"]
@@ -66,13 +67,14 @@ def test_the_table_has_every_method_and_names_empty_cells(reports):
     assert lines["lora"].count("–") == 5
     missing = list(report.empty(reports, "main"))
     assert "id3 on cola at 0.17 %" not in missing and "id3 on sst2 at 0.17 %" in missing
-    assert "lora on cola at 0.17 %" in report.readme_block(reports)
+    assert "lora on cola at 0.17 %; " in report.readme_block(reports)
+    assert "every method on sst2 at 0.17 %" in report.readme_block(reports)
 
 
 def test_a_cell_with_seeds_missing_is_named(reports):
     reports["main", "cola"] = made("main", "cola", SCORES, seeds=3)
     assert "id3 on cola at 0.17 %" in list(report.empty(reports, "main"))
-    assert "(3 of 5)" in report.part_table(reports, "main", 0.0017)
+    assert "(3 of 5)" in report.part_table(reports, "main", BUDGET)
 
 
 def test_a_task_without_room_does_not_count(reports):
@@ -80,7 +82,7 @@ def test_a_task_without_room_does_not_count(reports):
     reports["main", "mrpc"] = made("main", "mrpc", SCORES | {"head": 0.62, "fish": 0.9})
     assert report.room(reports, "mrpc") == pytest.approx(0.03)
     assert "mrpc" not in report.with_room(reports, "main")
-    versus = report.versus(reports, "main", "fish", 0.0017)
+    versus = report.versus(reports, "main", "fish", BUDGET)
     assert (versus.wins, versus.losses) == (0, 5)
     assert "mrpc +3.0 points (does not count)" in report.page(reports)
 
@@ -93,14 +95,14 @@ def test_what_differs_by_less_than_two_standard_errors_is_equal(reports):
         "2": 0.62,
     }
     reports = {("main", "cola"): close}
-    line = next(x for x in report.part_table(reports, "main", 0.0017).splitlines() if x.startswith("| fish"))
+    line = next(x for x in report.part_table(reports, "main", BUDGET).splitlines() if x.startswith("| fish"))
     assert "(equal)" in line
 
 
 def test_a_run_that_diverged_is_shown(reports):
     row = next(row for row in reports["main", "cola"]["rows"] if row["method"] == "fish")
     row |= {"scores": {}, "diverged": 5, "mean": None, "sd": None}
-    assert "5 diverged" in report.part_table(reports, "main", 0.0017)
+    assert "5 diverged" in report.part_table(reports, "main", BUDGET)
     assert "fish on cola at 0.17 %" not in list(report.empty(reports, "main"))
 
 
@@ -142,7 +144,7 @@ def test_data_becomes_files_that_the_tool_reads(tmp_path):
     train, _ = tasks.prepare("cola", write_data(tmp_path / "data"), tmp_path / "out")
     rows = tasks.read_rows(train)
     assert len(rows) == 32 and rows[0] == {"sentence1": 'the "film 0 was good', "label": "1"}
-    with pytest.raises(FileNotFoundError, match="--data: expected .*MRPC.* got none"):
+    with pytest.raises(FileNotFoundError, match=r"--data: expected .*MRPC.* got none"):
         tasks.prepare("mrpc", tmp_path / "data", tmp_path / "out")
     own, _ = tasks.prepare("banking77", None, tmp_path / "out")
     assert len(tasks.read_rows(own)) == 10003
@@ -150,7 +152,6 @@ def test_data_becomes_files_that_the_tool_reads(tmp_path):
 
 def test_a_grid_runs_goes_on_and_is_exported(tmp_path):
     save_bert(tmp_path / "bert")
-    write_reviews(tmp_path / "unused.csv")
     words = [
         "--model",
         tmp_path / "bert",

@@ -1,4 +1,4 @@
-"""The grids of the evidence: which methods, budgets, learning rates and seeds, each a call of `id3-optim compare`.
+"""The grids of the evidence: which methods, budgets, learning rates and seeds, each an `id3-optim compare`.
 
 Every method of a part has as many learning rates, doubling, around the place where it works; the report names
 the methods whose best one is the first or the last.
@@ -55,7 +55,7 @@ EPS_AND_EXP = ("id3", *(f"id3:eps={eps},exp={exp}" for eps in (0.5, 1.0) for exp
 
 @dataclass(frozen=True)
 class Part:
-    """A grid on each of `tasks`. tuned: over seven learning rates; else one default for each kind of method."""
+    """A grid on each of `tasks`. tuned: over seven learning rates, else a default of each kind."""
 
     about: str
     methods: tuple[str, ...]

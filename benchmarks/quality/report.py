@@ -10,6 +10,7 @@ from statistics import fmean
 from benchmarks.quality.parts import PARTS
 from benchmarks.quality.tasks import TASKS
 from benchmarks.render import README, RESULTS, ROOT, Markers, replace_block, table
+from id3_optim.cli import budget
 from id3_optim.cli.compare.statistics import Paired, paired
 
 QUALITY: Markers = ("<!-- quality:begin -->", "<!-- quality:end -->")
@@ -42,7 +43,7 @@ def row_of(reports: Reports, part: str, task: str, method: str, budget: float | 
 
 
 def budgets_of(part: str) -> list[float]:
-    return [float(text.removesuffix("%")) / 100 for text in PARTS[part].budgets]
+    return [budget(text) for text in PARTS[part].budgets]
 
 
 def is_whole(part: str, row: dict | None) -> bool:
@@ -116,16 +117,25 @@ def empty(reports: Reports, part: str) -> Iterator[str]:
                     yield f"{method} on {task} at {100 * budget:.3g} %"
 
 
-def named(cells: list[str]) -> str:
-    if not cells:
+def named(reports: Reports, part: str) -> str:
+    """The cells without all their runs, by task and budget."""
+    missing = list(empty(reports, part))
+    if not missing:
         return "Every cell has all its runs."
-    return f"Cells without all their runs: {'; '.join(cells)}."
+    lines = []
+    for task in PARTS[part].tasks:
+        for share in budgets_of(part):
+            end = f" on {task} at {100 * share:.3g} %"
+            methods = [cell.removesuffix(end) for cell in missing if cell.endswith(end)]
+            every = len(methods) == len(PARTS[part].methods)
+            lines += [f"{'every method' if every else ', '.join(methods)}{end}"] if methods else []
+    return f"Cells without all their runs: {'; '.join(lines)}."
 
 
 MARKS = (
-    "Scores on the development sets in per cent (CoLA: Matthews' correlation, else accuracy), mean ± standard "
-    "deviation over seeds; –: not run; \\*: the best learning rate is the first or the last of those tried. "
-    "Against ID3: the mean difference by task and seed with p of an exact Wilcoxon signed-rank test; (equal): "
+    "Scores on the development sets in per cent (CoLA: Matthews' correlation, else accuracy), mean ± standard\n"
+    "deviation over seeds; –: not run; \\*: the best learning rate is the first or the last of those tried.\n"
+    "Against ID3: the mean difference by task and seed with p of an exact Wilcoxon signed-rank test; (equal):\n"
     "less than two standard errors."
 )
 
@@ -135,7 +145,7 @@ def readme_block(reports: Reports) -> str:
     if not any(part == "main" for part, _ in reports):
         return NOTHING
     budget = budgets_of("main")[0]
-    missing = named(list(empty(reports, "main")))
+    missing = named(reports, "main")
     about = f"MiniLM-L6, {100 * budget:.3g} % of the entries. {MARKS}"
     return "\n\n".join([part_table(reports, "main", budget), about, missing])
 
@@ -148,8 +158,9 @@ def page(reports: Reports) -> str:
 
 _INTRODUCTION = f"""# Evidence
 
-Which method pays, at which budget and learning rate. This page is generated from `benchmarks/results/quality`;
-[Benchmarks](benchmarks.md) has times and memory. To run or to go on with the grids:
+Which method pays, at which budget and learning rate. This page is generated from
+`benchmarks/results/quality`; [Benchmarks](benchmarks.md) has times and memory. To run or to go on with the
+grids:
 
 ```bash
 python -m benchmarks quality --model MINILM --data FOLDER
@@ -177,7 +188,7 @@ def _part(reports: Reports, part: str) -> str:
         for budget in budgets_of(part):
             lines += [f"{100 * budget:.3g} % of the entries:", part_table(reports, part, budget)]
         lines += [_how(reports, part, present)]
-    return "\n\n".join([*lines, named(list(empty(reports, part)))])
+    return "\n\n".join([*lines, named(reports, part)])
 
 
 def _rooms(reports: Reports) -> str:
@@ -212,8 +223,8 @@ def _paper(reports: Reports) -> str:
         lines.append([method, *(f"{scores[task]:.2f}" for task in tasks), *ours])
     header = ["method", *(f"{task}, paper" for task in tasks), *(f"{task}, here" for task in tasks)]
     about = (
-        "Table 1 of the paper has DeBERTa-v3-base with 320K entries (0.17 %) and many more steps: the order of "
-        "the methods can be compared, the scores cannot."
+        "Table 1 of the paper has DeBERTa-v3-base with 320K entries (0.17 %) and many more steps: the order "
+        "of the methods can be compared, the scores cannot."
     )
     return "\n\n".join(["## Beside the paper", about, table(header, lines)])
 

@@ -46,7 +46,7 @@ _NOT_IN_A_METHOD |= {
 
 @dataclass(frozen=True)
 class Method:
-    """name: as typed, less learning rates; changes: settings; rates: its own learning rates, else those of `--lr`."""
+    """name: as typed, less learning rates. changes: settings. rates: its own, else those of `--lr`."""
 
     name: str
     changes: tuple[tuple[str, Any], ...] = ()
