@@ -1,5 +1,6 @@
 """The grids of the evidence: their commands, their data, and the pages that are made from their results."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -119,9 +120,7 @@ def test_an_untuned_method_has_a_default_inside_its_tuned_range():
     for method in parts.MAIN:
         (default,) = parser_rates(method, False)
         rates = parser_rates(method, True)
-        assert rates[0] < default < rates[-1] and all(
-            b <= 2.01 * a for a, b in zip(rates, rates[1:], strict=False)
-        )
+        assert rates[0] < default < rates[-1] and all(b <= 2.01 * a for a, b in itertools.pairwise(rates))
 
 
 def parser_rates(method, tuned):

@@ -111,10 +111,10 @@ def _against(difference: Paired | None) -> list[str]:
 def empty(reports: Reports, part: str) -> Iterator[str]:
     """The cells without all their runs, by name: `fish on cola at 0.05 %`."""
     for task in PARTS[part].tasks:
-        for budget in budgets_of(part):
+        for share in budgets_of(part):
             for method in PARTS[part].methods:
-                if not is_whole(part, row_of(reports, part, task, method, budget)):
-                    yield f"{method} on {task} at {100 * budget:.3g} %"
+                if not is_whole(part, row_of(reports, part, task, method, share)):
+                    yield f"{method} on {task} at {100 * share:.3g} %"
 
 
 def named(reports: Reports, part: str) -> str:
@@ -133,10 +133,10 @@ def named(reports: Reports, part: str) -> str:
 
 
 MARKS = (
-    "Scores on the development sets in per cent (CoLA: Matthews' correlation, else accuracy), mean ± standard\n"
-    "deviation over seeds; –: not run; \\*: the best learning rate is the first or the last of those tried.\n"
-    "Against ID3: the mean difference by task and seed with p of an exact Wilcoxon signed-rank test; (equal):\n"
-    "less than two standard errors."
+    "Scores on the development sets in per cent (CoLA: Matthews' correlation, else accuracy), mean ±\n"
+    "standard deviation over seeds; –: not run; \\*: the best learning rate is the first or the last of those tried.\n"
+    "Against ID3: the mean difference by task and seed with p of an exact Wilcoxon signed-rank test;\n"
+    "(equal): less than two standard errors."
 )
 
 
