@@ -134,7 +134,7 @@ def named(reports: Reports, part: str) -> str:
 
 MARKS = (
     "Scores on the development sets in per cent (CoLA: Matthews' correlation, else accuracy), mean ±\n"
-    "standard deviation over seeds; –: not run; \\*: the best learning rate is the first or the last of those tried.\n"
+    "standard deviation over seeds; –: not run; \\*: the best learning rate is at the edge of its grid.\n"
     "Against ID3: the mean difference by task and seed with p of an exact Wilcoxon signed-rank test;\n"
     "(equal): less than two standard errors."
 )

@@ -17,15 +17,20 @@ from torch import Tensor, nn
 from . import pools, schedules
 from .heuristics import D3, Bias, Fisher, Heuristic, Magnitude, Random, fisher_scores, largest, snip
 from .optimizer import ID3AdamW
+from .running import Running
 
 LossOf = Callable[[nn.Module, Any], Tensor]
 SAMPLES = 1024  # examples that a mask is computed from, as in the paper
 LORA_RANK = 8  # of the pool
 _DIFF_BATCH, _DIFF_LR = 16, 2e-5
 
-# Name: heuristic and strategy. A heuristic that is a string is computed before training, from examples.
+# Name: heuristic and strategy. A heuristic that is a string is computed before training, from examples; one
+# that has state is made anew each time.
 SELECTIVE: dict[str, tuple[Heuristic | str, str]] = {
     "id3": (D3(), "increment"),
+    "id3-sum": (partial(Running, "sum"), "increment"),
+    "id3-mean": (partial(Running, "mean"), "increment"),
+    "id3-adam": (partial(Running, "adam"), "increment"),
     "repeat-d3": (D3(), "repeat"),
     "static-d3": (D3(), "static"),
     "random": (Random(), "static"),
@@ -58,6 +63,9 @@ DESCRIPTIONS = {
     "shira": "random entries of each linear layer, as many as LoRA has (peft)",
     "adapter": "a bottleneck adapter in each block, all of it",
     "id3": "the best entries by |g| / (|θ| + eps)^exp, some at each step",
+    "id3-sum": "ID3 by the sum of the gradients since the last selection (for select_every)",
+    "id3-mean": "ID3 by a running mean of the gradients",
+    "id3-adam": "ID3 by the running mean over the root of the running mean square",
     "repeat-d3": "a fresh choice by D3 at every step",
     "static-d3": "one choice by D3 at the first step",
     "random": "random entries",
@@ -169,6 +177,8 @@ def prepare(
         heuristic = _made(heuristic, model, head, examples, loss_of or _own_loss, seed)
         options = {"heuristic": heuristic, "strategy": strategy, **options}
     optimizer = ID3AdamW(groups, lr=lr, budget=allowed, total_steps=total_steps, **options)
+    if isinstance(optimizer.heuristic, Running):
+        optimizer.heuristic.watch(optimizer)
     return Prepared(model, optimizer, competing, allowed, after_step, merge)
 
 
@@ -242,6 +252,8 @@ def _made(
     """The heuristic with its seed, or with the scores that it computes from examples."""
     if isinstance(heuristic, Random):
         return Random(seed)
+    if isinstance(heuristic, partial):
+        return heuristic()
     if not isinstance(heuristic, str):
         return heuristic
     training = model.training

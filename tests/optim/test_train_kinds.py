@@ -37,7 +37,11 @@ def report_of(capsys, tmp_path, command):
 
 def test_regression_learns_scores(capsys, files, tmp_path):
     command = words(
-        files, tmp_path / "out", "--task", "regression", "--lr", "3e-2", data="scores.csv", steps=120
+        files,
+        tmp_path / "out",
+        *["--task", "regression", "--lr", "1e-2", "--budget", "3000"],
+        data="scores.csv",
+        steps=120,
     )
     found = report_of(capsys, tmp_path, command)["metrics"]
     assert found["eval_pearson"] > 0.9 and found["eval_spearman"] > 0.85

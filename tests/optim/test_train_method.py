@@ -29,7 +29,9 @@ CHOSEN = ["id3", "fish", "bitfit", "full", "lora", "adalora", "shira", "id3+lora
 
 def loss_of(model, folder, files):
     rows = read_labelled(str(files / "reviews.csv"), ["text"], "label")
-    batch = AutoTokenizer.from_pretrained(folder)([r.texts[0] for r in rows], padding=True, return_tensors="pt")
+    batch = AutoTokenizer.from_pretrained(folder)(
+        [r.texts[0] for r in rows], padding=True, return_tensors="pt"
+    )
     labels = torch.tensor([model.config.label2id[row.label] for row in rows])
     with torch.no_grad():
         return model.eval()(**batch, labels=labels).loss.item()

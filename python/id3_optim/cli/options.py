@@ -40,7 +40,9 @@ def add_train(train: argparse.ArgumentParser) -> None:
     """Adds the options to the subparser of the command."""
     add_data(train.add_argument_group("data"))
     add_output(train.add_argument_group("model and output"))
-    add_selection(train.add_argument_group("what is trained"))
+    trained = train.add_argument_group("what is trained")
+    add_methods(trained)
+    add_selection(trained)
     add_schedule(train.add_argument_group("how"))
 
 
@@ -107,14 +109,8 @@ def add_output(group) -> None:
     add("--save-plots", action="store_true", help="also draw losses and allocation into the output directory")
 
 
-def add_selection(group) -> None:
+def add_methods(group) -> None:
     add = adder(group)
-    add(
-        "--optimizer",
-        choices=("id3", "adamw"),
-        default="id3",
-        help="adamw trains every entry, for comparison",
-    )
     add(
         "--method",
         metavar="NAME",
@@ -127,6 +123,16 @@ def add_selection(group) -> None:
         default=[],
         metavar="PART",
         help="parts of parameter names, such as embeddings, that stay frozen",
+    )
+
+
+def add_selection(group) -> None:
+    add = adder(group)
+    add(
+        "--optimizer",
+        choices=("id3", "adamw"),
+        default="id3",
+        help="adamw trains every entry, for comparison",
     )
     add("--budget", type=budget, default="0.5%", help="entries (320000) or a share of the model (0.5%%)")
     add(
@@ -146,7 +152,7 @@ def add_selection(group) -> None:
     add(
         "--schedule",
         default="uniform",
-        help="uniform, cosine, exponential:<a>, front-loaded:<share>, one-shot",
+        help="uniform, cosine, exponential:<a>, front-loaded:<share>, after:<share>, one-shot",
     )
     add("--select-every", type=int, default=1, metavar="STEPS", help="entries join in every such step alone")
     add(

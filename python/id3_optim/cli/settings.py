@@ -133,12 +133,9 @@ def _check_pairs(settings: Settings) -> None:
             if getattr(settings, name):
                 raise ValueError(f"--optimizer: expected id3 with {option(name)}, got {settings.optimizer}, "
                                  "which changes every entry")  # fmt: skip
-    for name, used in (
-        ("select_every", settings.select_every > 1),
-        ("sparse_backward", settings.sparse_backward),
-    ):
-        if used and settings.strategy == "repeat":
-            raise ValueError(f"{option(name)}: does not apply to --strategy repeat: it selects at every step")
+    if settings.sparse_backward and settings.strategy == "repeat":
+        raise ValueError("--sparse-backward: does not apply to --strategy repeat: entries that come back "
+                         "need whole gradients")  # fmt: skip
     if settings.originals and not (settings.delta_only or settings.save_at or settings.save_every):
         raise ValueError("--originals: expected --delta-only, --save-at or --save-every with it, got none")
     if settings.keep and not settings.save_every:

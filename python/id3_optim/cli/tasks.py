@@ -113,7 +113,7 @@ def check_classes(path: str, column: str, labels: list[str], rows: int) -> None:
         return
     raise ValueError(
         f"{path}: expected classes in column {column!r}, got {got}; "
-        "--task regression learns scores, --task classification trains each as a class"
+        "--task classification trains each as a class, --task regression learns scores"
     )
 
 
