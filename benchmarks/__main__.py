@@ -34,6 +34,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "deploy": _from("deploy"),
     "reference": _from("reference"),
     "quantized": _from("quantized"),
+    "quality": _from("quality.run"),
     "against": _from("against"),
     "report": _from("report"),
     "gpu": _from("gpu.check"),

@@ -93,6 +93,17 @@ class Bias:
 Heuristic = D3 | Magnitude | Fisher | Random | Bias | Callable[[Tensor, Tensor], Tensor]
 
 
+def snip(param: Tensor, grad: Tensor) -> Tensor:
+    """SNIP's saliency |θ·g| (Lee et al., 2019): how much the loss would change without the entry."""
+    dtype = _score_dtype(param)
+    return (param.to(dtype) * grad.to(dtype)).abs()
+
+
+def largest(param: Tensor, grad: Tensor) -> Tensor:
+    """|θ|: the largest weights first, the reverse of `Magnitude`."""
+    return param.to(_score_dtype(param)).abs()
+
+
 def scores(
     heuristic: Heuristic, param: Tensor, grad: Tensor | None, position: int, name: str | None
 ) -> Tensor | None:

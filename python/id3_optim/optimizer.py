@@ -40,10 +40,10 @@ class ID3AdamW(torch.optim.Optimizer):
     total_steps: T, the steps over which the budget is spent; may come later by `set_total_steps`.
     heuristic: D3(eps, exp), Magnitude(), Fisher(scores), Random(seed), Bias() or f(param, grad) -> scores.
     strategy: "increment" (ID3), "static" (the whole budget at the first step), "repeat" (a fresh top B at
-        every step; entries that leave lose their state and keep their value).
+        every selecting step; entries that leave lose their state and keep their value).
     schedule: f(step, total_steps, budget) -> entries active after that step; ignored unless increment.
     select_every: K: entries join in steps 0, K, 2K, … alone, as many as the schedule gives to K steps; the
-        steps between do not read N entries. 1 is the paper's. Does not apply to "repeat".
+        steps between do not read N entries. 1 is the paper's. With "repeat" they choose anew.
     bias_correction: "tensor": by the steps in which the tensor had a gradient, as in torch and the paper;
         "entry": by the steps since the entry joined.
     max_grad_norm: clip by the norm over everything that this step updates: the active entries, the new

@@ -68,10 +68,29 @@ class FrontLoaded:
         return budget * min(step + 1, spending) // spending
 
 
-exponential, front_loaded = Exponential, FrontLoaded
+@dataclass(frozen=True)
+class After:
+    """Nothing over the first `share` of the steps, ceil(share·T) of them, then the whole budget at once.
+
+    Dense groups, such as a new head, train from the first step on, so that the one choice sees a head that
+    has learnt. Raises ValueError unless 0 < share < 1 (0 is `one_shot`).
+    """
+
+    share: float
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.share < 1.0:
+            raise ValueError(f"share: expected a number in (0, 1) (0 is `one_shot`), got {self.share!r}")
+        object.__setattr__(self, "share", float(self.share))
+
+    def __call__(self, step: int, total_steps: int, budget: int) -> int:
+        return budget if step >= math.ceil(self.share * total_steps - 1e-6) else 0
+
+
+exponential, front_loaded, after = Exponential, FrontLoaded, After
 
 _BY_NAME = {"uniform": uniform, "cosine": cosine, "one_shot": one_shot}
-_WITH_NUMBER = {"exponential": Exponential, "front_loaded": FrontLoaded}
+_WITH_NUMBER = {"exponential": Exponential, "front_loaded": FrontLoaded, "after": After}
 
 
 def tabulate(schedule: Schedule, total_steps: int, budget: int, select_every: int = 1) -> list[int]:
@@ -126,6 +145,8 @@ def describe(schedule: Schedule) -> dict:
         return {"name": "exponential", "a": schedule.a}
     if isinstance(schedule, FrontLoaded):
         return {"name": "front_loaded", "share": schedule.share}
+    if isinstance(schedule, After):
+        return {"name": "after", "share": schedule.share}
     _check_arguments(schedule)
     for name, known in _BY_NAME.items():
         if schedule is known:
@@ -154,8 +175,8 @@ def _check_arguments(schedule: Schedule) -> None:
 def from_name(text: str) -> Schedule:
     """The schedule of a name, as on the command line.
 
-    text: `uniform`, `cosine`, `one_shot`, `exponential:3` for a = 3 or `front_loaded:0.2` for a share of 0.2;
-    a hyphen is as good as an underscore.
+    text: `uniform`, `cosine`, `one_shot`, `exponential:3` for a = 3, `front_loaded:0.2` or `after:0.2` for a
+    share of 0.2; a hyphen is as good as an underscore.
     Raises ValueError for any other text.
     """
     name, colon, number = text.partition(":")
@@ -168,7 +189,7 @@ def from_name(text: str) -> Schedule:
         except ValueError:
             raise ValueError(f"schedule: expected a number after '{name}:', got {number!r}") from None
         return _WITH_NUMBER[name](value)
-    known = ", ".join([*_BY_NAME, "exponential:<a>", "front_loaded:<share>"])
+    known = ", ".join([*_BY_NAME, "exponential:<a>", "front_loaded:<share>", "after:<share>"])
     raise ValueError(f"schedule: expected one of {known}, got {text!r}")
 
 

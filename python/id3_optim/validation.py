@@ -64,10 +64,6 @@ def check_method(strategy: str, bias_correction: str, heuristic: Heuristic, sele
     whole = isinstance(select_every, numbers.Integral) and not isinstance(select_every, bool)
     if not whole or select_every < 1:
         raise ValueError(f"select_every: expected an int of at least 1, got {select_every!r}")
-    if strategy == "repeat" and select_every > 1:
-        raise ValueError(
-            f"select_every: does not apply to strategy 'repeat': it selects at every step, got {select_every}"
-        )
     if strategy == "repeat" and isinstance(heuristic, Random | Bias):
         kind = type(heuristic).__name__
         raise ValueError(

@@ -189,3 +189,20 @@ def test_a_share_that_means_a_count_gives_it(n_entries, count):
 def test_budgets_that_make_no_sense(budget, error):
     with pytest.raises(error, match="budget: expected"):
         resolve_budget(budget, 1000)
+
+
+@pytest.mark.parametrize(
+    ("share", "steps", "first"), [(0.1, 10, 1), (0.25, 8, 2), (0.3, 10, 3), (0.01, 5, 1)]
+)
+def test_after_spends_the_budget_at_once(share, steps, first):
+    schedule = schedules.from_name(f"after:{share}")
+    assert schedule == schedules.after(share)
+    assert schedules.tabulate(schedule, steps, 7) == [0] * first + [7] * (steps - first)
+    assert schedules.describe(schedule) == {"name": "after", "share": share}
+
+
+def test_after_needs_a_share():
+    with pytest.raises(
+        ValueError, match=r"share: expected a number in \(0, 1\) \(0 is `one_shot`\), got 1.0"
+    ):
+        schedules.after(1.0)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from test_resume import same, through_a_file
 from twins import Twins, loss_at
 
-from id3_optim import DeltaSeries, ID3AdamW, Magnitude
+from id3_optim import D3, DeltaSeries, ID3AdamW, Magnitude
 from id3_optim.schedules import cosine, front_loaded, one_shot, tabulate, uniform
 
 SCHEDULES = [uniform, cosine, front_loaded(0.2), one_shot]
@@ -123,11 +123,6 @@ def test_anything_but_a_whole_number_is_refused(value):
         ID3AdamW([torch.nn.Parameter(torch.zeros(4))], budget=1, select_every=value)
 
 
-def test_repeat_selects_at_every_step():
-    with pytest.raises(ValueError, match="select_every: does not apply to strategy 'repeat'"):
-        ID3AdamW([torch.nn.Parameter(torch.zeros(4))], budget=1, strategy="repeat", select_every=2)
-
-
 @pytest.mark.parametrize(
     ("options", "warns"),
     [
@@ -151,3 +146,35 @@ def test_a_budget_that_the_first_step_selects_is_warned_of_once(model, give_grad
     assert len(found) == warns
     if warns:
         assert found[0].startswith("select_every: expected less than total_steps, 3, got ")
+
+
+def test_repeat_chooses_anew_in_every_third_step_alone():
+    """Between two choices the chosen entries train on; a resumed run chooses at the same steps."""
+    torch.manual_seed(0)
+    param, grads, copied = torch.nn.Parameter(torch.randn(60)), torch.randn(7, 60), None
+
+    def built(p):
+        options = {
+            "budget": 10,
+            "total_steps": 7,
+            "strategy": "repeat",
+            "select_every": 3,
+            "weight_decay": 0.0,
+        }
+        return ID3AdamW([p], lr=1e-2, heuristic=D3(1.0, 0.0), **options)
+
+    optimizer = built(param)
+    for step, grad in enumerate(grads):
+        if step == 5:
+            copied = torch.nn.Parameter(param.detach().clone())
+            resumed = built(copied)
+            resumed.load_state_dict(optimizer.state_dict())
+        before = param.detach().clone()
+        param.grad = grad
+        optimizer.step()
+        best = grads[step - step % 3].abs().topk(10).indices
+        assert set((param != before).nonzero()[:, 0].tolist()) == set(best.tolist())
+        if copied is not None:
+            copied.grad = grad
+            resumed.step()
+            assert torch.equal(copied, param)

@@ -77,7 +77,7 @@ def test_labels_are_ordered_by_number_where_they_are_numbers():
         (
             "a.txt",
             "x",
-            r"--train: expected a name in .csv, .tsv or .jsonl, got .*a.txt; name it so or give --task",
+            r"--train: expected a name in .csv, .tsv, .jsonl or .conll, got .*a.txt; name it so or give",
         ),
     ],
 )

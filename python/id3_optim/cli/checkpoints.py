@@ -46,7 +46,7 @@ def run_record(settings: Settings, task: Task) -> dict[str, Any]:
     """What defines a run, as JSON: settings, and hashes of the texts it trains on and of their labels."""
     defining = {name: value for name, value in asdict(settings).items() if name not in MAY_DIFFER}
     texts, labels = task.train, []
-    if task.kind == "classification":
+    if task.kind in ("classification", "regression"):
         texts, labels = [row.texts for row in task.train], [row.label for row in task.train]
     return {"settings": defining, "texts": _hash([task.kind, texts]), "labels": _hash(labels)}
 

@@ -16,18 +16,9 @@ from ..delta.toolkit import load_toolkit_summary
 from ..extras import require
 from ..plots import save_allocation
 from ..wrappers import plain_parameters
+from .delta_files import delta_path, read_delta
 from .merge import run_merge
-from .models import (
-    check_held,
-    delta_path,
-    load,
-    load_config,
-    load_model,
-    load_tokenizer,
-    model_facts,
-    quiet_transformers,
-    read_delta,
-)
+from .models import check_held, load, load_config, load_model, load_tokenizer, model_facts, quiet_transformers
 from .results import (
     check_new_directory,
     check_new_file,

@@ -24,6 +24,7 @@ def run_env(arguments: argparse.Namespace) -> None:
         "lightning",
         "safetensors",
         "matplotlib",
+        "plotly",
     ):
         print(f"{package} {version_of(package)}")
     print(f"threads {torch.get_num_threads()} of {os.cpu_count()} cores")

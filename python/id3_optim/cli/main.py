@@ -12,6 +12,7 @@ from typing import NoReturn
 from ..extras import require
 from ..plots import save_plots
 from . import failures
+from .compare.command import add_compare
 from .completion import actions, add_completion
 from .delta import add_delta_commands
 from .env import run_env, version_of
@@ -46,6 +47,7 @@ def parser() -> argparse.ArgumentParser:
     train = commands.add_parser("train", help="fine-tune a model")
     train.set_defaults(run=run_train)
     add_train(train)
+    add_compare(commands)
     add_delta_commands(commands)
     add_estimate(commands, budget)
     env = commands.add_parser("env", help="versions, and which backends can run here")
@@ -61,7 +63,7 @@ def run_train(arguments: argparse.Namespace) -> None:
         require("matplotlib", extra="plot")
     names = Settings.__dataclass_fields__
     options = {name: value for name, value in vars(arguments).items() if name in names}
-    options |= {name: tuple(options[name]) for name in ("text_column", "save_at", "report_to")}
+    options |= {name: tuple(options[name]) for name in ("text_column", "save_at", "report_to", "leave_out")}
     settings = Settings(**options)
     check_settings(settings)
     check_paths(settings)

@@ -9,7 +9,8 @@ from typing import Any
 
 from ..delta import Delta, DeltaError
 from ..delta.merge import Conflict, merge
-from .models import delta_path, facts_of, read_delta
+from .delta_files import delta_path, read_delta
+from .models import facts_of
 from .results import check_new_file, print_summary, save_delta, written
 
 SHOWN = 20  # parameters with overlapping entries that are listed

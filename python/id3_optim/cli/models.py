@@ -13,46 +13,13 @@ from typing import Any
 
 import torch
 
-from ..delta import Delta, DeltaError, load_delta
-from ..delta.hub import FILE, is_hub_name, local_file
+from ..delta import Delta
 from ..extras import require
 from ..integrations.groups import fresh_parameters
 from .failures import first_line
 
 # A configuration file omits the labels where they have transformers' default values, which are these.
 _TWO_LABELS = {"0": "LABEL_0", "1": "LABEL_1"}
-
-
-def delta_path(path: str) -> Path:
-    """The delta file at `path`, in the directory at `path`, or in the hub's repository of this name.
-
-    Raises FileNotFoundError for a path without one, ValueError for a name that the hub does not give.
-    """
-    if not is_hub_name(path):
-        return _local_delta(path)
-    try:
-        return local_file(path, **hub_options(path))
-    except Exception as error:  # the client's
-        raise ValueError(
-            f"delta: expected a file or a repository on the hub with {FILE}, got {path}: there is no such "
-            "file, and the hub gave none (is it private, is there a network?)"
-        ) from error
-
-
-def _local_delta(path: str) -> Path:
-    found = Path(path) / FILE if Path(path).is_dir() else Path(path)
-    if not found.exists():
-        got = f"the folder {path} without one" if Path(path).is_dir() else f"{path}, which does not exist"
-        raise FileNotFoundError(f"delta: expected a file or a folder with {FILE}, got {got}")
-    return found
-
-
-def read_delta(path: Path) -> Delta:
-    """`load_delta`, whose errors name the file."""
-    try:
-        return load_delta(path)
-    except DeltaError as error:
-        raise DeltaError(f"{path}: {error}") from error
 
 
 def quiet_transformers() -> None:
@@ -207,6 +174,8 @@ def load_config(source: str | Path, option: str = "--model"):
     """The configuration of transformers in a folder, or of a hub name. option: its name in an error."""
     import transformers
 
+    from ..integrations import mean_pooling  # noqa: F401 - makes its configuration known
+
     check_source(option, source)
     if os.path.isdir(source) and not os.path.isfile(Path(source) / "config.json"):
         raise ValueError(f"{option}: expected a config.json in {source}, got none")
@@ -245,12 +214,37 @@ def load_pretrained(
     return model, fresh
 
 
+def load_mean_pooling(
+    source: str, dtype: torch.dtype | str, option: str = "--model", **settings
+) -> tuple[torch.nn.Module, set[str]]:
+    """As `load_pretrained`: a classifier over the mean of the encoder's states, or one that is saved there.
+
+    settings: of the classifier's configuration, such as `id2label`.
+    """
+    from transformers import AutoModel
+
+    from ..integrations.mean_pooling import MeanPoolingClassifier, MeanPoolingConfig, without_pooler
+
+    config = load_config(source, option)
+    if isinstance(config, MeanPoolingConfig):
+        options = {"dtype": dtype, "ignore_mismatched_sizes": True, **settings}
+        return load_pretrained(MeanPoolingClassifier, source, option, **options)
+    encoder, missing = load_pretrained(AutoModel, source, option, dtype=dtype, **without_pooler(config))
+    model = MeanPoolingClassifier(MeanPoolingConfig(encoder.config.to_dict(), **settings))
+    model.encoder = encoder
+    head = {name for name, _ in model.named_parameters() if name.startswith("classifier.")}
+    return model, head | {f"encoder.{name}" for name in missing}
+
+
 def load(
     config, source: str, dtype: torch.dtype | str, option: str = "--model"
 ) -> tuple[torch.nn.Module, set[str]]:
     """The model, and the names of its parameters that the checkpoint at `source` lacks."""
     import transformers
 
+    if config.model_type == "mean_pooling":
+        settings = {"id2label": config.id2label, "problem_type": config.problem_type}
+        return load_mean_pooling(source, dtype, option, **settings)
     names = config.architectures or ["AutoModel"]
     name = names[0] if isinstance(names, list) else names
     model_class = getattr(transformers, str(name), None)

@@ -40,18 +40,23 @@ def add_train(train: argparse.ArgumentParser) -> None:
     """Adds the options to the subparser of the command."""
     add_data(train.add_argument_group("data"))
     add_output(train.add_argument_group("model and output"))
-    add_selection(train.add_argument_group("what is trained"))
+    trained = train.add_argument_group("what is trained")
+    add_methods(trained)
+    add_selection(trained)
     add_schedule(train.add_argument_group("how"))
 
 
 def add_data(group) -> None:
     add = adder(group)
-    add("--train", required=True, metavar="FILE", help="CSV or TSV (classification), JSONL (causal-lm)")
+    add(
+        "--train", required=True, metavar="FILE", help="CSV or TSV (classification), JSONL (causal-lm), CoNLL"
+    )
     add("--eval", required=True, metavar="FILE", help="the same, to measure on")
     add(
         "--task",
-        choices=("classification", "causal-lm"),
-        help="default: by the file's ending; classification: labels that look like scores too are classes",
+        choices=("classification", "regression", "token-classification", "causal-lm"),
+        help="default: by the file's ending; classification: labels that look like scores too are classes; "
+        "regression: labels are numbers",
     )
     add("--text-column", nargs="+", default=["text"], metavar="NAME", help="one column, or two for pairs")
     add("--label-column", default="label", metavar="NAME", help="column of the class")
@@ -63,6 +68,12 @@ def add_data(group) -> None:
         help="between columns: ';', tab (default: by the ending)",
     )
     add("--max-length", type=int, default=256, metavar="TOKENS", help="longer texts are truncated")
+    add(
+        "--pooling",
+        choices=("first", "mean"),
+        default="first",
+        help="of a text classifier: the model's own head, or a head on the mean of the last states",
+    )
 
 
 def add_output(group) -> None:
@@ -106,6 +117,23 @@ def add_output(group) -> None:
     add("--save-plots", action="store_true", help="also draw losses and allocation into the output directory")
 
 
+def add_methods(group) -> None:
+    add = adder(group)
+    add(
+        "--method",
+        metavar="NAME",
+        help="a method of id3_optim.methods, such as fish, bitfit, lora, id3+lora, in place of --optimizer, "
+        "--heuristic and --strategy",
+    )
+    add(
+        "--leave-out",
+        nargs="+",
+        default=[],
+        metavar="PART",
+        help="parts of parameter names, such as embeddings, that stay frozen",
+    )
+
+
 def add_selection(group) -> None:
     add = adder(group)
     add(
@@ -132,7 +160,7 @@ def add_selection(group) -> None:
     add(
         "--schedule",
         default="uniform",
-        help="uniform, cosine, exponential:<a>, front-loaded:<share>, one-shot",
+        help="uniform, cosine, exponential:<a>, front-loaded:<share>, after:<share>, one-shot",
     )
     add("--select-every", type=int, default=1, metavar="STEPS", help="entries join in every such step alone")
     add(
@@ -149,10 +177,24 @@ def add_schedule(group) -> None:
     either = adder(group.add_mutually_exclusive_group())
     either("--epochs", type=float, default=3.0, help="passes over the training file")
     either("--steps", type=int, help="optimizer steps, instead of --epochs")
+    add("--lr", type=float, default=1e-3, help="learning rate, decaying linearly to 0")
+    add("--seed", type=int, default=42, help="the same seed gives the same run")
+    add_batches(group)
+    add("--release-gradients", action="store_true", help="free each gradient during the backward pass")
+    add(
+        "--sparse-backward",
+        action="store_true",
+        help="compute weight gradients where entries are active; fastest with --select-every 16 or more",
+    )
+    add("--memory-report", action="store_true", help="also print predicted and measured memory")
+
+
+def add_batches(group) -> None:
+    """Adds the options that `compare` has too: the same for each run of a grid."""
+    add = adder(group)
     add("--batch-size", type=int, default=16, help="rows of one forward pass")
     add("--accumulate", type=int, default=1, metavar="BATCHES", help="batches of one optimizer step")
-    add("--lr", type=float, default=1e-3, help="learning rate, decaying linearly to 0")
-    add("--head-lr", type=float, help="learning rate of a new head (default: --lr)")
+    add("--head-lr", type=float, help="learning rate of a new head (default: that of all entries)")
     add("--warmup", type=float, default=0.05, help="steps, or a share of them, before the full learning rate")
     add("--weight-decay", type=float, default=0.0, help="on active entries alone, decoupled")
     add(
@@ -161,15 +203,7 @@ def add_schedule(group) -> None:
         default=1.0,
         help="clips the gradients of active entries; 0: no clipping",
     )
-    add("--seed", type=int, default=42, help="the same seed gives the same run")
     add("--bf16", action="store_true", help="bfloat16 weights, with float32 masters for active entries alone")
-    add("--release-gradients", action="store_true", help="free each gradient during the backward pass")
-    add(
-        "--sparse-backward",
-        action="store_true",
-        help="compute weight gradients where entries are active; fastest with --select-every 16 or more",
-    )
-    add("--memory-report", action="store_true", help="also print predicted and measured memory")
     add("--cpu", action="store_true", help="use the CPU, even if there is a GPU")
     add(
         "--log-every",
@@ -178,3 +212,4 @@ def add_schedule(group) -> None:
         metavar="STEPS",
         help="steps between two values of the loss curve",
     )
+    add("--eval-every", type=int, metavar="STEPS", help="measure on --eval along the way too")

@@ -1,4 +1,5 @@
-"""The files of `id3-optim train` as rows: labelled text (CSV, TSV), and prompts with completions (JSONL).
+"""The files of `id3-optim train` as rows: labelled text (CSV, TSV), tagged words (CoNLL), prompts with
+completions (JSONL).
 
 A mistake in a file raises ValueError with the file and the line.
 """
@@ -22,6 +23,13 @@ class LabelledText(NamedTuple):
 
     texts: tuple[str, ...]  # one sentence, or the two of a pair
     label: str
+
+
+class TaggedText(NamedTuple):
+    """A row of a token classification task: a tag for each word."""
+
+    words: tuple[str, ...]
+    tags: tuple[str, ...]
 
 
 class Completion(NamedTuple):
@@ -147,6 +155,27 @@ def read_completions(path: str, encoding: str = "utf-8") -> list[Completion]:
                 f"{path}:{number}: completion: expected a text to learn, got {_shortened(row['completion'])}"
             )
         rows.append(Completion(row["prompt"], row["completion"]))
+    if not rows:
+        raise ValueError(f"{path}: expected rows, got none")
+    return rows
+
+
+def read_tagged(path: str, encoding: str = "utf-8") -> list[TaggedText]:
+    """Reads the format of CoNLL: a word a line, its tag in the last column, a blank line between sentences.
+
+    Blanks or tabs separate columns; lines that begin with `-DOCSTART-` do not count.
+    """
+    rows: list[TaggedText] = []
+    sentence: list[tuple[str, str]] = []
+    for number, line in enumerate([*read_text(path, encoding).splitlines(), ""], 1):
+        fields = line.split()
+        if fields and fields[0] != "-DOCSTART-":
+            if len(fields) < 2:
+                raise ValueError(f"{path}:{number}: expected a word and its tag, got {_shortened(line)}")
+            sentence.append((fields[0], fields[-1]))
+        elif sentence:
+            rows.append(TaggedText(*zip(*sentence, strict=True)))
+            sentence = []
     if not rows:
         raise ValueError(f"{path}: expected rows, got none")
     return rows

@@ -32,13 +32,14 @@ def summarise(settings, start, optimizer: torch.optim.Optimizer, run) -> dict:
     entries = {name: p.numel() for name, p in start.model.named_parameters() if p.requires_grad}
     dense = sum(entries[name] for name in start.fresh if name in entries)
     total = sum(entries.values())
+    chooses = is_id3 and not all(group["dense"] for group in optimizer.param_groups)
     return {
         "metrics": run.metrics,
         "entries": {
             "total": total - dense,
             "dense": dense,
-            "active": optimizer.n_active if is_id3 else total - dense,
-            "changed": count_changed(optimizer) if is_id3 else None,
+            "active": optimizer.n_active if chooses else total - dense,
+            "changed": count_changed(optimizer) if chooses else None,
         },
         "optimizer_bytes": state_bytes(optimizer),
         "optimizer_memory": optimizer.memory_report() if is_id3 else {},
@@ -77,17 +78,18 @@ def table(report: dict) -> str:
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
 
 
+def plain(value):
+    """The value as JSON has it: NaN and infinities, which JSON lacks, are None; keys are texts."""
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def write_report(path: str | Path, report: dict) -> None:
     """Writes JSON; NaN and infinities, which JSON lacks, are written as null. Makes the directory.
 
     The file holds the old report or the new one afterwards, never a part.
     """
-
-    def plain(value):
-        if isinstance(value, dict):
-            return {str(key): plain(item) for key, item in value.items()}
-        if isinstance(value, list | tuple):
-            return [plain(item) for item in value]
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
     write_text(path, json.dumps(plain(report), indent=2) + "\n")

@@ -11,13 +11,21 @@ from typing import TypeVar
 
 from id3_kernels import backend
 
-from .. import schedules
+from .. import methods, schedules
 from ..heuristics import D3
 
 T = TypeVar("T")
 # Setting: its least value.
 _LEAST = {"steps": 1, "batch_size": 1, "accumulate": 1, "log_every": 1, "max_length": 2, "warmup": 0}
-_LEAST |= {"save_every": 1, "keep": 1, "select_every": 1, "weight_decay": 0, "max_grad_norm": 0, "seed": 0}
+_LEAST |= {
+    "save_every": 1,
+    "keep": 1,
+    "select_every": 1,
+    "eval_every": 1,
+    "weight_decay": 0,
+    "max_grad_norm": 0,
+    "seed": 0,
+}
 _POSITIVE = ("epochs", "lr", "head_lr")
 _SEEDS = 2**32  # numpy's generator takes no larger ones
 
@@ -34,7 +42,10 @@ class Settings:
     text_column: tuple[str, ...] = ("text",)
     label_column: str = "label"
     max_length: int = 256
+    pooling: str = "first"
     optimizer: str = "id3"
+    method: str | None = None
+    leave_out: tuple[str, ...] = ()
     budget: int | float = 0.005
     heuristic: str = "d3"
     eps: float = 1.0
@@ -66,6 +77,7 @@ class Settings:
     resume: bool = False
     save_at: tuple[int | float, ...] = ()
     log_every: int = 10
+    eval_every: int | None = None
     encoding: str = "utf-8"
     delimiter: str | None = None
     overwrite: bool = False
@@ -106,6 +118,7 @@ def check_settings(settings: Settings) -> None:
     if settings.backend is not None:
         _check_alone("backend", lambda: backend.require(settings.backend))
     _check_pairs(settings)
+    _check_method(settings)
     _check_save_at(settings)
     _check_data(settings)
     for name in settings.report_to:
@@ -164,18 +177,34 @@ def _check_pairs(settings: Settings) -> None:
             if getattr(settings, name):
                 raise ValueError(f"--optimizer: expected id3 with {option(name)}, got {settings.optimizer}, "
                                  "which changes every entry")  # fmt: skip
-    for name, used in (
-        ("select_every", settings.select_every > 1),
-        ("sparse_backward", settings.sparse_backward),
-    ):
-        if used and settings.strategy == "repeat":
-            raise ValueError(f"{option(name)}: does not apply to --strategy repeat: it selects at every step")
+    if settings.sparse_backward and settings.strategy == "repeat":
+        raise ValueError("--sparse-backward: does not apply to --strategy repeat: entries that come back "
+                         "need whole gradients")  # fmt: skip
     if settings.originals and not (settings.delta_only or settings.save_at or settings.save_every):
         raise ValueError("--originals: expected --delta-only, --save-at or --save-every with it, got none")
     if settings.keep and not settings.save_every:
         raise ValueError("--keep: expected --save-every with it, got none")
     if settings.resume and settings.overwrite:
         raise ValueError("--overwrite: does not apply to --resume: the run goes on with what is there")
+
+
+def _check_method(settings: Settings) -> None:
+    """Raises ValueError for options that a method decides itself, or that its pool excludes."""
+    name = settings.method
+    if name is None:
+        if settings.leave_out:
+            raise ValueError("--leave-out: expected --method with it, got none")
+        return
+    _check_alone("method", lambda: methods.check_name(name))
+    defaults = {f: Settings.__dataclass_fields__[f].default for f in ("optimizer", "heuristic", "strategy")}
+    for given, default in defaults.items():
+        if getattr(settings, given) != default:
+            raise ValueError(f"{option(given)}: does not apply to --method: {name} decides it")
+    pool = name not in methods.SELECTIVE
+    for unfit in ("delta_only", "save_at", "save_every", "release_gradients", "sparse_backward"):
+        if pool and getattr(settings, unfit):
+            raise ValueError(f"{option(unfit)}: does not apply to --method {name}: it trains whole tensors "
+                             "or an adapter")  # fmt: skip
 
 
 def _check_save_at(settings: Settings) -> None:

@@ -1,20 +1,33 @@
 """The start of `id3-optim train`: a model and its tokenizer, which must fit each other and the task."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+)
 
 from . import tasks
-from .models import hub_options, load_config, load_pretrained, reading
+from .models import hub_options, load_config, load_mean_pooling, load_pretrained, reading
 from .settings import Settings
 from .tasks import Task
 
-_AUTO = {"classification": AutoModelForSequenceClassification, "causal-lm": AutoModelForCausalLM}
+_AUTO = {
+    "classification": AutoModelForSequenceClassification,
+    "regression": AutoModelForSequenceClassification,
+    "token-classification": AutoModelForTokenClassification,
+    "causal-lm": AutoModelForCausalLM,
+}
 _KNOWN = {
     "classification": transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    "regression": transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    "token-classification": transformers.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
     "causal-lm": transformers.MODEL_FOR_CAUSAL_LM_MAPPING,
 }
 _SAMPLED = 200  # rows whose tokens are counted
@@ -23,11 +36,15 @@ _SHORTEST = 2  # tokens of a text, as for --max-length
 
 @dataclass
 class Start:
-    """A model before training; `fresh` names its parameters that no checkpoint held."""
+    """A model before training; `fresh` names its parameters that no checkpoint held.
+
+    merge: what folds a LoRA into the weights after training, or None.
+    """
 
     model: torch.nn.Module
     tokenizer: object
     fresh: set[str]
+    merge: Callable[[], torch.nn.Module] | None = None
 
 
 def load_start(settings: Settings, task: Task, device: torch.device | str = "cpu") -> Start:
@@ -38,17 +55,19 @@ def load_start(settings: Settings, task: Task, device: torch.device | str = "cpu
     Raises ValueError or OSError for a model that does not fit the task, or a tokenizer that does not fit the
     texts.
     """
-    check_model(settings.model, task)
+    check_model(settings.model, task, settings.pooling)
     transformers.set_seed(settings.seed)
     tokenizer = load_tokenizer(settings.model)
+    check_fast(settings.model, tokenizer, task)
     check_tokenizer(settings.model, tokenizer, task)
     low = settings.bf16 and settings.optimizer == "id3"
-    options = {"dtype": torch.bfloat16 if low else torch.float32}
-    if task.kind == "classification":
-        labels = dict(enumerate(task.labels))
-        options |= {"id2label": labels, "label2id": {label: i for i, label in labels.items()}}
-        options |= {"num_labels": len(labels), "ignore_mismatched_sizes": True}
-    model, fresh = load_pretrained(_AUTO[task.kind], settings.model, **options)
+    dtype = torch.bfloat16 if low else torch.float32
+    if settings.pooling == "mean":
+        model, fresh = load_mean_pooling(settings.model, dtype, **label_options(task))
+    else:
+        options = {"dtype": dtype, **label_options(task)}
+        options |= {"ignore_mismatched_sizes": True} if task.kind != "causal-lm" else {}
+        model, fresh = load_pretrained(_AUTO[task.kind], settings.model, **options)
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tasks.padding_token(tokenizer)
     model.config.architectures = [type(model).__name__]
@@ -59,9 +78,23 @@ def load_start(settings: Settings, task: Task, device: torch.device | str = "cpu
     return Start(model, tokenizer, fresh)
 
 
-def check_model(source: str, task: Task) -> None:
+def label_options(task: Task) -> dict:
+    """The part of the model's configuration that the labels decide."""
+    if task.kind == "regression":
+        return {"num_labels": 1, "problem_type": "regression"}
+    if not task.labels:
+        return {}
+    labels = dict(enumerate(task.labels))
+    return {"id2label": labels, "label2id": {label: i for i, label in labels.items()}}
+
+
+def check_model(source: str, task: Task, pooling: str = "first") -> None:
     """Raises ValueError where there is no model, or one of a kind that has no such task."""
+    if pooling == "mean" and task.kind not in ("classification", "regression"):
+        raise ValueError(f"--pooling: does not apply to {task.kind}: it has no vector of a whole text")
     config = load_config(source)
+    if pooling == "mean" and type(config) in transformers.MODEL_MAPPING:
+        return
     if type(config) not in _KNOWN[task.kind]:
         raise ValueError(f"--model: expected one that {task.kind} can train, got a {config.model_type}")
 
@@ -83,9 +116,18 @@ def load_tokenizer(source: str):
     return tokenizer
 
 
+def check_fast(source: str, tokenizer, task: Task) -> None:
+    """Raises ValueError where tokens of words are needed, and the tokenizer does not tell them."""
+    if task.kind == "token-classification" and not tokenizer.is_fast:
+        raise ValueError(
+            f"--model: expected a fast tokenizer (tokenizer.json) for token-classification, got "
+            f"{type(tokenizer).__name__} in {source}"
+        )
+
+
 def check_tokenizer(source: str, tokenizer, task: Task) -> None:
     """Raises ValueError where most tokens of the training texts are the tokenizer's unknown one."""
-    texts = [text for row in task.train[:_SAMPLED] for text in (row.texts if task.labels else row)]
+    texts = [text for row in task.train[:_SAMPLED] for text in tasks.texts_of(row)]
     with reading("--model", f"a tokenizer in {source}"):
         rows = tokenizer(texts, add_special_tokens=False)["input_ids"]
     tokens = [token for ids in rows for token in ids]

@@ -1,37 +1,49 @@
-"""The tasks of `id3-optim train`: the rows of both files, tokenising, padding and metrics."""
+"""The tasks of `id3-optim train`: the rows of both files, tokenising and padding."""
 
 import math
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 
-from .reading import Completion, LabelledText, read_completions, read_labelled
+from .metrics import IGNORED
+from .reading import Completion, LabelledText, TaggedText, read_completions, read_labelled, read_tagged
 
-KINDS = {".csv": "classification", ".tsv": "classification", ".jsonl": "causal-lm"}  # by a file's ending
+KINDS = ("classification", "regression", "token-classification", "causal-lm")
+_BY_ENDING = {
+    ".csv": "classification",
+    ".tsv": "classification",
+    ".jsonl": "causal-lm",
+    ".conll": "token-classification",
+}
 FEW_CLASSES = 20  # so many labels are classes, however few rows there are
-IGNORED = -100  # torch.nn.CrossEntropyLoss excludes targets of this value
 
 
 @dataclass(frozen=True)
 class Task:
-    """`kind` is "classification" or "causal-lm"; `labels` (classification only) orders the classes."""
+    """`kind` is one of `KINDS`; `labels` (of texts or tokens) orders the classes."""
 
     kind: str
-    train: list[LabelledText] | list[Completion]
-    eval: list[LabelledText] | list[Completion]
+    train: list[LabelledText] | list[TaggedText] | list[Completion]
+    eval: list[LabelledText] | list[TaggedText] | list[Completion]
     labels: list[str]
+
+
+def texts_of(row: LabelledText | TaggedText | Completion) -> tuple[str, ...]:
+    """The texts of a row, one or two."""
+    if isinstance(row, LabelledText):
+        return row.texts
+    return (" ".join(row.words),) if isinstance(row, TaggedText) else tuple(row)
 
 
 def infer_kind(path: str) -> str:
     """The task for the ending of a file's name. Raises ValueError for an unknown ending."""
     suffix = Path(path).suffix.lower()
-    if suffix not in KINDS:
+    if suffix not in _BY_ENDING:
         raise ValueError(
-            f"--train: expected a name in .csv, .tsv or .jsonl, got {path}; name it so or give --task"
+            f"--train: expected a name in .csv, .tsv, .jsonl or .conll, got {path}; name it so or give --task"
         )
-    return KINDS[suffix]
+    return _BY_ENDING[suffix]
 
 
 def read_task(
@@ -49,19 +61,29 @@ def read_task(
     kind: None: by the ending of `train`. Only then are labels refused that do not look like classes.
     """
     chosen = kind or infer_kind(train)
-    if kind is None and KINDS.get(Path(eval).suffix.lower(), chosen) != chosen:
+    if kind is None and _BY_ENDING.get(Path(eval).suffix.lower(), chosen) != chosen:
         raise ValueError(
             f"--eval: expected a file for {chosen} as --train, got {eval}; CSV and TSV are for "
             "classification, JSONL is for causal-lm"
         )
+    if chosen in ("causal-lm", "token-classification") and delimiter is not None:
+        form = "JSONL" if chosen == "causal-lm" else "columns between blanks"
+        raise ValueError(f"--delimiter: does not apply to {chosen}: its files are {form}")
     if chosen == "causal-lm":
-        if delimiter is not None:
-            raise ValueError("--delimiter: does not apply to causal-lm: its files are JSONL")
         return Task(chosen, read_completions(train, encoding), read_completions(eval, encoding), [])
+    if chosen == "token-classification":
+        rows, eval_rows = read_tagged(train, encoding), read_tagged(eval, encoding)
+        labels = sorted({tag for row in rows for tag in row.tags})
+        check_known(eval, train, {tag for row in eval_rows for tag in row.tags} - set(labels))
+        return Task(chosen, rows, eval_rows, labels)
     text_columns = text_columns or ["text"]
     rows, eval_rows = (
         read_labelled(path, text_columns, label_column, encoding, delimiter) for path in (train, eval)
     )
+    if chosen == "regression":
+        for path, read in ((train, rows), (eval, eval_rows)):
+            check_scores(path, label_column, read)
+        return Task(chosen, rows, eval_rows, [])
     labels = sorted_labels({row.label for row in rows})
     if len(labels) < 2:
         raise ValueError(
@@ -69,13 +91,24 @@ def read_task(
         )
     if kind is None:
         check_classes(train, label_column, labels, len(rows))
-    unknown = sorted({row.label for row in eval_rows} - set(labels))
+    check_known(eval, train, {row.label for row in eval_rows} - set(labels))
+    return Task(chosen, rows, eval_rows, labels)
+
+
+def check_known(eval: str, train: str, unknown: set[str]) -> None:
+    """Raises ValueError where the file `eval` has labels that `train` lacks."""
     if unknown:
         raise ValueError(
-            f"{eval}: expected labels that occur in {train}, got {', '.join(map(repr, unknown[:5]))} "
+            f"{eval}: expected labels that occur in {train}, got {', '.join(map(repr, sorted(unknown)[:5]))} "
             f"({len(unknown)} such labels)"
         )
-    return Task(chosen, rows, eval_rows, labels)
+
+
+def check_scores(path: str, column: str, rows: list[LabelledText]) -> None:
+    """Raises ValueError for a label that is no finite number."""
+    wrong = next((row.label for row in rows if _number(row.label) is None), None)
+    if wrong is not None:
+        raise ValueError(f"{path}: expected numbers in column {column!r}, got {wrong!r}")
 
 
 def check_classes(path: str, column: str, labels: list[str], rows: int) -> None:
@@ -89,7 +122,7 @@ def check_classes(path: str, column: str, labels: list[str], rows: int) -> None:
         return
     raise ValueError(
         f"{path}: expected classes in column {column!r}, got {got}; "
-        "--task classification trains each as a class"
+        "--task classification trains each as a class, --task regression learns scores"
     )
 
 
@@ -111,13 +144,32 @@ def encode(rows: list, task: Task, tokenizer, max_length: int) -> list[dict]:
     """The model's inputs for each row (lists of ints, not padded), with `labels`."""
     if task.kind == "causal-lm":
         return [encode_completion(row, tokenizer, max_length) for row in rows]
+    if task.kind == "token-classification":
+        return encode_tagged(rows, task.labels, tokenizer, max_length)
     number = {label: i for i, label in enumerate(task.labels)}
     columns = zip(*(row.texts for row in rows), strict=True)
     encoded = tokenizer(*map(list, columns), truncation=True, max_length=max_length)
+    labels = [number[row.label] if number else float(row.label) for row in rows]
     return [
-        {**{key: values[i] for key, values in encoded.items()}, "labels": number[row.label]}
-        for i, row in enumerate(rows)
+        {**{key: values[i] for key, values in encoded.items()}, "labels": label}
+        for i, label in enumerate(labels)
     ]
+
+
+def encode_tagged(rows: list[TaggedText], labels: list[str], tokenizer, max_length: int) -> list[dict]:
+    """The first token of each word has the word's tag; other tokens have `IGNORED`."""
+    number = {label: i for i, label in enumerate(labels)}
+    words = [list(row.words) for row in rows]
+    encoded = tokenizer(words, is_split_into_words=True, truncation=True, max_length=max_length)
+    found = []
+    for i, row in enumerate(rows):
+        owners = encoded.word_ids(i)
+        first = [word is not None and word not in owners[:at] for at, word in enumerate(owners)]
+        tags = [
+            number[row.tags[word]] if begins else IGNORED for word, begins in zip(owners, first, strict=True)
+        ]
+        found.append({**{key: values[i] for key, values in encoded.items()}, "labels": tags})
+    return found
 
 
 def encode_completion(row: Completion, tokenizer, max_length: int) -> dict:
@@ -146,45 +198,13 @@ def padding_token(tokenizer) -> int:
 
 
 def collate(rows: list[dict], pad_token_id: int) -> dict[str, torch.Tensor]:
-    """A batch [rows, longest row], padded on the right; class labels stay [rows]."""
+    """A batch [rows, longest row], padded on the right; labels of whole texts stay [rows]."""
     filler = {"input_ids": pad_token_id, "labels": IGNORED}
     batch = {}
     for key, first in rows[0].items():
         values = [row[key] for row in rows]
-        if not isinstance(first, int):
+        if isinstance(first, list):
             longest = max(map(len, values))
             values = [value + [filler.get(key, 0)] * (longest - len(value)) for value in values]
         batch[key] = torch.tensor(values)
     return batch
-
-
-def reduce_logits(kind: str):
-    """The Trainer's `preprocess_logits_for_metrics`: reduces logits to [rows] or [rows, 2] numbers."""
-
-    def predicted_class(logits, labels):
-        return logits.argmax(-1)
-
-    def summed_loss(logits, labels):
-        logits = logits[0] if isinstance(logits, tuple) else logits
-        losses = torch.nn.functional.cross_entropy(
-            logits[:, :-1].flatten(0, 1).float(),
-            labels[:, 1:].flatten(),
-            ignore_index=IGNORED,
-            reduction="none",
-        ).view(len(labels), -1)
-        return torch.stack([losses.sum(1), (labels[:, 1:] != IGNORED).sum(1)], dim=1)
-
-    return summed_loss if kind == "causal-lm" else predicted_class
-
-
-def metrics(kind: str):
-    """The Trainer's `compute_metrics`: accuracy, or the mean loss of a token and its perplexity."""
-
-    def accuracy(prediction):
-        return {"accuracy": float(np.mean(prediction.predictions == prediction.label_ids))}
-
-    def perplexity(prediction):
-        loss, tokens = prediction.predictions.sum(axis=0, dtype=np.float64)
-        return {"token_loss": loss / tokens, "perplexity": math.exp(min(loss / tokens, 700.0))}
-
-    return perplexity if kind == "causal-lm" else accuracy

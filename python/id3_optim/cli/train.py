@@ -19,7 +19,8 @@ from ..heuristics import D3, Bias, Magnitude, Random
 from ..integrations.groups import parameter_groups
 from ..integrations.huggingface import DELTA_NAME, ID3Callback, StepClock
 from ..optimizer import ID3AdamW
-from . import tasks
+from . import metrics, tasks
+from .by_method import AfterStep, prepare_method
 from .checkpoints import (
     Checkpoints,
     check_same_run,
@@ -82,6 +83,8 @@ def trainer_arguments(settings: Settings) -> transformers.TrainingArguments:
         logging_steps=settings.log_every,
         save_strategy="no" if settings.save_every is None else "steps",
         save_steps=settings.save_every or 500,
+        eval_strategy="no" if settings.eval_every is None else "steps",
+        eval_steps=settings.eval_every,
         report_to="none",
         disable_tqdm=True,
         dataloader_pin_memory=torch.cuda.is_available() and not cpu,
@@ -123,6 +126,24 @@ def build_optimizer(settings: Settings, start: Start) -> torch.optim.Optimizer:
     )
 
 
+def prepare(
+    settings: Settings, task: Task
+) -> tuple[Start, torch.optim.Optimizer, list[transformers.TrainerCallback]]:
+    """The model before training, its optimizer, and the callbacks that `fit` needs for them."""
+    arguments = trainer_arguments(settings)
+    start = load_start(settings, task, arguments.device)
+    callbacks = [ID3Callback(originals=settings.originals)] if settings.optimizer == "id3" else []
+    if settings.method is None:
+        optimizer = build_optimizer(settings, start)
+    else:
+        ready = prepare_method(settings, task, start, arguments)
+        optimizer, start.merge = ready.optimizer, ready.merge
+        callbacks += [AfterStep(ready.after_step)] if ready.after_step else []
+    if settings.sparse_backward:
+        sparse_backward(start.model, optimizer)
+    return start, optimizer, callbacks
+
+
 def fit(
     start: Start,
     task: Task,
@@ -130,11 +151,13 @@ def fit(
     settings: Settings,
     callbacks: Sequence[transformers.TrainerCallback] = (),
     checkpoint: Path | None = None,
+    progress: ProgressBar | None = None,
 ) -> Run:
     """Trains `start.model` in place and evaluates it. The same settings give the same batches and dropout.
 
     callbacks: added to a progress bar and a clock. ID3AdamW needs `ID3Callback` among them, or its
     `total_steps` set. checkpoint: to go on from; its record must be that of this run (ValueError).
+    progress: a callback with `close`, in place of the bar.
     Raises `divergence.Diverged` where the loss or the weights leave the finite numbers, and KeyboardInterrupt
     after Ctrl-C, with a checkpoint of the step that it came in.
     """
@@ -144,7 +167,7 @@ def fit(
         check_same_run(checkpoint, record)
     checkpoints = Checkpoints(settings, record, watch)
     # The watch refuses to save weights that are not finite; `checkpoints` moves what the Trainer saved.
-    progress, interrupt = ProgressBar(), Interrupt()
+    progress, interrupt = progress or ProgressBar(), Interrupt()
     callbacks = [watch, *callbacks, progress, clock, checkpoints, interrupt, *reporters(settings)]
     trainer = make_trainer(start, task, optimizer, settings, callbacks, watch)
     with contextlib.closing(progress), interrupt.listening():
@@ -155,9 +178,9 @@ def fit(
     watch.check_end(start.model, trainer.state.global_step, measured["eval_loss"])
     checkpoints.remove_old()
     remove(Path(settings.output) / UNFINISHED)
-    names = ("eval_accuracy", "eval_token_loss", "eval_perplexity", "eval_loss")
-    metrics = {name: float(measured[name]) for name in names if name in measured}
-    return Run(metrics, trainer.state.log_history, clock)
+    found = (f"eval_{name}" for name in metrics.NAMES)
+    measured = {name: float(measured[name]) for name in found if name in measured}
+    return Run(measured, trainer.state.log_history, clock)
 
 
 def run_trainer(trainer: WatchedTrainer, checkpoint: Path | None) -> None:
@@ -187,8 +210,8 @@ def make_trainer(start, task, optimizer, settings, callbacks, watch) -> WatchedT
         data_collator=partial(tasks.collate, pad_token_id=tasks.padding_token(start.tokenizer)),
         optimizers=(optimizer, None),
         callbacks=callbacks,
-        preprocess_logits_for_metrics=tasks.reduce_logits(task.kind),
-        compute_metrics=tasks.metrics(task.kind),
+        preprocess_logits_for_metrics=metrics.reduce_logits(task.kind),
+        compute_metrics=metrics.metrics(task.kind, task.labels),
     )
     trainer.remove_callback(transformers.PrinterCallback)
     return trainer
@@ -227,13 +250,9 @@ def train(settings: Settings) -> tuple[dict, Start, torch.optim.Optimizer]:
         print(note)
     watch = MemoryWatch() if settings.memory_report else None
     predicted = predicted_memory(settings) if watch else {}  # before the run, which a failure would lose
-    start = load_start(settings, task, trainer_arguments(settings).device)
+    start, optimizer, callbacks = prepare(settings, task)
     if start.fresh:
         print(f"new in this model, so trained whole (dense): {', '.join(sorted(start.fresh))}")
-    optimizer = build_optimizer(settings, start)
-    if settings.sparse_backward:
-        sparse_backward(start.model, optimizer)
-    callbacks = [ID3Callback(originals=settings.originals)] if settings.optimizer == "id3" else []
     begin(settings)
     if settings.save_at:
         DeltaSeries(settings.output, start.model, optimizer, settings.save_at, originals=settings.originals)
@@ -241,8 +260,10 @@ def train(settings: Settings) -> tuple[dict, Start, torch.optim.Optimizer]:
         callbacks.append(watch)
     with stopping(Path(settings.output)):
         run = fit(start, task, optimizer, settings, callbacks, checkpoint)
+        report = summarise(settings, start, optimizer, run)
+        if start.merge is not None:
+            start.merge()
         write_model(settings, start, optimizer)
-    report = summarise(settings, start, optimizer, run)
     if watch:
         report["memory"] = {"predicted": predicted, "measured": watch.measured}
     return report, start, optimizer

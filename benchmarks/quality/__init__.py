@@ -1,0 +1,1 @@
+"""`python -m benchmarks quality`: which method, at which budget and learning rate, on real tasks."""

@@ -1,0 +1,84 @@
+"""The grids of the evidence: which methods, budgets, learning rates and seeds, each an `id3-optim compare`.
+
+Every method of a part has as many learning rates, doubling, around the place where it works; the report names
+the methods whose best one is the first or the last.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+MAIN_BUDGET = "0.17%"
+# Seven learning rates for each kind of method.
+_RATES = {
+    "full": "5e-6:3.2e-4",
+    "whole": "1e-4:6.4e-3",  # new weights: heads, LoRA, adapters
+    "sparse": "5e-4:3.2e-2",
+    "random": "1e-3:6.4e-2",
+}
+# One for each kind, which no task has tuned: the defaults of the docs, or of the method's own papers.
+_DEFAULTS = {"full": "2e-5", "whole": "1e-3", "sparse": "2e-3", "random": "1e-2"}
+_KINDS = {"full": "full", "head": "random", "lora": "whole", "adalora": "whole", "adapter": "whole"}
+_KINDS |= {"random": "random", "shira": "random"}
+
+MAIN = ("id3", "full", "head", "random", "fish", "pafi", "bitfit", "static-d3", "repeat-d3", "lora")
+RIVALS = (
+    "id3",
+    "adalora",
+    "shira",
+    "diff",
+    "gradient",
+    "gradient-dynamic",
+    "snip",
+    "snip-dynamic",
+    "weights",
+)
+ON_A_POOL = (
+    "id3",
+    "id3+lora",
+    "static-d3+lora",
+    "random+lora",
+    "id3+adapter",
+    "random+adapter",
+    "sparse-adapter",
+)
+_SCHEDULES = ("front-loaded:0.05", "front-loaded:0.1", "front-loaded:0.2", "front-loaded:0.5", "one-shot")
+WHY = (
+    "id3",
+    "id3:bias_correction=entry",
+    *(f"id3:schedule={schedule}" for schedule in _SCHEDULES),
+    *(f"id3:select_every={every}" for every in (4, 16, 64)),
+    "id3:leave_out=embeddings",
+)
+EPS_AND_EXP = ("id3", *(f"id3:eps={eps},exp={exp}" for eps in (0.5, 1.0) for exp in (-1.0, 0.0, 1.0)))
+
+
+@dataclass(frozen=True)
+class Part:
+    """A grid on each of `tasks`. tuned: over seven learning rates, else a default of each kind."""
+
+    about: str
+    methods: tuple[str, ...]
+    tasks: tuple[str, ...]
+    budgets: tuple[str, ...] = (MAIN_BUDGET,)
+    seeds: int = 5
+    tuned: bool = True
+
+
+_ALL = ("cola", "mrpc", "sst2", "banking77")
+PARTS = {
+    "main": Part("Every method tuned alike", MAIN, _ALL),
+    "untuned": Part("One default learning rate for each kind of method", MAIN, _ALL, tuned=False),
+    "budgets": Part("Other budgets", ("id3", "fish", "lora"), _ALL, ("0.05%", "1%")),
+    "rivals": Part("Rivals at equal counts of trained entries", RIVALS, _ALL),
+    "pools": Part("LoRA and adapters as pools", ON_A_POOL, ("cola", "mrpc")),
+    "why": Part("Schedules, bias correction, windows, embeddings", WHY, ("cola", "mrpc")),
+    "eps-exp": Part("ε and exp", EPS_AND_EXP, ("cola", "mrpc"), seeds=3),
+}
+
+
+def with_rates(method: str, tuned: bool) -> str:
+    """The method as `--methods` takes it, with its learning rates."""
+    kind = _KINDS.get(method.partition(":")[0], "sparse")
+    rates = (_RATES if tuned else _DEFAULTS)[kind]
+    return f"{method}{',' if ':' in method else ':'}lr={rates}"

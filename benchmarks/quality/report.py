@@ -1,0 +1,236 @@
+"""README's table and docs/evidence.md from the results of the grids; every cell that has none is named."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import fmean
+
+from benchmarks.quality.parts import PARTS
+from benchmarks.quality.tasks import TASKS
+from benchmarks.render import README, RESULTS, ROOT, Markers, replace_block, table
+from id3_optim.cli import budget
+from id3_optim.cli.compare.statistics import Paired, paired
+
+QUALITY: Markers = ("<!-- quality:begin -->", "<!-- quality:end -->")
+QUALITY_RESULTS = RESULTS / "quality"
+EVIDENCE = ROOT / "docs" / "evidence.md"
+ROOM = 0.05  # a task counts where full fine-tuning is so much better than the head alone
+# Table 1 of the paper: DeBERTa-v3-base, 320K entries (0.17 %), in per cent.
+PAPER = {
+    "full": {"cola": 71.43, "mrpc": 89.95, "sst2": 96.33},
+    "random": {"cola": 66.19, "mrpc": 86.11, "sst2": 95.30},
+    "fish": {"cola": 69.79, "mrpc": 90.69, "sst2": 95.60},
+    "pafi": {"cola": 68.91, "mrpc": 90.52, "sst2": 96.14},
+    "id3": {"cola": 72.07, "mrpc": 91.26, "sst2": 95.95},
+}
+NOTHING = "No grid has been run yet, so no score is shown: `python -m benchmarks quality` runs them."
+Reports = dict[tuple[str, str], dict]
+
+
+def read(folder: Path) -> Reports:
+    """(part, task): the report of each grid that has one."""
+    reports = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    return {(report["part"], report["task"]): report for report in reports}
+
+
+def row_of(reports: Reports, part: str, task: str, method: str, budget: float | None) -> dict | None:
+    """The row of a method; of one without a budget its only row. None where no run has ended."""
+    rows = reports.get((part, task), {}).get("rows", [])
+    found = [row for row in rows if row["method"] == method and row["budget"] in (None, budget)]
+    return found[0] if found and (found[0]["scores"] or found[0]["diverged"]) else None
+
+
+def budgets_of(part: str) -> list[float]:
+    return [budget(text) for text in PARTS[part].budgets]
+
+
+def is_whole(part: str, row: dict | None) -> bool:
+    """Whether all seeds of a cell have ended, with a finite loss or not."""
+    return row is not None and len(row["scores"]) + row["diverged"] >= PARTS[part].seeds
+
+
+def room(reports: Reports, task: str) -> float | None:
+    """By how much full fine-tuning is better than the head alone, both tuned; None where one has no score."""
+    rows = [row_of(reports, "main", task, method, None) for method in ("full", "head")]
+    means = [row and row["mean"] for row in rows]
+    return None if None in means else means[0] - means[1]
+
+
+def with_room(reports: Reports, part: str) -> list[str]:
+    """The part's tasks that count; all of them while their room is not known."""
+    return [task for task in PARTS[part].tasks if (known := room(reports, task)) is None or known >= ROOM]
+
+
+def versus(reports: Reports, part: str, method: str, budget: float) -> Paired | None:
+    """A method's paired differences to ID3, over the seeds of all tasks with room that have both."""
+    scores: list[dict] = [{}, {}]
+    for task in with_room(reports, part):
+        for found, name in zip(scores, (method, "id3"), strict=True):
+            row = row_of(reports, part, task, name, budget)
+            found.update({(task, seed): value for seed, value in (row["scores"] if row else {}).items()})
+    return paired(*scores)
+
+
+def part_table(reports: Reports, part: str, budget: float) -> str:
+    """Mean ± standard deviation by method and task, in per cent; then all tasks together against ID3."""
+    tasks = PARTS[part].tasks
+    header = ["method", *tasks, "mean", "− id3", "p", "won/lost/tied"]
+    lines = []
+    for method in PARTS[part].methods:
+        rows = {task: row_of(reports, part, task, method, budget) for task in tasks}
+        counted = [rows[task] for task in with_room(reports, part)]
+        means = [row and row["mean"] for row in counted]
+        mean = "–" if None in means or not means else f"{100 * fmean(means):.2f}"
+        difference = None if method == "id3" else versus(reports, part, method, budget)
+        lines.append([method, *(_cell(part, row) for row in rows.values()), mean, *_against(difference)])
+    return table(header, lines)
+
+
+def _cell(part: str, row: dict | None) -> str:
+    if row is None:
+        return "–"
+    if row["mean"] is None or row["diverged"]:
+        return f"{row['diverged']} diverged"
+    sd = "" if row["sd"] is None else f" ± {100 * row['sd']:.2f}"
+    count = "" if is_whole(part, row) else f" ({len(row['scores'])} of {PARTS[part].seeds})"
+    return f"{100 * row['mean']:.2f}{sd}{'*' if row['at_edge'] else ''}{count}"
+
+
+def _against(difference: Paired | None) -> list[str]:
+    if difference is None:
+        return ["", "", ""]
+    error = difference.standard_error
+    equal = " (equal)" if error is not None and abs(difference.mean) < 2 * error else ""
+    p = "" if difference.p is None else f"{difference.p:.3f}"
+    counts = f"{difference.wins}/{difference.losses}/{difference.ties}"
+    return [f"{100 * difference.mean:+.2f}{equal}", p, counts]
+
+
+def empty(reports: Reports, part: str) -> Iterator[str]:
+    """The cells without all their runs, by name: `fish on cola at 0.05 %`."""
+    for task in PARTS[part].tasks:
+        for share in budgets_of(part):
+            for method in PARTS[part].methods:
+                if not is_whole(part, row_of(reports, part, task, method, share)):
+                    yield f"{method} on {task} at {100 * share:.3g} %"
+
+
+def named(reports: Reports, part: str) -> str:
+    """The cells without all their runs, by task and budget."""
+    missing = list(empty(reports, part))
+    if not missing:
+        return "Every cell has all its runs."
+    lines = []
+    for task in PARTS[part].tasks:
+        for share in budgets_of(part):
+            end = f" on {task} at {100 * share:.3g} %"
+            methods = [cell.removesuffix(end) for cell in missing if cell.endswith(end)]
+            every = len(methods) == len(PARTS[part].methods)
+            lines += [f"{'every method' if every else ', '.join(methods)}{end}"] if methods else []
+    return f"Cells without all their runs: {'; '.join(lines)}."
+
+
+MARKS = (
+    "Scores on the development sets in per cent (CoLA: Matthews' correlation, else accuracy), mean ±\n"
+    "standard deviation over seeds; –: not run; \\*: the best learning rate is at the edge of its grid.\n"
+    "Against ID3: the mean difference by task and seed with p of an exact Wilcoxon signed-rank test;\n"
+    "(equal): less than two standard errors."
+)
+
+
+def readme_block(reports: Reports) -> str:
+    """The main table, or that there is none."""
+    if not any(part == "main" for part, _ in reports):
+        return NOTHING
+    budget = budgets_of("main")[0]
+    missing = named(reports, "main")
+    about = f"MiniLM-L6, {100 * budget:.3g} % of the entries. {MARKS}"
+    return "\n\n".join([part_table(reports, "main", budget), about, missing])
+
+
+def page(reports: Reports) -> str:
+    """The whole of docs/evidence.md."""
+    sections = [_INTRODUCTION, *(_part(reports, part) for part in PARTS), _paper(reports)]
+    return "\n\n".join(sections) + "\n"
+
+
+_INTRODUCTION = f"""# Evidence
+
+Which method pays, at which budget and learning rate. This page is generated from
+`benchmarks/results/quality`; [Benchmarks](benchmarks.md) has times and memory. To run or to go on with the
+grids:
+
+```bash
+python -m benchmarks quality --model MINILM --data FOLDER
+python -m benchmarks quality --export
+```
+
+The folder has CoLA, MRPC and SST-2 as GLUE's files; banking77 is part of this project. Stop the first command
+at any moment: it goes on where it was. The second writes what has ended so far.
+
+**How.** All methods run through [`id3-optim compare`](guide/command-line.md#compare): the same batches, steps
+and schedule of the learning rate, mean pooling, and as many learning rates for each. Successive halving
+chooses the learning rate on one seed and on a tenth of the training rows, which tuning does not train on. The
+final runs train on all training rows. A task counts where full fine-tuning is {100 * ROOM:.0f} points or more
+better than the head alone.
+
+{MARKS}"""
+
+
+def _part(reports: Reports, part: str) -> str:
+    lines = [f"## {PARTS[part].about}"]
+    present = [task for task in PARTS[part].tasks if (part, task) in reports]
+    if part == "main":
+        lines += [_rooms(reports)]
+    if present:
+        for budget in budgets_of(part):
+            lines += [f"{100 * budget:.3g} % of the entries:", part_table(reports, part, budget)]
+        lines += [_how(reports, part, present)]
+    return "\n\n".join([*lines, named(reports, part)])
+
+
+def _rooms(reports: Reports) -> str:
+    rooms = {task: room(reports, task) for task in TASKS}
+    shown = {t: "not known" if r is None else f"{100 * r:+.1f} points" for t, r in rooms.items()}
+    return "Room, full fine-tuning against the head alone: " + ", ".join(
+        f"{task} {text}{'' if rooms[task] is None or rooms[task] >= ROOM else ' (does not count)'}"
+        for task, text in shown.items()
+    )
+
+
+def _how(reports: Reports, part: str, tasks: list[str]) -> str:
+    """Steps, chosen learning rates and versions of the runs."""
+    lines = []
+    for task in tasks:
+        report = reports[part, task]
+        rates = [f"{row['method']} {row['lr']:.2g}" for row in report["rows"] if row["lr"] is not None]
+        versions = sorted({run["versions"] for run in report["runs"] if run.get("versions")})
+        lines.append(
+            f"- {task}: {report['steps']} steps, tuned with {report['tune_steps']}; {'; '.join(versions)}. "
+            f"Learning rates: {', '.join(rates)}."
+        )
+    return "\n".join(lines)
+
+
+def _paper(reports: Reports) -> str:
+    """The paper's table beside this one: another model, so orders are comparable and scores are not."""
+    budget, tasks = budgets_of("main")[0], ("cola", "mrpc", "sst2")
+    lines = []
+    for method, scores in PAPER.items():
+        ours = [_cell("main", row_of(reports, "main", task, method, budget)) for task in tasks]
+        lines.append([method, *(f"{scores[task]:.2f}" for task in tasks), *ours])
+    header = ["method", *(f"{task}, paper" for task in tasks), *(f"{task}, here" for task in tasks)]
+    about = (
+        "Table 1 of the paper has DeBERTa-v3-base with 320K entries (0.17 %) and many more steps: the order "
+        "of the methods can be compared, the scores cannot."
+    )
+    return "\n\n".join(["## Beside the paper", about, table(header, lines)])
+
+
+def write_pages(folder: Path = QUALITY_RESULTS, readme: Path = README, evidence: Path = EVIDENCE) -> None:
+    """Writes README's block and the page from the results in a folder."""
+    reports = read(folder)
+    replace_block(readme, QUALITY, readme_block(reports))
+    evidence.write_text(page(reports))

@@ -1,0 +1,77 @@
+"""The tasks of the grids, and their files from a folder of data in the formats of GLUE and PolyAI.
+
+The folder has `CoLA`, `MRPC`, `SST-2` (train.tsv and dev.tsv, tab-separated without quoting) and `banking77`
+(train.csv and test.csv). Only banking77 is part of this project; the other data has terms of its own.
+"""
+
+from __future__ import annotations
+
+import csv
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.render import ROOT
+
+
+@dataclass(frozen=True)
+class Task:
+    """folder, train, eval: of the data; text, label: its columns; rows: a fixed subset of the training rows.
+
+    steps, batch, length: of a run. A text column has the same name in the files that are written.
+    """
+
+    folder: str
+    train: str
+    eval: str
+    text: tuple[str, ...]
+    label: str
+    metric: str
+    rows: int | None = None
+    steps: int = 1000
+    batch: int = 16
+    length: int = 64
+
+
+TASKS = {
+    "cola": Task("CoLA", "train.tsv", "dev.tsv", ("sentence1",), "label", "matthews"),
+    "mrpc": Task("MRPC", "train.tsv", "dev.tsv", ("sentence1", "sentence2"), "label", "accuracy", length=96),
+    "sst2": Task("SST-2", "train.tsv", "dev.tsv", ("sentence1",), "label", "accuracy", rows=16000),
+    "banking77": Task("banking77", "train.csv", "test.csv", ("text",), "category", "accuracy", batch=32),
+}
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """The rows of a file: tab-separated without quoting, or CSV."""
+    with open(path, encoding="utf-8", newline="") as file:
+        plain = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix == ".tsv" else {}
+        return list(csv.DictReader(file, **plain))
+
+
+def prepare(name: str, data: Path | None, target: Path) -> tuple[Path, Path]:
+    """Writes a task's two files as CSV, which `id3-optim` reads; returns their paths.
+
+    data: the folder of all data; None: banking77 of this project. Raises FileNotFoundError for a task whose
+    data is not there.
+    """
+    task = TASKS[name]
+    inside = ROOT / "examples" if data is None else data
+    written = []
+    for part, file in (("train", task.train), ("eval", task.eval)):
+        source = inside / task.folder / file
+        if not source.is_file():
+            raise FileNotFoundError(f"--data: expected {source}, got none: the task {name} needs it")
+        rows = read_rows(source)
+        if part == "train" and task.rows is not None and task.rows < len(rows):
+            rows = [rows[i] for i in sorted(random.Random(0).sample(range(len(rows)), task.rows))]
+        written.append(_write(target / f"{name}.{part}.csv", rows, [*task.text, task.label]))
+    return written[0], written[1]
+
+
+def _write(path: Path, rows: list[dict[str, str]], columns: list[str]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, columns, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(row for row in rows if all(row[column].strip() for column in columns))
+    return path

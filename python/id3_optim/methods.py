@@ -1,0 +1,298 @@
+"""The paper's methods and their rivals by name: each is a pool, a heuristic and a strategy of one ID3AdamW.
+
+`prepare` puts the pool into a model and returns the optimizer; the training loop is the same for all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import pools, schedules
+from .heuristics import D3, Bias, Fisher, Heuristic, Magnitude, Random, fisher_scores, largest, snip
+from .optimizer import ID3AdamW
+from .running import Running
+
+LossOf = Callable[[nn.Module, Any], Tensor]
+SAMPLES = 1024  # examples that a mask is computed from, as in the paper
+LORA_RANK = 8  # of the pool
+_DIFF_BATCH, _DIFF_LR = 16, 2e-5
+
+# Name: heuristic and strategy. A heuristic that is a string is computed before training, from examples; one
+# that has state is made anew each time.
+SELECTIVE: dict[str, tuple[Heuristic | str, str]] = {
+    "id3": (D3(), "increment"),
+    "id3-sum": (partial(Running, "sum"), "increment"),
+    "id3-mean": (partial(Running, "mean"), "increment"),
+    "id3-adam": (partial(Running, "adam"), "increment"),
+    "repeat-d3": (D3(), "repeat"),
+    "static-d3": (D3(), "static"),
+    "random": (Random(), "static"),
+    "fish": ("fisher", "static"),
+    "pafi": (Magnitude(), "static"),
+    "bitfit": (Bias(), "static"),
+    "gradient": (D3(1.0, 0.0), "static"),
+    "gradient-dynamic": (D3(1.0, 0.0), "repeat"),
+    "snip": (snip, "static"),
+    "snip-dynamic": (snip, "repeat"),
+    "weights": (largest, "static"),
+    "weights-dynamic": (largest, "repeat"),
+    "diff": ("diff", "static"),
+}
+# Name: the selective method, and the pool that it selects from. LoRA has no bias, and SNIP scores all of a
+# new LoRA 0: B is 0 and A has no gradient. "id3+lora" is IncreLoRA's idea, growth by a score, by entries.
+ON_A_POOL = {
+    f"{name}+{pool}": (name, pool)
+    for pool in ("lora", "adapter")
+    for name in SELECTIVE
+    if pool != "lora" or name not in ("bitfit", "snip", "snip-dynamic")
+}
+ALIASES = {"sparse-adapter": "snip+adapter"}
+WHOLE = ("full", "head", "lora", "adalora", "shira", "adapter")  # every entry of the pool is trained
+DESCRIPTIONS = {
+    "full": "every entry",
+    "head": "the fresh parameters alone",
+    "lora": "LoRA of the largest rank that fits the budget (peft)",
+    "adalora": "AdaLoRA whose final ranks fit the budget (peft)",
+    "shira": "random entries of each linear layer, as many as LoRA has (peft)",
+    "adapter": "a bottleneck adapter in each block, all of it",
+    "id3": "the best entries by |g| / (|θ| + eps)^exp, some at each step",
+    "id3-sum": "ID3 by the sum of the gradients since the last selection (for select_every)",
+    "id3-mean": "ID3 by a running mean of the gradients",
+    "id3-adam": "ID3 by the running mean over the root of the running mean square",
+    "repeat-d3": "a fresh choice by D3 at every step",
+    "static-d3": "one choice by D3 at the first step",
+    "random": "random entries",
+    "fish": "the largest mean squared gradients of 1024 examples",
+    "pafi": "the smallest weights",
+    "bitfit": "bias terms",
+    "gradient": "the largest gradients of the first batch",
+    "gradient-dynamic": "the largest gradients of every batch",
+    "snip": "the largest |θ·g| of the first batch",
+    "snip-dynamic": "the largest |θ·g| of every batch",
+    "weights": "the largest weights",
+    "weights-dynamic": "the largest weights at every step",
+    "diff": "what moves farthest while all entries train on 1024 examples",
+    "sparse-adapter": "SparseAdapter: snip+adapter",
+}
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A model that is ready to train, the same object as was given.
+
+    optimizer: ID3AdamW over the pool; fresh parameters, and what a method trains whole, are dense groups.
+    pool_entries: how many entries the pool has. budget: the most of them that training may change.
+    after_step: None, or to be called as `after_step(step)` (the first step is 0) after `optimizer.step()` and
+        before `zero_grad()`.
+    merge: None, or to be called after training: it folds LoRA into the weights and returns the plain model.
+    """
+
+    model: nn.Module
+    optimizer: ID3AdamW
+    pool_entries: int
+    budget: int
+    after_step: Callable[[int], None] | None = None
+    merge: Callable[[], nn.Module] | None = None
+
+
+def names() -> list[str]:
+    """Every name that `prepare` takes: a method (`id3`), or a method and its pool (`id3+lora`)."""
+    return [*WHOLE, *SELECTIVE, *ALIASES, *ON_A_POOL]
+
+
+def describe(name: str) -> str:
+    """What the method trains, in a few words. Raises ValueError for an unknown name."""
+    check_name(name)
+    if name in DESCRIPTIONS:
+        return DESCRIPTIONS[name]
+    method, pool = ON_A_POOL[name]
+    where = {"lora": f"of LoRA with rank {LORA_RANK}", "adapter": "of bottleneck adapters"}
+    return f"{DESCRIPTIONS[method]}, {where[pool]}"
+
+
+def needs_examples(name: str) -> bool:
+    """Whether the method chooses entries before training, from `examples`."""
+    check_name(name)
+    method = _parts(name)[0]
+    return method in SELECTIVE and isinstance(SELECTIVE[method][0], str)
+
+
+def check_name(name: str) -> None:
+    """Raises ValueError unless `name` is one of `names()`."""
+    if name not in names():
+        raise ValueError(f"method: expected one of {', '.join(names())}, got {name!r}")
+
+
+def _parts(name: str) -> tuple[str, str]:
+    """The method, and the pool of a selective method: "" for the model's own entries."""
+    return ON_A_POOL.get(ALIASES.get(name, name), (name, ""))
+
+
+def prepare(
+    name: str,
+    model: nn.Module,
+    fresh: Iterable[str] = (),
+    *,
+    budget: int | float,
+    lr: float,
+    total_steps: int,
+    examples: Sequence[Any] = (),
+    loss_of: LossOf | None = None,
+    seed: int = 0,
+    head_options: dict[str, Any] | None = None,
+    leave_out: Iterable[str] = (),
+    **options: Any,
+) -> Prepared:
+    """Makes the model trainable by the method `name` (one of `names()`), in place.
+
+    fresh: names of parameters without pre-trained values, such as a new head, which every method trains
+        whole. budget: entries, or a share of the model's own pre-trained entries whatever the pool is, so
+        that all methods train equally many; LoRA, AdaLoRA and SHiRA take the largest rank that fits.
+    examples: batches of one labelled example; the first 1024 count. loss_of(model, batch): their loss; the
+        default is `model(**batch).loss`. head_options: settings of the fresh parameters alone, such as `lr`.
+    leave_out: parts of names, such as "embeddings", of parameters that stay frozen.
+    options: further arguments of ID3AdamW; they take precedence over the method's own.
+    Raises ValueError for an unknown name, missing examples, or a fresh name or part of a name that no
+    parameter has, before anything changes.
+    """
+    method, pool = _parts(name)
+    head = _fresh_and_left_out(model, name, fresh, leave_out, examples)
+    own = sum(p.numel() for p in _trainable(model, head).values())
+    entries = schedules.resolve_budget(budget, own)
+    with _seeded(seed):
+        merge, after_step = _add_pool(method, pool, model, entries, total_steps, seed)
+    _freeze(model, head, leave_out)
+    groups = _groups(model, head, method not in SELECTIVE, head_options or {})
+    competing = sum(p.numel() for p in _trainable(model, head).values())
+    allowed = min(entries, competing) if method in SELECTIVE else competing
+    if method in SELECTIVE:
+        heuristic, strategy = SELECTIVE[method]
+        heuristic = _made(heuristic, model, head, examples, loss_of or _own_loss, seed)
+        options = {"heuristic": heuristic, "strategy": strategy, **options}
+    optimizer = ID3AdamW(groups, lr=lr, budget=allowed, total_steps=total_steps, **options)
+    if isinstance(optimizer.heuristic, Running):
+        optimizer.heuristic.watch(optimizer)
+    return Prepared(model, optimizer, competing, allowed, after_step, merge)
+
+
+def _fresh_and_left_out(
+    model: nn.Module, name: str, fresh: Iterable[str], leave_out: Iterable[str], examples: Sequence[Any]
+) -> list[Tensor]:
+    """The fresh parameters. Raises ValueError for what `prepare` refuses."""
+    named = dict(model.named_parameters())
+    if unknown := sorted(set(fresh) - named.keys()):
+        raise ValueError(f"fresh: expected names of the model's parameters, got {unknown[0]!r}")
+    for part in leave_out:
+        if not any(part in known for known in named):
+            raise ValueError(f"leave_out: expected parts of the model's parameter names, got {part!r}")
+    if needs_examples(name) and not len(examples):
+        raise ValueError(f"examples: expected labelled examples for the method {name}, got none")
+    if name == "head" and not fresh:
+        raise ValueError("fresh: expected parameters to train by the method head, got none")
+    return [named[known] for known in fresh]
+
+
+def _trainable(model: nn.Module, head: list[Tensor]) -> dict[str, Tensor]:
+    """The parameters that compete for the budget, or that a method trains whole, by name."""
+    fresh = {id(p) for p in head}
+    return {name: p for name, p in model.named_parameters() if p.requires_grad and id(p) not in fresh}
+
+
+def _add_pool(method: str, pool: str, model: nn.Module, budget: int, total_steps: int, seed: int):
+    """Puts the pool into the model; all else is frozen then. Returns Prepared's `merge` and `after_step`."""
+    if method == "head":
+        model.requires_grad_(False)
+    elif "adapter" in (method, pool):
+        pools.add_bottlenecks(model)
+    elif pool == "lora":
+        return pools.add_lora(model, LORA_RANK, pools.block_layers(model)), None
+    elif method in ("lora", "adalora", "shira"):
+        rank, layers = pools.largest_rank(model, budget)
+        if method == "adalora":
+            return pools.add_adalora(model, rank, layers, total_steps)
+        add = pools.add_lora if method == "lora" else partial(pools.add_shira, seed=seed)
+        return add(model, rank, layers), None
+    return None, None
+
+
+def _freeze(model: nn.Module, head: list[Tensor], leave_out: Iterable[str]) -> None:
+    for name, p in model.named_parameters():
+        if any(part in name for part in leave_out):
+            p.requires_grad_(False)
+    for p in head:
+        p.requires_grad_(True)
+
+
+def _groups(model: nn.Module, head: list[Tensor], whole: bool, head_options: dict[str, Any]) -> list[dict]:
+    pool, fresh = _trainable(model, head), {id(p) for p in head}
+    groups = [{"params": list(pool.items()), "dense": whole}] if pool else []
+    named = [(name, p) for name, p in model.named_parameters() if id(p) in fresh]
+    return groups + ([{"params": named, "dense": True, **head_options}] if named else [])
+
+
+def _own_loss(model: nn.Module, batch: Any) -> Tensor:
+    return model(**batch).loss
+
+
+def _made(
+    heuristic: Heuristic | str,
+    model: nn.Module,
+    head: list[Tensor],
+    examples: Sequence[Any],
+    loss_of: LossOf,
+    seed: int,
+) -> Heuristic:
+    """The heuristic with its seed, or with the scores that it computes from examples."""
+    if isinstance(heuristic, Random):
+        return Random(seed)
+    if isinstance(heuristic, partial):
+        return heuristic()
+    if not isinstance(heuristic, str):
+        return heuristic
+    training = model.training
+    model.eval()  # no dropout
+    try:
+        if heuristic == "fisher":
+            scored = fisher_scores(model, examples, loss_of, SAMPLES)
+        else:
+            scored = distances(model, _trainable(model, head), examples[:SAMPLES], loss_of)
+    finally:
+        model.train(training)
+    return Fisher(scored)
+
+
+def distances(
+    model: nn.Module, params: dict[str, Tensor], examples: Sequence[Any], loss_of: LossOf
+) -> dict[str, Tensor]:
+    """How far each entry moves while AdamW trains all of `params` on the examples once, in batches of 16.
+
+    The idea of Diff pruning in the form of Ansell et al. (2022): a mask of what moves farthest, in place of a
+    learned one. `params` get their values back; gradients of the model are cleared.
+    """
+    before = {name: p.detach().clone() for name, p in params.items()}
+    optimizer = torch.optim.AdamW(params.values(), lr=_DIFF_LR, weight_decay=0.0)
+    for start in range(0, len(examples), _DIFF_BATCH):
+        for batch in examples[start : start + _DIFF_BATCH]:
+            loss_of(model, batch).backward()
+        optimizer.step()
+        model.zero_grad()
+    moved = {name: (p.detach() - before[name]).float().abs() for name, p in params.items()}
+    with torch.no_grad():
+        for name, p in params.items():
+            p.copy_(before[name])
+    return moved
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """torch's CPU generator at `seed` inside, as it was before outside."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield

@@ -1,0 +1,182 @@
+"""`id3-optim compare`: the table of a grid, what it refuses, and that no interruption changes it."""
+
+import json
+import os
+import sqlite3
+import subprocess
+import sys
+
+import pytest
+from compare_command import __file__ as PROGRAM
+from compare_command import words
+from train_command import run, save_train_files
+
+from id3_optim.cli.compare import trial as trials
+from id3_optim.cli.compare.store import Store, pack, unpack
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    return save_train_files(tmp_path_factory.mktemp("files"))
+
+
+@pytest.fixture(scope="module")
+def straight(files, tmp_path_factory):
+    """(results, report, what was printed) of the grid, run without an interruption."""
+    from id3_optim.cli import main
+
+    folder = tmp_path_factory.mktemp("straight")
+    assert main(words(files, folder / "r.sqlite", "--report", folder / "r.json")) == 0
+    return folder / "r.sqlite", folder / "r.json"
+
+
+def outcome(report):
+    """What a report says, without times."""
+    read = json.loads(report.read_text())
+    for line in (*read["rows"], *read["runs"]):
+        del line["step_ms"]
+    return read
+
+
+def test_the_table_is_that_of_the_runs(straight, capsys, files, tmp_path):
+    read = json.loads(straight[1].read_text())
+    finals = [r for r in read["runs"] if not r["tuning"]]
+    tuning = [r for r in read["runs"] if r["tuning"]]
+    assert len(finals) == 3 * 2 and len(tuning) == 3 * (3 + 2)
+    for row in read["rows"]:
+        own = {str(r["seed"]): r["metrics"]["eval_accuracy"] for r in finals if r["method"] == row["method"]}
+        assert row["scores"] == own and row["mean"] == pytest.approx(sum(own.values()) / 2)
+        assert {r["lr"] for r in finals if r["method"] == row["method"]} == {row["lr"]}
+        last = {r["lr"]: r["metrics"] for r in tuning if r["method"] == row["method"] and r["steps"] == 4}
+        best = max(last, key=lambda lr: (last[lr]["eval_accuracy"], -last[lr]["eval_loss"]))
+        assert row["lr"] == best and row["at_edge"] == (best in (2e-3, 8e-3))
+    code, printed, _ = run(capsys, words(files, straight[0]))
+    assert code == 0 and len(printed.splitlines()) >= 5
+    assert printed.splitlines()[0].split()[:4] == ["method", "budget", "lr", "entries"]
+
+
+def test_a_run_is_that_of_train(straight, files, tmp_path, capsys):
+    """No second training loop: the same settings give `id3-optim train`'s own numbers."""
+    read = json.loads(straight[1].read_text())
+    final = next(r for r in read["runs"] if r["method"] == "id3" and not r["tuning"] and r["seed"] == 1)
+    command = f"train --model {files}/bert --train {files}/reviews.csv --eval {files}/reviews.csv --steps 6"
+    command += f" --output {tmp_path}/out --report {tmp_path}/t.json --budget 300 --lr {final['lr']} --seed 1"
+    command += " --batch-size 8 --log-every 2 --eval-every 3 --cpu"
+    assert run(capsys, command.split())[0] == 0
+    assert json.loads((tmp_path / "t.json").read_text())["metrics"] == final["metrics"]
+
+
+def test_tuning_measures_on_rows_it_does_not_train_on(files):
+    from id3_optim.cli.tasks import read_task
+
+    task = read_task(str(files / "reviews.csv"), str(files / "reviews.csv"))
+    split = trials.held_out(task, 0.2)
+    assert (len(split.train), len(split.eval)) == (32, 8)
+    assert sorted(map(repr, [*split.train, *split.eval])) == sorted(map(repr, task.train))
+    assert trials.held_out(task, 0.2) == split
+    with pytest.raises(ValueError, match="--held-out: expected a share that splits 40 rows"):
+        trials.held_out(task, 0.001)
+
+
+def test_a_finished_grid_runs_nothing_again(straight, files, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(trials, "fit", None)
+    code, _, _ = run(capsys, words(files, straight[0], "--report", tmp_path / "again.json"))
+    assert code == 0 and json.loads((tmp_path / "again.json").read_text()) == json.loads(
+        straight[1].read_text()
+    )
+
+
+def test_a_larger_grid_runs_what_is_new(straight, files, capsys, monkeypatch, tmp_path):
+    results, ran = tmp_path / "r.sqlite", []
+    results.write_bytes(straight[0].read_bytes())
+    plain = trials.fit
+    monkeypatch.setattr(trials, "fit", lambda *given, **more: ran.append(1) or plain(*given, **more))
+    assert run(capsys, words(files, results, "--seeds", 0, 1, 2))[0] == 0
+    assert len(ran) == 3
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_grid_killed_at_20_random_moments_has_the_same_table(straight, files, tmp_path):
+    command = words(files, tmp_path / "r.sqlite", "--report", tmp_path / "r.json")
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    given = [sys.executable, PROGRAM, "20", *command]
+    done = subprocess.run(given, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.splitlines()[0]) >= 5, "the children ended before they were killed"
+    assert outcome(tmp_path / "r.json") == outcome(straight[1])
+
+
+def test_several_processes_give_the_same_table(straight, files, tmp_path, capsys):
+    command = words(files, tmp_path / "r.sqlite", "--report", tmp_path / "r.json", "--jobs", 2)
+    assert run(capsys, command)[0] == 0
+    assert outcome(tmp_path / "r.json") == outcome(straight[1])
+
+
+def test_ctrl_c_keeps_what_has_ended(files, tmp_path, capsys, monkeypatch):
+    plain, ran = trials.fit, []
+
+    def interrupted(*given, **more):
+        if len(ran) == 2:
+            raise KeyboardInterrupt
+        ran.append(1)
+        return plain(*given, **more)
+
+    monkeypatch.setattr(trials, "fit", interrupted)
+    assert run(capsys, words(files, tmp_path / "r.sqlite"))[0] == 130
+    with Store(tmp_path / "r.sqlite", create=False) as store:
+        assert len(store.results(store.plan())) == 2
+
+
+def test_a_run_that_diverges_is_counted_and_not_dropped(files, tmp_path, capsys):
+    command = words(files, tmp_path / "r.sqlite", "--report", tmp_path / "r.json")
+    command[command.index("--methods") + 1 : command.index("--budgets")] = ["full:lr=1e35"]
+    assert run(capsys, [*command, "--lr", "1e35"])[0] == 0
+    (row,) = json.loads((tmp_path / "r.json").read_text())["rows"]
+    assert row["diverged"] == 2 and row["mean"] is None and row["scores"] == {}
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--methods", "id3", "id3"], "--methods: expected each once, got id3 twice"),
+        (["--seeds", 1, 1], "--seeds: expected each once, got 1 twice"),
+        (["--methods", "id3", "full:lr=1e-3"], "--methods: expected as many learning rates for each method"),
+        (["--against", "none"], "--against: expected one of id3"),
+        (["--jobs", 0], "--jobs: expected at least 1, got 0"),
+        (["--held-out", 1.5], "--held-out: expected a share between 0 and 1, got 1.5"),
+        (["--metric", "f1"], "--metric: expected"),
+        (["--methods", "id3:schedule=none", "--against", "id3:schedule=none"], "--schedule: expected"),
+        (["--steps", 0], "--steps: expected at least 1, got 0"),
+        (["--results", "no/folder/r.sqlite"], "--results: expected a file in an existing folder"),
+    ],
+)
+def test_what_is_refused_before_the_first_run(files, tmp_path, capsys, more, message):
+    code, _, error = run(capsys, words(files, tmp_path / "r.sqlite", *more))
+    assert code == 2 and message in error
+
+
+def test_a_file_of_another_kind_is_refused_and_kept(files, tmp_path, capsys):
+    text, database = tmp_path / "notes.txt", tmp_path / "other.sqlite"
+    text.write_text("notes that are no database, long enough for a header " * 50)
+    with sqlite3.connect(database) as other:
+        other.execute("create table t (a)")
+    other.close()
+    for path in (text, database):
+        before = path.read_bytes()
+        for command in (words(files, path), ["plot", str(path), "--output", str(tmp_path / "p.html")]):
+            code, _, error = run(capsys, command)
+            assert code == 2 and "results: expected a file of compare --results" in error, error
+        assert path.read_bytes() == before
+    code, _, error = run(capsys, ["plot", str(tmp_path / "none"), "--output", str(tmp_path / "p.html")])
+    assert code == 2 and "which is none" in error
+
+
+def test_active_sets_come_back(straight):
+    with Store(straight[0], create=False) as store:
+        plan = store.plan()
+        finals = [trial for trial in store.results(plan) if not trial.tuning]
+        for trial in finals:
+            active = store.active(plan, trial)
+            assert (active is None) == (trial.method == "full")
+            assert active is None or (len(active) == 300 and (active[1:] > active[:-1]).all())
+            assert active is None or (unpack(pack(active)) == active).all()

@@ -1,0 +1,68 @@
+"""Scores from the gradients of several steps."""
+
+import copy
+
+import pytest
+import torch
+
+from id3_kernels import d3_score
+from id3_optim import D3, ID3AdamW
+from id3_optim.running import Running
+
+BETAS = (0.8, 0.95)
+
+
+def expected_size(kind, grads, selected):
+    if kind == "sum":
+        return torch.stack(grads[selected:]).sum(0)
+    m = v = torch.zeros_like(grads[0])
+    for g in grads:
+        m, v = m + (1 - BETAS[0]) * (g - m), v + (1 - BETAS[1]) * (g**2 - v)
+    n = len(grads)
+    return m if kind == "mean" else (m / (1 - BETAS[0] ** n)) / (v / (1 - BETAS[1] ** n)).sqrt()
+
+
+@pytest.mark.parametrize("kind", ["sum", "mean", "adam"])
+def test_the_best_entries_by_all_steps_join(kind):
+    torch.manual_seed(0)
+    param = torch.nn.Parameter(torch.randn(40, 5))
+    running = Running(kind, D3(1.0, 1.0), BETAS)
+    optimizer = ID3AdamW([param], budget=40, total_steps=8, heuristic=running, select_every=4, lr=1e-2)
+    running.watch(optimizer)
+    grads, active = [], set()
+    for step in range(8):
+        param.grad = torch.randn(40, 5)
+        grads.append(param.grad.clone())
+        if step % 4 == 0:
+            size = expected_size(kind, grads, max(step - 3, 0))
+            score = d3_score(param, size, eps=1.0, exp=1.0).flatten()
+            score[list(active)] = 0
+            active |= set(score.topk(20).indices.tolist())
+        optimizer.step()
+        (touched,) = optimizer.touched()
+        assert set(touched.indices.tolist()) == active
+
+
+def test_after_one_step_the_sum_is_the_gradient():
+    param = torch.nn.Parameter(torch.randn(30))
+    twin, running = copy.deepcopy(param), Running("sum")
+    optimizers = [
+        ID3AdamW([p], budget=9, total_steps=3, heuristic=h) for p, h in ((param, running), (twin, D3()))
+    ]
+    running.watch(optimizers[0])
+    for _ in range(3):
+        param.grad = torch.randn(30)
+        twin.grad = param.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+        assert torch.equal(param, twin)
+
+
+def test_what_is_refused():
+    with pytest.raises(ValueError, match="kind: expected one of sum, mean, adam, got 'max'"):
+        Running("max")
+    param = torch.nn.Parameter(torch.randn(3))
+    optimizer = ID3AdamW([param], budget=1, total_steps=1, heuristic=Running("mean"))
+    param.grad = torch.ones(3)
+    with pytest.raises(ValueError, match=r"heuristic Running: expected watch\(optimizer\) before the first"):
+        optimizer.step()
