@@ -7,7 +7,7 @@ order between blocks) is tested nowhere without one.
 import ctypes
 import importlib
 import shutil
-from ctypes import c_int32, c_int64
+from ctypes import c_double, c_float, c_int32, c_int64
 
 import emulated
 import pytest
@@ -46,11 +46,11 @@ class Made:
 
 
 def assert_selects_as_reference(params, grads, active, k, eps=1.0, exp=1.0, capacity=None):
-    """Also gives whether the maxima of tiles were used."""
+    """Also gives the form of the selection."""
     wanted = torch.tensor([k]), k if capacity is None else capacity
-    got, few = emulated.select(params, grads, *active, *wanted, eps, exp, False)
+    got, form = emulated.select(params, grads, *active, *wanted, eps, exp, False)
     assert all(map(torch.equal, got, reference.select_topk(params, grads, *active, *wanted, eps, exp)))
-    return few
+    return form
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -59,7 +59,8 @@ def test_selection_by_tile_maxima(order, dtype, exp):
     made = Made(1)
     sizes = [50000, 1, 0, 20007]
     params, grads = ([made.tensor(n, dtype) for n in sizes] for _ in range(2))
-    assert assert_selects_as_reference(params, grads, made.entries(sizes, 0.02), 5, exp=exp)
+    form = assert_selects_as_reference(params, grads, made.entries(sizes, 0.02), 5, exp=exp)
+    assert form == "stored"
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -68,10 +69,24 @@ def test_selection_of_many(order, dtype, k):
     made = Made(2)
     sizes = [5000, 300, 2500]
     params, grads = ([made.tensor(n, dtype) for n in sizes] for _ in range(2))
-    assert not assert_selects_as_reference(params, grads, made.entries(sizes, 0.1), k)
+    assert assert_selects_as_reference(params, grads, made.entries(sizes, 0.1), k) == "all"
 
 
-@pytest.mark.parametrize("k", [1, 4, 700])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("k", [6, 40, 80])
+def test_selection_by_listed_tiles_that_are_scored_again(order, dtype, k):
+    """Up to a quarter of the tiles: no pass but the first reads all entries."""
+    made = Made(2)
+    sizes = [50000, 1, 0, 20007]
+    params, grads = ([made.tensor(n, dtype) for n in sizes] for _ in range(2))
+    active = made.entries(sizes, 0.02)
+    assert assert_selects_as_reference(params, grads, active, k) == "listed"
+    assert assert_selects_as_reference(params, grads, active, k - 3, exp=0.0, capacity=k) == "listed"
+    few = [torch.where(torch.arange(n) % 9000 == 5, g, 0) for n, g in zip(sizes, grads, strict=True)]
+    assert assert_selects_as_reference(params, few, active, k) == "listed"
+
+
+@pytest.mark.parametrize("k", [1, 4, 40, 700])
 def test_ties_go_to_the_lowest(order, k):
     made = Made(3)
     sizes = [70000, 40000]
@@ -111,8 +126,8 @@ def test_k_lies_on_the_device_and_active_entries_anywhere(order, k, capacity):
     offsets, indices = made.entries(sizes, 0.02)
     for part in (slice(0, 5), slice(1, 5), slice(3, 5)):
         active = offsets[part.start : part.stop + 1], indices
-        few = assert_selects_as_reference(params[part], grads[part], active, k, capacity=capacity)
-        assert few == (capacity == 4)
+        form = assert_selects_as_reference(params[part], grads[part], active, k, capacity=capacity)
+        assert form == ("stored" if capacity == 4 else "all")
 
 
 def test_nothing_of_the_tensors_is_read_where_nobody_is_wanted(order):
@@ -124,6 +139,49 @@ def test_nothing_of_the_tensors_is_read_where_nobody_is_wanted(order):
             (offsets, _, scores), _ = emulated.select([unread], [unread], *active, *wanted, 1.0, 1.0, False)
             assert offsets.tolist() == [0, 0]
             assert not scores.any()
+
+
+EXTREMES = {
+    "small": (lambda x: x * 2.0**-115, lambda x: x, 1.0),
+    "subnormal": (lambda x: x * 2.0**-126, lambda x: x, 0.5),
+    "mostly small": (lambda x: torch.where(x > 1, x, x * 2.0**-120), lambda x: x, 1.0),
+    "large over a small eps": (lambda x: x * 2.0**122, lambda x: x * 2.0**-20, 2.0**-8),
+    "large": (lambda x: x * 2.0**124, lambda x: x, 1.0),
+    "wide params": (lambda x: x * 2.0**100, lambda x: x * 2.0**61, 1.0),
+    "widest params": (lambda x: x * 2.0**100, lambda x: x * 2.0**123, 1.0),
+    "squares overflow": (lambda x: x * 2.0**100, lambda x: 2.0**64 * (1 + x / 4), 1.0),
+    "a few wide params": (lambda x: x, lambda x: torch.where(x > 2, x * 2.0**70, x), 1.0),
+    "not finite": (
+        lambda x: torch.where(x < -3, float("nan"), torch.where(x > 3, float("inf"), x)),
+        lambda x: torch.where(x < -3, float("nan"), torch.where(x > 3, float("inf"), x)),
+        1.0,
+    ),
+    "eps of 1e-20": (lambda x: x, lambda x: x.round(), 1e-20),
+    "eps of 2^70": (lambda x: x, lambda x: x, 2.0**70),
+    "zeros": (lambda x: x * 0, lambda x: x, 1.0),
+    "a few": (lambda x: torch.where(x > 3, x * 2.0**-100, 0), lambda x: x, 1.0),
+}
+
+
+@pytest.fixture(params=[-1, 0, 1])
+def reciprocal_ulps(request):
+    """How far the approximate reciprocals are off."""
+    emulated.library().set_reciprocal_ulps(request.param)
+    yield
+    emulated.library().set_reciprocal_ulps(0)
+
+
+@pytest.mark.parametrize("exp", [0.0, 0.5, 1.0, 2.0])
+@pytest.mark.parametrize("name", EXTREMES)
+def test_quick_scores_are_exact_or_made_again(reciprocal_ulps, name, exp):
+    of_grads, of_params, eps = EXTREMES[name]
+    made = Made(8)
+    params = [of_params(made.tensor(33000, torch.float32))]
+    grads = [of_grads(made.tensor(33000, torch.float32))]
+    active = made.entries([33000], 0.01)
+    for dtype in (torch.float32, torch.bfloat16):
+        tensors = [[t.to(dtype) for t in column] for column in (params, grads)]
+        assert assert_selects_as_reference(*tensors, active, 2, eps=eps, exp=exp) == "stored"
 
 
 @pytest.mark.parametrize("k", [2, 300])
@@ -231,6 +289,34 @@ def test_chunks_of_more_than_2_to_the_33_entries():
     assert table[:, 2].sum() == sum(numels) > 2**33
     assert len(table) * length < 2**63 and len(table) * length // 256 < 2**31  # slots, and tiles as int32
     assert (table[:, 0] + table[:, 2]).max() == 2**31 - 1
+
+
+@pytest.fixture
+def dry():
+    """Launches are counted and not run, so that no memory of the tensors' size is needed."""
+    emulated.library().set_dry(True)
+    yield
+    emulated.library().set_dry(False)
+
+
+@pytest.mark.parametrize("numel", [2**31 - 1, 2_147_475_457, 2_147_475_456])
+def test_the_largest_tensors_have_chunks(dry, numel):
+    """The emulation ends the process where a 32-bit product or sum of sizes overflows."""
+    library = emulated.library()
+    assert library.chunks_of_emulated(c_int64(numel)) == -(-numel // 8192)
+    row, numbers = (emulated.Row * 1)(emulated.Row(numel=numel)), (torch.zeros(2, dtype=torch.int64),) * 9
+    active, state = emulated.runs(*Entries.empty(1)), torch.zeros(2100, dtype=torch.int64)
+    before = library.launches_emulated()
+    library.collect_emulated(
+        row, None, *active[1:], None, 0, c_int64(0), *map(emulated.address, numbers[:3]), c_int64(2),
+        emulated.address(state), emulated.address(numbers[3]), c_float(1), c_double(1),
+    )  # fmt: skip
+    assert library.launches_emulated() - before == 3
+    for capacity in (1, 2**20):
+        library.select_topk_emulated(
+            row, *active[:5], emulated.address(numbers[3]), c_int64(capacity), c_float(1), c_double(1), 0,
+            *map(emulated.address, numbers[4:7]),
+        )  # fmt: skip
 
 
 def test_tiles_are_those_of_the_other_backends(cpu):

@@ -52,6 +52,18 @@ namespace emulated {
 
 inline bool reverse = false;
 inline int64_t launches = 0;
+inline bool dry = false;  // launches are counted and not run
+inline int reciprocal_ulps = 0;
+
+// As the hardware's approximation: without subnormals, and so many ulp off.
+inline float reciprocal(float d) {
+  constexpr float kInfinity = __builtin_inff(), kSmallest = 0x1p-126f;
+  if (std::fabs(d) < kSmallest) return std::copysign(kInfinity, d);
+  float r = 1 / d;
+  for (int i = 0; i < std::abs(reciprocal_ulps); ++i)
+    r = std::nextafterf(r, reciprocal_ulps > 0 ? kInfinity : 0.0f);
+  return std::fabs(r) < kSmallest ? std::copysign(0.0f, r) : r;
+}
 
 class Block {
  public:
@@ -161,6 +173,7 @@ auto with_warp(Value mine, const Use& use) {
 template <class... Params, class... Args>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params...), Args... args) {
   ++emulated::launches;
+  if (emulated::dry) return 0;
   gridDim = config->gridDim;
   blockDim = config->blockDim;
   for (unsigned i = 0; i < gridDim.x; ++i) {
