@@ -16,6 +16,7 @@ from pathlib import Path
 
 _LINE = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@(!?\w+)\s+)?([A-Z][\w.]*)([^;]*);")
 _COLD = re.compile(r"CALL|ATOM|RED\b|RED\.|RET")  # REDUX, a maximum over the warp, is none
+_DIVIDES = re.compile(_COLD.pattern + "|FCHK")  # by IEEE's rules: cold beside quick divisions
 _FMA = re.compile(r"FADD|FMUL|FFMA|IMAD|HADD|HFMA|HMUL")
 _OTHER = re.compile(r"MUFU|LD|ST|BRA|BSSY|BSYNC|REDUX|CREDUX|WARPSYNC|NOP|EXIT|BAR|CALL|R2UR|S2|U[A-Z]")
 
@@ -90,30 +91,38 @@ def streaming_loops(code: list[Instruction]) -> list[Loop]:
     at = {instruction.address: i for i, instruction in enumerate(code)}
     spans = [(at[i.target], n) for n, i in enumerate(code) if i.target in at and at[i.target] < n]
     spans = [(a, b) for a, b in spans if any(_is_wide(i) for i in code[a : b + 1])]
-    inner = [(a, b) for a, b in spans if not any((a, b) != s and a <= s[0] and s[1] <= b for s in spans)]
-    return [_loop(code[a : b + 1]) for a, b in inner]
+    paths = {(a, b): _fast_path(code[a : b + 1]) for a, b in spans}
+    loops = [span for span, path in paths.items() if path]  # else only a cold block branches back
+    inner = [(a, b) for a, b in loops if not any((a, b) != s and a <= s[0] and s[1] <= b for s in loops)]
+    return [_loop(code[a : b + 1], paths[a, b]) for a, b in inner]
 
 
 def _is_wide(instruction: Instruction) -> bool:
     return instruction.op.startswith("LDG") and "128" in instruction.op
 
 
-def _loop(code: list[Instruction]) -> Loop:
-    return Loop(_longest_path(code), sum(map(_is_wide, code)), _dtype(code))
+def _loop(code: list[Instruction], path: Counter) -> Loop:
+    return Loop(path, sum(map(_is_wide, code)), _dtype(code))
 
 
-def _longest_path(code: list[Instruction]) -> Counter:
-    """Of the loop `code`, from its first to its last instruction, branches forward alone."""
+def _fast_path(code: list[Instruction]) -> Counter:
+    return _longest_path(code, _DIVIDES) or _longest_path(code, _COLD)
+
+
+def _longest_path(code: list[Instruction], cold: re.Pattern) -> Counter:
+    """Past `cold`, of the loop `code`, from its first to its last instruction, branches forward alone; empty: no way."""
     at = {instruction.address: i for i, instruction in enumerate(code)}
     length, before = [0] + [-1] * (len(code) - 1), [-1] * len(code)
     for i, instruction in enumerate(code[:-1]):
-        if length[i] < 0 or _COLD.match(instruction.op):
+        if length[i] < 0 or cold.match(instruction.op):
             continue
         ways = [] if instruction.ends else [i + 1]
         ways += [at[instruction.target]] if instruction.target in at else []
         for way in ways:
             if way > i and length[way] < length[i] + 1:
                 length[way], before[way] = length[i] + 1, i
+    if length[-1] < 0:
+        return Counter()
     path, i = [], len(code) - 1
     while i >= 0:
         path.append(code[i].op)

@@ -13,21 +13,31 @@ struct ScoreRule {
   float eps;
   double exp;
   bool given;  // the gradients are the scores themselves
-  // Where the largest quick score of a tile is between these keys it is exact: see with_bounds.
+  // Where the largest quick score of a tile is between these keys, and no |param| + eps is above `widest`, it
+  // is exact: see with_bounds.
   int32_t low = 0, high = 0;
+  float widest = 0;
 };
 
 inline Exponent exponent_of(const ScoreRule& rule) {
   return rule.given ? Exponent::zero : id3::exponent_of(rule.exp);
 }
 
-// A score above `low` has a gradient above 2^-98, since d is no less than eps: far enough from subnormals for
-// `quotient_by`, also where the score is a few ulp off. Above `high` a quotient may overflow on its way.
+// Why a quick score between the bounds is exact, with d for |param| + eps and p for the exponent:
+// - p > 0: d is no less than eps, so the gradient is above 2^-98, far enough from subnormals for
+// `quotient_by`,
+//   also where the score is a few ulp off; d^2 up to widest^2 has a normal reciprocal.
+// - p < 0: the gradient is above 2^-126, so that it is not subnormal, since d is at most widest; products
+// have
+//   one rounding.
+// - Above `high` a quotient may overflow on its way.
 inline ScoreRule with_bounds(ScoreRule rule) {
-  const double power = std::pow(static_cast<double>(rule.eps), std::fmax(rule.exp, 0.0));
-  const double least = rule.given || rule.exp == 0 ? 0x1p-126 : std::fmax(0x1p-98 / power, 0x1p-120);
   constexpr double kMost = 0x1p126;
-  rule.low = reinterpret_bits<int32_t>(static_cast<float>(least < kMost ? least : kMost));
+  const double p = rule.given ? 0 : rule.exp, eps = rule.eps;
+  rule.widest = p < 0 ? 0x1p16f : 0x1p60f;
+  double least = p < 0 ? 0x1p-126 * std::pow(0x1p16, -p) : 0x1p-126;
+  if (p > 0) least = eps < 0x1p-50 ? kMost : std::fmax(0x1p-98 / std::pow(eps, p), 0x1p-120);
+  rule.low = reinterpret_bits<int32_t>(static_cast<float>(std::fmin(least, kMost)));
   rule.high = reinterpret_bits<int32_t>(static_cast<float>(kMost));
   return rule;
 }
@@ -59,12 +69,10 @@ struct NoTally {
 
 // --- quick scores: exact where they are the largest of a tile, and few instructions ------------------------
 
-// The exponents whose scores are made without flushing subnormals, and divided by `quotient_by`.
+// The exponents whose scores are made without flushing subnormals, divided by `quotient_by` and rooted by
+// `root_by`.
 template <Exponent E>
-constexpr bool kQuick =
-    E == Exponent::zero || E == Exponent::half || E == Exponent::one || E == Exponent::two;
-
-constexpr float kWidest = 0x1p60f;  // of |param| + eps: its square has a normal reciprocal
+constexpr bool kQuick = E != Exponent::general;
 
 // NaN where one of them is.
 __device__ __forceinline__ float max_or_nan(float a, float b) {
@@ -90,11 +98,27 @@ __device__ __forceinline__ float reciprocal(float d) {
 #endif
 }
 
+__device__ __forceinline__ float reciprocal_root(float d) {
+#if defined(__CUDA_ARCH__)
+  float r;
+  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(d));
+  return r;
+#elif defined(ID3_EMULATED_CUDA)
+  return emulated::reciprocal_root(d);
+#else
+  return 1 / std::sqrt(d);
+#endif
+}
+
 // The score, of the gradient's sign. wide: |param| + eps.
 template <Exponent E>
 __device__ __forceinline__ float quick_score(float grad, float wide) {
-  const float d = E == Exponent::two ? wide * wide : E == Exponent::half ? std::sqrt(wide) : wide;
-  return quotient_by(reciprocal(d), grad, d);
+  constexpr bool kSquared = E == Exponent::two || E == Exponent::minus_two;
+  constexpr bool kRooted = E == Exponent::half || E == Exponent::minus_half;
+  const float d = kSquared ? wide * wide : kRooted ? root_by(reciprocal_root(wide), wide) : wide;
+  if constexpr (E == Exponent::half || E == Exponent::one || E == Exponent::two)
+    return quotient_by(reciprocal(d), grad, d);
+  return grad * d;
 }
 
 // The key of the lane's largest quick score: its bits. One that is not certain is the bits of a NaN, or not
@@ -117,9 +141,9 @@ struct QuickBest {
     return taken ? 0 : reinterpret_bits<int32_t>(mine);
   }
 
-  __device__ __forceinline__ int32_t key() const {
+  __device__ __forceinline__ int32_t key(const ScoreRule& rule) const {
     constexpr int32_t kNaN = 0x7fffffff;
-    return wide > kWidest ? kNaN : reinterpret_bits<int32_t>(score);
+    return wide > rule.widest ? kNaN : reinterpret_bits<int32_t>(score);
   }
 };
 
@@ -210,7 +234,7 @@ __device__ __forceinline__ uint32_t stream_chunk(const ScoreRule& rule, const Ch
           best = max(best, keys[i]);
         }
       }
-      if constexpr (kQuick<E>) best = quick.key();
+      if constexpr (kQuick<E>) best = quick.key(rule);
       const int32_t all = __reduce_max_sync(kWholeWarp, best);
       const bool unsure = kQuick<E> && all != 0 && !(all > rule.low && all < rule.high);
       again |= static_cast<uint32_t>(unsure) << number / kWarps;

@@ -60,6 +60,7 @@ def bfloat16_bits(x):
 
 
 INTERPRETED = not isinstance(load_wide, triton.runtime.JITFunction)
+ON_NVIDIA = not INTERPRETED and torch.version.cuda is not None
 
 
 def why_unavailable() -> str | None:
@@ -69,15 +70,17 @@ def why_unavailable() -> str | None:
     return "torch sees no GPU (on CPU tensors, for tests: set TRITON_INTERPRET=1 before the first import)"
 
 
-def run(kernel, programs: int, warps: int, device: torch.device, *args) -> None:
+def run(kernel, programs: int, warps: int, device: torch.device, *args, **options) -> None:
     """Launches `kernel` with so many programs on `device`, which need not be the current device.
+
+    options: of the compiler, beside the number of warps.
 
     a·b + c is not contracted: each operation is rounded once, as in every backend.
     """
     if not programs:
         return
     with contextlib.nullcontext() if INTERPRETED else torch.get_device_module(device).device(device):
-        kernel[(programs,)](*args, num_warps=warps, enable_fp_fusion=False)
+        kernel[(programs,)](*args, num_warps=warps, enable_fp_fusion=False, **options)
 
 
 def check(*tensors: Tensor | None, float64: bool = False) -> None:

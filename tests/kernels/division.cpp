@@ -99,6 +99,20 @@ int64_t wrong_at_random(int64_t n, uint64_t seed) {
   return found;
 }
 
+// Of every step-th mantissa in two binades, so that the exponent is odd and even.
+int64_t wrong_roots(uint32_t first, uint32_t step) {
+  int64_t found = 0;
+  for (const float scale : {1.0f, 2.0f})
+    for (uint32_t mantissa = first; mantissa < kTwo; mantissa += step) {
+      const float d = static_cast<float>(mantissa) * scale, exact = std::sqrt(d);
+      float r = static_cast<float>(1 / std::sqrt(double{d}));
+      r = std::nextafterf(std::nextafterf(r, 0.0f), 0.0f);
+      for (int ulps = -2; ulps <= 2; ++ulps, r = std::nextafterf(r, 1.0f))
+        found += id3::root_by(r, d) != exact;
+    }
+  return found;
+}
+
 // The same with one reciprocal and one numerator less careful: what the tests have to find.
 int64_t wrong_without_the_correction(int64_t n, uint64_t seed) {
   int64_t found = 0;

@@ -171,7 +171,7 @@ def reciprocal_ulps(request):
     emulated.library().set_reciprocal_ulps(0)
 
 
-@pytest.mark.parametrize("exp", [0.0, 0.5, 1.0, 2.0])
+@pytest.mark.parametrize("exp", [0.0, 0.5, 1.0, 2.0, -0.5, -1.0, -2.0])
 @pytest.mark.parametrize("name", EXTREMES)
 def test_quick_scores_are_exact_or_made_again(reciprocal_ulps, name, exp):
     of_grads, of_params, eps = EXTREMES[name]

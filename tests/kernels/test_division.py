@@ -1,8 +1,8 @@
-"""The quick division of the streaming kernels gives the bits of the IEEE division.
+"""The quick division and root of the streaming kernels give the bits of IEEE arithmetic.
 
 A quotient is wrongly rounded only where it lies so near to the middle between two floats that the errors of
 the steps move it across. In units of 1/2 ulp / d these errors are below 10, so the near middles up to 16 are
-all that can go wrong. `python tests/kernels/test_division.py` tries all of them, and 10^9 random pairs.
+all that can go wrong. `python tests/kernels/test_division.py` tries all of them, every root, and 10^9 random pairs.
 """
 
 import ctypes
@@ -34,7 +34,7 @@ def library() -> ctypes.CDLL:
         command = ["g++", *flags, f"-I{HERE.parents[1] / 'csrc'}", HERE / "division.cpp", "-o", out]
         subprocess.run(command, check=True)
         loaded = ctypes.CDLL(str(out))
-    for name in ("near_middles", "at_the_edges", "at_random", "without_the_correction"):
+    for name in ("near_middles", "at_the_edges", "at_random", "roots", "without_the_correction"):
         getattr(loaded, f"wrong_{name}").restype = c_int64
     return loaded
 
@@ -61,6 +61,11 @@ def test_random_pairs():
     assert library().wrong_at_random(c_int64(1_000_000), c_uint64(1)) == 0
 
 
+def test_roots():
+    for first, step in ((FIRST, 97), (FIRST + DIVISORS - 2000, 1), (FIRST, 1 << 12)):
+        assert library().wrong_roots(c_uint32(first), c_uint32(step)) == 0
+
+
 def test_an_uncorrected_quotient_is_seen_to_be_wrong():
     assert library().wrong_without_the_correction(c_int64(10_000), c_uint64(1)) > 1000
 
@@ -68,4 +73,5 @@ def test_an_uncorrected_quotient_is_seen_to_be_wrong():
 if __name__ == "__main__":
     pairs = int(sys.argv[1]) if len(sys.argv) > 1 else 10**9
     print("near middles: wrong {}, tried {}".format(*near_middles(FIRST, 1)))
+    print(f"roots: wrong {library().wrong_roots(c_uint32(FIRST), c_uint32(1))}, of all mantissas")
     print(f"random pairs: wrong {library().wrong_at_random(c_int64(pairs), c_uint64(2))}, tried {pairs}")

@@ -55,14 +55,17 @@ inline int64_t launches = 0;
 inline bool dry = false;  // launches are counted and not run
 inline int reciprocal_ulps = 0;
 
-// As the hardware's approximation: without subnormals, and so many ulp off.
-inline float reciprocal(float d) {
+// As the hardware's approximations: without subnormals, and so many ulp off.
+inline float approximately(float r, float d) {
   constexpr float kInfinity = __builtin_inff(), kSmallest = 0x1p-126f;
   if (std::fabs(d) < kSmallest) return std::copysign(kInfinity, d);
-  float r = 1 / d;
   for (int i = 0; i < std::abs(reciprocal_ulps); ++i)
     r = std::nextafterf(r, reciprocal_ulps > 0 ? kInfinity : 0.0f);
   return std::fabs(r) < kSmallest ? std::copysign(0.0f, r) : r;
+}
+inline float reciprocal(float d) { return approximately(1 / d, d); }
+inline float reciprocal_root(float d) {
+  return approximately(static_cast<float>(1 / std::sqrt(double{d})), d);
 }
 
 class Block {
