@@ -3,7 +3,8 @@
 A loop is what a backward branch encloses, and streams where it loads 16 bytes at a time. Its fast path is the
 longest way from its first instruction to that branch that passes no call and no atomic operation: with active
 entries in the chunk, without the slow path of a division, and without a candidate. Instructions that a
-predicate switches off count, since they are issued.
+predicate switches off count, since they are issued. Where the longest way leads past candidates that are not
+counted, as in the kernel that collects them, the numbers are upper bounds.
 """
 
 from __future__ import annotations
@@ -114,7 +115,8 @@ def _longest_path(code: list[Instruction], cold: re.Pattern) -> Counter:
     at = {instruction.address: i for i, instruction in enumerate(code)}
     length, before = [0] + [-1] * (len(code) - 1), [-1] * len(code)
     for i, instruction in enumerate(code[:-1]):
-        if length[i] < 0 or cold.match(instruction.op):
+        # With a predicate a call is the way out of the loop, as sm_80's code has it.
+        if length[i] < 0 or (instruction.predicate is None and cold.match(instruction.op)):
             continue
         ways = [] if instruction.ends else [i + 1]
         ways += [at[instruction.target]] if instruction.target in at else []

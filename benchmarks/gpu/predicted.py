@@ -118,4 +118,4 @@ def main(arguments: list[str] | None = None) -> None:
     text = report(tuple(options.exp))
     print(text)
     if options.update_page:
-        PAGE.write_text(replace_block(PAGE.read_text(), MARKERS, text))
+        replace_block(PAGE, MARKERS, text)

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.gpu import machine_code
+
 TARGETS = {
     "sm_80": ("cuda", 80, 32),
     "sm_90": ("cuda", 90, 32),
@@ -138,7 +140,9 @@ def disassembled(cubin, folder):
 
     code = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+\s+)?([A-Z0-9_.]+)", said("nvdisasm", "-c"))
     registers = int(re.search(r"REG:(\d+)", said("cuobjdump", "-res-usage"))[1])
-    return {"registers": registers, "instructions": collections.Counter(code)}
+    (instructions,) = machine_code.kernels(path).values()
+    issued = max((loop.issued for loop in machine_code.streaming_loops(instructions)), default=0)
+    return {"registers": registers, "instructions": collections.Counter(code), "issued": issued}
 
 
 def table_signatures():
@@ -217,6 +221,13 @@ def test_streaming_kernel_reads_16_bytes_at_a_time(compiled, name, target):
     assert loads(instructions, r"LDG\.E.*\.128") * 32 * 16 == 2 * (2 * 2 * 256 * ITEM_BYTES[dtype])
     bitmap = loads(instructions, r"LDG\.E.*\.[US](8|16)")
     assert bitmap <= 4 if active else bitmap == 0
+
+
+@pytest.mark.parametrize(("kind", "ceiling"), [("g/d", 20.1), ("g/dd", 20.6)])
+def test_a_streamed_entry_takes_few_instructions(compiled, kind, ceiling):
+    """Of 16 entries per lane and iteration; 20.6 are 75 % of what an H200 issues while it reads an entry."""
+    issued = compiled["sm_90"][f"tile_maxima {kind} bfloat16 active"]["issued"]
+    assert 160 < issued <= 16 * ceiling
 
 
 @pytest.mark.parametrize("target", NVIDIA)
