@@ -37,6 +37,8 @@ class Stream(NamedTuple):
 
     @property
     def entry_bytes(self) -> int:
+        if self.dtype == "mixed":
+            return 6
         return (1 if self.exp == "0" else 2) * (4 if self.dtype == "float32" else 2)
 
     def per_entry(self, count: int) -> float:
@@ -98,14 +100,13 @@ def triton_stream(exp: str, dtype: str, architecture: str, folder: Path) -> Stre
     from id3_kernels.triton import selection
 
     kernel, kind = selection.tile_maxima_kernel, TRITON_KINDS[exp]
-    quick = kind in selection.QUICK_KINDS
     constants = {"CHUNK": 4096, "ROWS": selection.ROWS, "KIND": kind, "FULL": True, "EXCLUDE": True}
-    constants |= {"PARAM": DTYPES[dtype], "GRAD": DTYPES[dtype], "QUICK": quick}
+    constants |= {"PARAM": DTYPES[dtype], "GRAD": DTYPES[dtype], "QUICK": kind in selection.QUICK_KINDS}
     types = {name: type_ for type_, names in POINTERS.items() for name in names.split()}
     names = kernel.arg_names
     signature = {name: "constexpr" if name in constants else types[name] for name in names}
     source = ASTSource(kernel, signature, {(names.index(name),): x for name, x in constants.items()}, {})
-    options = {"num_warps": 1, "enable_fp_fusion": False} | (selection.REGISTERS if quick else {})
+    options = {"num_warps": 1, "enable_fp_fusion": False}
     target = GPUTarget("cuda", int(architecture[3:]), 32)
     cubin = folder / f"triton.{architecture}.{exp}.{dtype}.cubin"
     cubin.write_bytes(triton.compile(source, target=target, options=options).asm["cubin"])

@@ -37,13 +37,17 @@ class Instruction:
 
     @property
     def ends(self) -> bool:
-        """Whether the next instruction is not reached from this one. `BRA.U UP0, 0x10` has its predicate so."""
-        return self.predicate is None and self.op.startswith(("BRA", "EXIT", "RET")) and "," not in self.operands
+        """Whether the next instruction is not reached from this one."""
+        always = self.predicate is None and "," not in self.operands  # BRA.U UP0, 0x10: a predicate
+        return always and self.op.startswith(("BRA", "EXIT", "RET"))
 
 
 @dataclass(frozen=True)
 class Loop:
-    """path: the instructions of one round on the fast path. wide: how many of all load 16 bytes."""
+    """path: the instructions of one round on the fast path. wide: how many of all load 16 bytes.
+
+    dtype: of θ and g; "mixed": bfloat16 and float32.
+    """
 
     path: Counter
     wide: int
@@ -103,7 +107,8 @@ def _is_wide(instruction: Instruction) -> bool:
 
 
 def _loop(code: list[Instruction], path: Counter) -> Loop:
-    return Loop(path, sum(map(_is_wide, code)), _dtype(code))
+    wide = sum(map(_is_wide, code))
+    return Loop(path, wide, "mixed" if wide % 3 == 0 else _dtype(code))  # one load of θ for two of g
 
 
 def _fast_path(code: list[Instruction]) -> Counter:
@@ -111,7 +116,7 @@ def _fast_path(code: list[Instruction]) -> Counter:
 
 
 def _longest_path(code: list[Instruction], cold: re.Pattern) -> Counter:
-    """Past `cold`, of the loop `code`, from its first to its last instruction, branches forward alone; empty: no way."""
+    """The instructions from a loop's first to its last, by branches forward, past `cold`; empty: no way."""
     at = {instruction.address: i for i, instruction in enumerate(code)}
     length, before = [0] + [-1] * (len(code) - 1), [-1] * len(code)
     for i, instruction in enumerate(code[:-1]):

@@ -1,8 +1,8 @@
 """`python -m benchmarks gpu-predicted`: how fast the streaming kernels can be, from their machine code alone.
 
 It compiles for each GPU, counts the instructions of the loops on their fast path with active entries (see
-`machine_code`), and divides the time to issue them by the time to read the entries. Above 100 % a kernel is bound
-by instructions, and reaches that much less of the bandwidth. What it leaves out: latency, tails, caches.
+`machine_code`), and divides the time to issue them by the time to read the entries. Above 100 % a kernel is
+bound by instructions, and reaches that much less of the bandwidth. Latency, tails and caches are left out.
 """
 
 from __future__ import annotations
@@ -95,12 +95,11 @@ def report(shown: tuple[str, ...]) -> str:
     for s in found["H200"]:
         if s.exp not in shown:
             continue
-        lines.append(
-            [f"{s.kernel}, {s.exp}, {s.dtype}", f"{s.registers}", f"{s.spills} B", f"{s.code_bytes / 1e3:.0f} KB"]
-            + [f"{bytes_in_flight(s) / 1e3:.0f} KB", f"{s.per_entry(s.loop.issued):.1f}"]
-            + [f"{issue_load(s, GPUS['H200']):.0%}"]
-            + [_share(of[name].get(s[:3]), gpu) for name, gpu in GPUS.items()]
-        )
+        sizes = [f"{n / 1e3:.0f} KB" for n in (s.code_bytes, bytes_in_flight(s))]
+        counted = f"{s.per_entry(s.loop.issued):.1f}", f"{issue_load(s, GPUS['H200']):.0%}"
+        shares = [_share(of[name].get(s[:3]), gpu) for name, gpu in GPUS.items()]
+        first = f"{s.kernel}, {s.exp}, {s.dtype}", f"{s.registers}", f"{s.spills} B"
+        lines.append([*first, *sizes, *counted, *shares])
     return table(header, lines)
 
 

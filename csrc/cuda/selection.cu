@@ -70,12 +70,18 @@ __global__ void tile_keys_kernel(ListedKeys<E> keys_of, Wanted wanted, int32_t* 
 
 // --- the result --------------------------------------------------------------------------------------------
 
-// places[i]: where the i-th winner lies among the listed tiles; becomes its slot.
-__global__ void slots_kernel(Wanted wanted, const int32_t* tiles, const int64_t* n_slots, int64_t* places) {
-  if (wanted.count() == 0) return;
-  for (int64_t i = thread_in_grid(); i < *n_slots; i += threads_in_grid())
-    places[i] = static_cast<int64_t>(tiles[places[i] / kTile]) * kTile + places[i] % kTile;
-}
+// The slots of the winners. at[i]: where the i-th lies in the listed tiles; the slot itself where tiles is
+// null.
+struct Winners {
+  const int64_t* at;
+  const int64_t* count;
+  const int32_t* tiles;
+
+  __device__ int64_t slot(int64_t i) const {
+    if (tiles == nullptr) return at[i];
+    return static_cast<int64_t>(tiles[at[i] / kTile]) * kTile + at[i] % kTile;
+  }
+};
 
 __device__ __forceinline__ int32_t tensor_of(const Candidates& c, int64_t slot) {
   return c.chunks[c.chunk_of(slot)].tensor;
@@ -83,16 +89,16 @@ __device__ __forceinline__ int32_t tensor_of(const Candidates& c, int64_t slot) 
 
 // The winners' indices and scores, zeros behind the last of them, and where each tensor's begin.
 template <Exponent E>
-__global__ void result_kernel(SlotKeys<E> keys_of, Wanted wanted, const int64_t* slots,
-                              const int64_t* n_slots, Selected out) {
+__global__ void result_kernel(SlotKeys<E> keys_of, Wanted wanted, Winners winners, Selected out) {
   const Candidates& c = keys_of.c;
-  const int64_t n = wanted.count() == 0 ? 0 : *n_slots;
+  const int64_t n = wanted.count() == 0 ? 0 : *winners.count;
   for (int64_t i = thread_in_grid(); i < max(out.capacity, int64_t{1}); i += threads_in_grid()) {
     int32_t index = 0;
     float score = 0;
     if (i < n) {
-      index = static_cast<int32_t>(c.chunks[c.chunk_of(slots[i])].offset + c.place_in_chunk(slots[i]));
-      score = score_of<float>(keys_of(slots[i], 0));
+      index = static_cast<int32_t>(c.chunks[c.chunk_of(winners.slot(i))].offset +
+                                   c.place_in_chunk(winners.slot(i)));
+      score = score_of<float>(keys_of(winners.slot(i), 0));
     }
     if (i < out.capacity) {
       out.indices[i] = index;
@@ -100,11 +106,12 @@ __global__ void result_kernel(SlotKeys<E> keys_of, Wanted wanted, const int64_t*
     }
     // Thread i writes the offsets of the tensors that begin with winner i; the first and the last write more.
     if (i < n) {
-      const int32_t mine = tensor_of(c, slots[i]), before = i == 0 ? -1 : tensor_of(c, slots[i - 1]);
+      const int32_t mine = tensor_of(c, winners.slot(i)),
+                    before = i == 0 ? -1 : tensor_of(c, winners.slot(i - 1));
       for (int32_t j = before + 1; j <= mine; ++j) out.offsets[j] = i;
     }
     if (i == max(n - 1, int64_t{0})) {
-      const int32_t last = n == 0 ? -1 : tensor_of(c, slots[n - 1]);
+      const int32_t last = n == 0 ? -1 : tensor_of(c, winners.slot(n - 1));
       for (int32_t j = last + 1; j <= c.active.tensors; ++j) out.offsets[j] = n;
     }
   }
@@ -125,7 +132,6 @@ void rank_listed(const SlotKeys<E>& keys_of, bool stored, const Wanted& wanted, 
   } else {
     largest_in_order(listed, places, wanted, w.topk, w.slots, w.n_slots, stream);
   }
-  launch(slots_kernel, blocks_for(wanted.capacity), kThreads, stream, wanted, w.tiles, w.n_slots, w.slots);
 }
 
 template <Exponent E>
@@ -139,8 +145,8 @@ void select_by(const Candidates& c, const Wanted& wanted, const SelectionWorkspa
     largest_in_order(keys_of, slots, wanted, w.topk, w.slots, w.n_slots, stream);
   else
     rank_listed(keys_of, form == Form::stored, wanted, w, tiles, stream);
-  launch(result_kernel<E>, blocks_for(out.capacity), kThreads, stream, keys_of, wanted, w.slots, w.n_slots,
-         out);
+  launch(result_kernel<E>, blocks_for(out.capacity), kThreads, stream, keys_of, wanted,
+         Winners{w.slots, w.n_slots, form == Form::all ? nullptr : w.tiles}, out);
 }
 
 }  // namespace

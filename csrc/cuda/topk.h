@@ -36,6 +36,11 @@ struct BlockCount {
   int64_t above, equal;  // first of the block, then of all lower blocks
 };
 
+struct ZeroedTopk {
+  TopkState state;
+  unsigned histogram[kBins];
+};
+
 // Device memory of a call. State and histogram are zero before the first call and after each call.
 struct TopkWorkspace {
   TopkState* state;

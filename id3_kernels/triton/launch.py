@@ -70,17 +70,15 @@ def why_unavailable() -> str | None:
     return "torch sees no GPU (on CPU tensors, for tests: set TRITON_INTERPRET=1 before the first import)"
 
 
-def run(kernel, programs: int, warps: int, device: torch.device, *args, **options) -> None:
+def run(kernel, programs: int, warps: int, device: torch.device, *args) -> None:
     """Launches `kernel` with so many programs on `device`, which need not be the current device.
-
-    options: of the compiler, beside the number of warps.
 
     a·b + c is not contracted: each operation is rounded once, as in every backend.
     """
     if not programs:
         return
     with contextlib.nullcontext() if INTERPRETED else torch.get_device_module(device).device(device):
-        kernel[(programs,)](*args, num_warps=warps, enable_fp_fusion=False, **options)
+        kernel[(programs,)](*args, num_warps=warps, enable_fp_fusion=False)
 
 
 def check(*tensors: Tensor | None, float64: bool = False) -> None:

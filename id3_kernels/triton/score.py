@@ -107,8 +107,8 @@ HIGH_SCORE = 2.0**126
 
 
 def quick_bounds(exp: float, eps: float) -> tuple[int, float]:
-    """(low, widest): where a tile's largest quick score has a key from `low` on and below HIGH_KEY, and no d is
-    above `widest`, it is exact. `with_bounds` of csrc/cuda/stream.h says why.
+    """(low, widest): a tile's largest quick score is exact where its key is from `low` on and below HIGH_KEY,
+    and no d is above `widest`. `with_bounds` of csrc/cuda/stream.h says why.
     """
     low = max(2.0**-98 / eps**exp, 2.0**-120) if eps >= 2.0**-50 else HIGH_SCORE
     return struct.unpack("i", struct.pack("f", min(low, HIGH_SCORE)))[0], 2.0**60

@@ -24,8 +24,6 @@ from .tables import Layout, Span
 from .topk import Reading, best_entries
 
 ROWS = 2  # tiles in flight per warp: 4 need more than 64 registers with IEEE division
-# So many let 32 one-warp programs run on a multiprocessor, all that it takes; the compiler would take a few more.
-REGISTERS = {"maxnreg": 64}
 MANY = 4  # for k above 1/4 of the tiles a first pass would spare too little of the second
 
 
@@ -77,6 +75,37 @@ def maxima_of(g, theta, eps, exponent, KIND: tl.constexpr):
 
 
 @triton.jit
+def score_again(
+    again, params, grads, owners, tiles, offsets, lengths, active, maxima, eps, exponent,
+    CHUNK: tl.constexpr, ROWS: tl.constexpr, KIND: tl.constexpr, PARAM: tl.constexpr, GRAD: tl.constexpr,
+    FULL: tl.constexpr, EXCLUDE: tl.constexpr,
+):  # fmt: skip
+    """The iterations of `tile_maxima_kernel` whose bit is set in `again`, by IEEE arithmetic."""
+    c = tl.program_id(0)
+    owner = tl.load(owners + c)
+    start = tl.multiple_of(tl.load(offsets + c), TILE)
+    param = tl.load(params + owner) + start * (4 if PARAM == 0 else 2)
+    grad = tl.load(grads + owner) + start * (4 if GRAD == 0 else 2)
+    tile = tl.load(tiles + c)
+    length = CHUNK if FULL else tl.load(lengths + c)
+    row, lane, at = tl.arange(0, ROWS), tl.arange(0, TILE // 8), tl.arange(0, 8)
+    within = row[:, None, None] * TILE + lane[None, :, None] * 8 + at[None, None, :]
+    byte = tile * (TILE // 8) + row[:, None] * (TILE // 8) + lane[None, :]
+    i = 0
+    while again != 0:
+        if again & 1 != 0:
+            reads = (i + row * TILE < length)[:, None]
+            g, theta = load_tiles(
+                grad, param, i + within, i + within < length, active + i // 8 + byte, reads, KIND, PARAM,
+                GRAD, FULL, EXCLUDE,
+            )  # fmt: skip
+            highest = maxima_of(g, theta, eps, exponent, KIND)
+            store_tiles(maxima + tile + i // TILE + row, highest, i + row * TILE < length, FULL)
+        again = (again >> 1) & 0x7FFFFFFF
+        i += ROWS * TILE
+
+
+@triton.jit
 def tile_maxima_kernel(
     params, grads, owners, tiles, offsets, lengths, active, maxima, eps, exponent,
     wanted, low, widest, CHUNK: tl.constexpr, ROWS: tl.constexpr, KIND: tl.constexpr, PARAM: tl.constexpr,
@@ -117,21 +146,14 @@ def tile_maxima_kernel(
             highest = maxima_of(g, theta, eps, exponent, KIND)
         store_tiles(maxima + tile + i // TILE + row, highest, i + row * TILE < length, FULL)
         i += ROWS * TILE
-    i = 0
-    while again != 0:  # seldom, and behind the loop, which else would keep registers for it
-        if again & 1 != 0:
-            reads = (i + row * TILE < length)[:, None]
-            g, theta = load_tiles(
-                grad, param, i + within, i + within < length, active + i // 8 + byte, reads, KIND, PARAM,
-                GRAD, FULL, EXCLUDE,
-            )  # fmt: skip
-            highest = maxima_of(g, theta, eps, exponent, KIND)
-            store_tiles(maxima + tile + i // TILE + row, highest, i + row * TILE < length, FULL)
-        again = (again >> 1) & 0x7FFFFFFF
-        i += ROWS * TILE
+    if again != 0:  # seldom, and behind the loop, which else would keep registers for it
+        score_again(
+            again, params, grads, owners, tiles, offsets, lengths, active, maxima, eps, exponent, CHUNK, ROWS,
+            KIND, PARAM, GRAD, FULL, EXCLUDE,
+        )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])  # else a new size compiles anew
 def clear_kernel(words, n, wanted, BLOCK: tl.constexpr):
     if tl.load(wanted) <= 0:
         return
@@ -139,7 +161,7 @@ def clear_kernel(words, n, wanted, BLOCK: tl.constexpr):
     tl.store(words + at, tl.zeros((BLOCK,), tl.int32), mask=at < n)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "n_tensors"])  # else a new size compiles anew
 def mark_active_kernel(
     words, owners, offsets, indices, first_tile, numels, n, n_tensors, wanted, BLOCK: tl.constexpr
 ):
@@ -257,7 +279,6 @@ def _tile_maxima(reading: Reading, wanted: Tensor) -> Tensor:
             tile_maxima_kernel, kind.end - kind.begin, 1, maxima.device, reading.params, reading.grads,
             *chunks, reading.active, maxima, reading.eps, reading.exponent, wanted, *reading.bounds,
             cut.chunk, ROWS, reading.kind, kind.param_code, kind.grad_code, kind.full, reading.exclude, quick,
-            **(REGISTERS if quick else {}),
         )  # fmt: skip
     return maxima
 

@@ -44,7 +44,8 @@ def library() -> ctypes.CDLL:
         command = ["g++", *flags, *includes, "-x", "c++", *map(str, sources), "-o", str(out)]
         subprocess.run(command, check=True)
         loaded = ctypes.CDLL(str(out))
-    for name in ["chunks", "blocks_for", "launches", "candidate_room", "most_wanted", "tile", "row_bytes", "chunks_of"]:
+    names = "chunks blocks_for launches candidate_room most_wanted tile row_bytes chunks_of"
+    for name in names.split():
         getattr(loaded, f"{name}_emulated").restype = c_int64
     loaded.collect_state_length.restype = c_int64
     loaded.squared_norm_emulated.restype = c_double

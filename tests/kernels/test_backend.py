@@ -149,10 +149,7 @@ def test_a_gpu_without_compiled_code_takes_triton(gpus):
 
 
 def test_the_build_tells_the_extension_what_it_holds():
-    code = (
-        "import setuptools; setuptools.setup = lambda **_: None\n"
-        "import setup; print(*setup.device_code())"
-    )
+    code = "import setuptools; setuptools.setup = lambda **_: None\nimport setup; print(*setup.device_code())"
     held = python(code, TORCH_CUDA_ARCH_LIST="8.0;9.0+PTX", PYTHONPATH=str(PACKAGE.parent), ID3_CUDA="0")
     assert held.splitlines()[-1] == "sm_90 sm_80 compute_90"
 

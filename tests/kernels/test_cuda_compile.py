@@ -17,6 +17,7 @@ REGISTER_CEILING = 64  # 65536 registers then hold four blocks of 256 threads
 CEILINGS = {
     ("0", "bfloat16"): 9, ("½", "bfloat16"): 22, ("1", "bfloat16"): 19, ("2", "bfloat16"): 20,
     ("-½", "bfloat16"): 17.5, ("-1", "bfloat16"): 12, ("-2", "bfloat16"): 13,
+    ("1", "mixed"): 17, ("2", "mixed"): 18,
     ("1", "float32"): 17, ("2", "float32"): 18, ("1", "float16"): 19, ("2", "float16"): 20,
 }  # fmt: skip
 

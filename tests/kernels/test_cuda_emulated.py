@@ -7,7 +7,7 @@ order between blocks) is tested nowhere without one.
 import ctypes
 import importlib
 import shutil
-from ctypes import c_double, c_float, c_int32, c_int64
+from ctypes import c_int32, c_int64
 
 import emulated
 import pytest
@@ -141,49 +141,6 @@ def test_nothing_of_the_tensors_is_read_where_nobody_is_wanted(order):
             assert not scores.any()
 
 
-EXTREMES = {
-    "small": (lambda x: x * 2.0**-115, lambda x: x, 1.0),
-    "subnormal": (lambda x: x * 2.0**-126, lambda x: x, 0.5),
-    "mostly small": (lambda x: torch.where(x > 1, x, x * 2.0**-120), lambda x: x, 1.0),
-    "large over a small eps": (lambda x: x * 2.0**122, lambda x: x * 2.0**-20, 2.0**-8),
-    "large": (lambda x: x * 2.0**124, lambda x: x, 1.0),
-    "wide params": (lambda x: x * 2.0**100, lambda x: x * 2.0**61, 1.0),
-    "widest params": (lambda x: x * 2.0**100, lambda x: x * 2.0**123, 1.0),
-    "squares overflow": (lambda x: x * 2.0**100, lambda x: 2.0**64 * (1 + x / 4), 1.0),
-    "a few wide params": (lambda x: x, lambda x: torch.where(x > 2, x * 2.0**70, x), 1.0),
-    "not finite": (
-        lambda x: torch.where(x < -3, float("nan"), torch.where(x > 3, float("inf"), x)),
-        lambda x: torch.where(x < -3, float("nan"), torch.where(x > 3, float("inf"), x)),
-        1.0,
-    ),
-    "eps of 1e-20": (lambda x: x, lambda x: x.round(), 1e-20),
-    "eps of 2^70": (lambda x: x, lambda x: x, 2.0**70),
-    "zeros": (lambda x: x * 0, lambda x: x, 1.0),
-    "a few": (lambda x: torch.where(x > 3, x * 2.0**-100, 0), lambda x: x, 1.0),
-}
-
-
-@pytest.fixture(params=[-1, 0, 1])
-def reciprocal_ulps(request):
-    """How far the approximate reciprocals are off."""
-    emulated.library().set_reciprocal_ulps(request.param)
-    yield
-    emulated.library().set_reciprocal_ulps(0)
-
-
-@pytest.mark.parametrize("exp", [0.0, 0.5, 1.0, 2.0, -0.5, -1.0, -2.0])
-@pytest.mark.parametrize("name", EXTREMES)
-def test_quick_scores_are_exact_or_made_again(reciprocal_ulps, name, exp):
-    of_grads, of_params, eps = EXTREMES[name]
-    made = Made(8)
-    params = [of_params(made.tensor(33000, torch.float32))]
-    grads = [of_grads(made.tensor(33000, torch.float32))]
-    active = made.entries([33000], 0.01)
-    for dtype in (torch.float32, torch.bfloat16):
-        tensors = [[t.to(dtype) for t in column] for column in (params, grads)]
-        assert assert_selects_as_reference(*tensors, active, 2, eps=eps, exp=exp) == "stored"
-
-
 @pytest.mark.parametrize("k", [2, 300])
 def test_active_entries_of_a_tensor_without_scores_hide_nothing_of_others(order, k):
     made = Made(6)
@@ -289,34 +246,6 @@ def test_chunks_of_more_than_2_to_the_33_entries():
     assert table[:, 2].sum() == sum(numels) > 2**33
     assert len(table) * length < 2**63 and len(table) * length // 256 < 2**31  # slots, and tiles as int32
     assert (table[:, 0] + table[:, 2]).max() == 2**31 - 1
-
-
-@pytest.fixture
-def dry():
-    """Launches are counted and not run, so that no memory of the tensors' size is needed."""
-    emulated.library().set_dry(True)
-    yield
-    emulated.library().set_dry(False)
-
-
-@pytest.mark.parametrize("numel", [2**31 - 1, 2_147_475_457, 2_147_475_456])
-def test_the_largest_tensors_have_chunks(dry, numel):
-    """The emulation ends the process where a 32-bit product or sum of sizes overflows."""
-    library = emulated.library()
-    assert library.chunks_of_emulated(c_int64(numel)) == -(-numel // 8192)
-    row, numbers = (emulated.Row * 1)(emulated.Row(numel=numel)), (torch.zeros(2, dtype=torch.int64),) * 9
-    active, state = emulated.runs(*Entries.empty(1)), torch.zeros(2100, dtype=torch.int64)
-    before = library.launches_emulated()
-    library.collect_emulated(
-        row, None, *active[1:], None, 0, c_int64(0), *map(emulated.address, numbers[:3]), c_int64(2),
-        emulated.address(state), emulated.address(numbers[3]), c_float(1), c_double(1),
-    )  # fmt: skip
-    assert library.launches_emulated() - before == 3
-    for capacity in (1, 2**20):
-        library.select_topk_emulated(
-            row, *active[:5], emulated.address(numbers[3]), c_int64(capacity), c_float(1), c_double(1), 0,
-            *map(emulated.address, numbers[4:7]),
-        )  # fmt: skip
 
 
 def test_tiles_are_those_of_the_other_backends(cpu):

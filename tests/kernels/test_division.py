@@ -2,7 +2,9 @@
 
 A quotient is wrongly rounded only where it lies so near to the middle between two floats that the errors of
 the steps move it across. In units of 1/2 ulp / d these errors are below 10, so the near middles up to 16 are
-all that can go wrong. `python tests/kernels/test_division.py` tries all of them, every root, and 10^9 random pairs.
+all that can go wrong. `python tests/kernels/test_division.py` tries all of them, every root, and 10^9 random
+pairs. A few roots are wrong there with a reciprocal that the hardware, whose IEEE root has the same steps,
+cannot give.
 """
 
 import ctypes
