@@ -175,7 +175,7 @@ void join_emulated(void** arrays, const void** added, const int32_t* item_bytes,
                    const int32_t* b_indices, int64_t room_added) {
   Join args{};
   std::vector<std::vector<char>> scratch;
-  std::vector<int64_t> positions(room_added, -1);
+  unsigned arrived = 7;
   for (int32_t a = 0; a < n_arrays; ++a) {
     scratch.emplace_back(room * item_bytes[a]);
     args.arrays[a] = {arrays[a], scratch.back().data(), added[a], item_bytes[a]};
@@ -183,7 +183,7 @@ void join_emulated(void** arrays, const void** added, const int32_t* item_bytes,
   args.n_arrays = n_arrays;
   args.offsets = offsets;
   args.added = {b_offsets, b_indices, tensors};
-  args.positions = positions.data();
+  args.arrived = &arrived;
   args.room = room;
   args.room_added = room_added;
   join(args, nullptr);
