@@ -95,8 +95,16 @@ def cuda_extension():
     blackwell = toolkit_version() >= (12, 8)
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0;10.0+PTX" if blackwell else "8.0;9.0+PTX")
     files = sources("cuda", "*.cpp", "*.cu")
-    flags = {"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS}
+    images = f"-DID3_IMAGES={','.join(device_code())}"
+    flags = {"cxx": [*CXX_FLAGS, images], "nvcc": NVCC_FLAGS}
     return CUDAExtension("id3_kernels._cuda", files, **options(), extra_compile_args=flags)
+
+
+def device_code() -> list[str]:
+    """What the CUDA extension is compiled to, in nvcc's words: sm_90 is machine code, compute_90 is PTX."""
+    from torch.utils.cpp_extension import _get_cuda_arch_flags
+
+    return sorted(re.findall(r"code=((?:sm|compute)_\w+)", " ".join(_get_cuda_arch_flags())), reverse=True)
 
 
 def native_extensions() -> dict:

@@ -38,6 +38,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "against": _from("against"),
     "report": _from("report"),
     "gpu": _from("gpu.check"),
+    "gpu-predicted": _from("gpu.predicted"),
     "gpu-report": _from("gpu.report"),
 }
 

@@ -44,12 +44,43 @@ def why_not(name: str) -> str | None:
                 f"{extension.load('_cuda')[1]}: install with torch for CUDA, its toolkit and "
                 "`pip install --no-build-isolation`, or use triton"
             )
-        return None if torch.cuda.is_available() else "torch sees no NVIDIA GPU"
+        return why_no_code(extension.load("_cuda")[0].images)
     if name == "triton":
         if importlib.util.find_spec("triton") is None:
             return "triton is not installed: pip install 'triton>=3.4'"
         return importlib.import_module(f"id3_kernels.{name}").why_unavailable()
     return None
+
+
+def why_no_code(images: str) -> str | None:
+    """The reason why compiled code cannot run on every GPU that torch sees; None where it can.
+
+    images: what the extension holds, in nvcc's words, as "sm_80,sm_90,compute_90".
+    """
+    if not torch.cuda.is_available():
+        return "torch sees no NVIDIA GPU"
+    for device in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(device)
+        if not any(_runs_on(image, major, minor) for image in images.split(",")):
+            return (
+                f"cuda:{device} ({torch.cuda.get_device_name(device)}) has compute capability "
+                f"{major}.{minor}, the CUDA extension holds {images.replace(',', ', ')}: use triton, or "
+                f"install with TORCH_CUDA_ARCH_LIST={major}.{minor}"
+            )
+    return None
+
+
+def _runs_on(image: str, major: int, minor: int) -> bool:
+    """Machine code (sm_80) runs on its major version from its minor one on, PTX (compute_80) on all newer.
+
+    With the suffix "a" (sm_90a) both run on exactly that capability.
+    """
+    kind, code = image.split("_")
+    digits = code.rstrip("af")
+    of_image, capability = (int(digits[:-1]), int(digits[-1])), (major, minor)
+    if code.endswith("a"):
+        return capability == of_image
+    return capability >= of_image and (kind == "compute" or major == of_image[0])
 
 
 @contextlib.contextmanager

@@ -6,10 +6,12 @@ import sys
 
 import pytest
 
-from benchmarks.gpu import pages
+from benchmarks.gpu import check, pages
 from benchmarks.gpu.bars import ADAMW, bars_of, with_ratios
+from benchmarks.gpu.cases import Case
 from benchmarks.gpu.device import BACKENDS
 from benchmarks.gpu.processes import stream, together
+from benchmarks.gpu.rows import selections
 from benchmarks.gpu.tables import summary_table
 from benchmarks.render import GPU, PAGE, README, RESULTS, ROOT, Pages, block
 
@@ -231,3 +233,16 @@ def test_jobs_of_the_benchmark_run_here():
     measured = {(row["job"].split()[0], row["measure"]) for row in found if "median_ms" in row}
     assert measured >= {("bandwidth", "copy"), ("bandwidth", "read"), ("adamw", "step")}
     assert measured >= {("id3", measure) for measure in ("select", "step", "host", "update")}
+
+
+def test_a_run_begins_with_what_is_most_worth_knowing():
+    assert list(check.PARTS)[:2] == ["build", "first"]
+
+
+def test_selections_are_measured_on_both_sides_of_each_border():
+    found = {row["measure"]: row for row in selections("cpu", Case("tiny bfloat16", 0.05), 1)}
+    n = Case("tiny bfloat16").counts()[0]
+    for border in (16384, 1024):
+        below, above = (found[f"select, k {side} N/{border}"]["k"] for side in ("below", "above"))
+        assert below <= n / border < above
+    assert found["select, 97 % zero rows"]["median_ms"] > 0

@@ -39,6 +39,7 @@ def jobs(quick: bool) -> dict[str, Callable[[int], Iterator[dict]]]:
     for backend in BACKENDS:
         for one in (wide, Case(large, more, 1.0), *huge):
             add("id3", one, rows.id3, backend)
+        add("selections", case, rows.selections, backend)
         add("profile", case, rows.profile, backend)
         add("growth", wide, rows.growth, backend)
         add("host", Case("300 tensors"), rows.host, backend)

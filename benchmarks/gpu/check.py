@@ -53,6 +53,24 @@ def tests(limit: float, quick: bool, save: Save) -> None:
     save(together(commands, limit))
 
 
+def first(limit: float, quick: bool, save: Save) -> None:
+    """What is most worth knowing, in a minute: whether every op agrees with the reference, and the stream's
+    share of the copy's rate."""
+    pytest = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--tb=short", "-q"]
+    deadline, rows = Deadline(limit), []
+    found = together({"agreement": [*pytest, "tests/gpu/test_agreement.py"]}, limit)
+    save(found)
+    model = "tiny bfloat16 5.0%" if quick else "184M bfloat16 0.1%"
+    backend = "cpu" if quick else "cuda"
+    stream([*_module("bench", quick), "bandwidth", f"id3 {backend} {model}"], deadline.left(), rows.append)
+    measured = [row for row in rows if not row.get("done")]
+    save(found | {"rows": with_ratios(measured)})
+    print(f"ops agree with the reference: {found['agreement']['ok']}")
+    for row in with_ratios(measured):
+        if row["measure"] == "select" and "over_copy" in row:
+            print(f"{row['method']}: the selection runs at {row['over_copy']:.0%} of the copy's rate")
+
+
 def sanitize(limit: float, quick: bool, save: Save) -> None:
     """The kernels on small shapes, one allocation per tensor, so that the tools see each tensor's borders."""
     run = [sys.executable, "-m", "benchmarks.gpu.sanitized"]
@@ -125,6 +143,7 @@ class Part(NamedTuple):
 
 PARTS = {
     "build": Part(build, 150),
+    "first": Part(first, 60),
     "tests": Part(tests, 140),
     "bench": Part(bench, 170),
     "sanitize": Part(sanitize, 90),

@@ -85,6 +85,29 @@ def id3(backend: str, case: Case, rounds: int) -> Iterator[dict]:
         yield whole | {"measure": "graph"} | timed(replay, rounds)
 
 
+def selections(backend: str, case: Case, rounds: int) -> Iterator[dict]:
+    """The selection alone, of k on both sides of each border of its forms, and with 97 % zero rows."""
+    about = case.about() | {"method": backend}
+    if skipped := _skipped(backend, about):
+        yield skipped
+        return
+    inputs, kernels, (n, _, k) = make_inputs(case.model), kernels_for(DEVICE, backend), case.counts()
+    nothing = Entries.empty(len(inputs.weights), DEVICE)
+    for name, border in (("N/16384", n // 16384), ("N/1024", n // 1024)):
+        for side, wanted_ in (("below", border), ("above", border + border // 16 + 1)):
+            problem = inputs, nothing, wanted_
+            _check(kernels, *problem)
+            row = about | {"measure": f"select, k {side} {name}", "k": wanted_}
+            yield row | timed(Selection(kernels, *problem).run, rounds)
+    embedding = inputs.grads[0]
+    kept = embedding.clone()
+    embedding.masked_fill_((torch.arange(len(embedding), device=DEVICE) % 32 != 0)[:, None], 0)
+    _check(kernels, inputs, nothing, k)
+    row = about | {"measure": "select, 97 % zero rows", "bytes": select_bytes(case)}
+    yield row | timed(Selection(kernels, inputs, nothing, k).run, rounds)
+    embedding.copy_(kept)
+
+
 def captured_step(ours: Ours):
     """A function that replays one step of `ours`, captured after three eager ones on a side stream."""
     side = torch.cuda.Stream()

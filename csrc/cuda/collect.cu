@@ -15,7 +15,7 @@ __device__ __forceinline__ int64_t chunk_length_at(const Collect& c, int64_t off
   return min(static_cast<int64_t>(kShortChunk), c.row.numel - offset);
 }
 
-__global__ void take_kernel(Collect c, int32_t chunks) {
+__global__ void take_kernel(Collect c, int64_t chunks) {
   const bool spans = chunks > 0 && c.wanted.count() > 0;
   for (int32_t run = 0; run < c.active.runs; ++run) {
     const EntriesView own = c.active.run(run);
@@ -42,9 +42,9 @@ struct Tally {
   }
 };
 
-__device__ __forceinline__ Chunk chunk_in(const Collect& c, int32_t number) {
-  const int64_t offset = static_cast<int64_t>(number) * kShortChunk;
-  return {offset, 0, static_cast<int32_t>(chunk_length_at(c, offset))};
+__device__ __forceinline__ Chunk chunk_in(const Collect& c, int64_t number) {
+  const int64_t offset = number * kShortChunk;
+  return chunk_of_row(c.row, 0, offset, static_cast<int32_t>(chunk_length_at(c, offset)));
 }
 
 // Raises the floor to the highest bin edge that k entries reach. Every thread of one block must call it.
@@ -66,16 +66,16 @@ __device__ inline void raise_floor(const Collect& c) {
 }
 
 template <Exponent E>
-__global__ void __launch_bounds__(kThreads, 4) stream_kernel(Collect c, int32_t chunks) {
+__global__ void __launch_bounds__(kThreads, 4) stream_kernel(Collect c, int64_t chunks) {
   if (c.wanted.count() == 0) return;
   __shared__ unsigned bins[kScoreBins];
   __shared__ uint32_t bitmap[kShortChunk / 32];
   for (int i = threadIdx.x; i < kScoreBins; i += kThreads) bins[i] = 0;
   __syncthreads();
   const Tally tally{c.state->floor, bins};
-  for (int32_t number = blockIdx.x; number < chunks; number += static_cast<int32_t>(gridDim.x)) {
-    tile_maxima<E>(c.rule, c.row, chunk_in(c, number), c.active_in(number), kShortChunk, bitmap,
-                   c.maxima + static_cast<int64_t>(number) * (kShortChunk / kTile), tally);
+  for (int64_t number = blockIdx.x; number < chunks; number += gridDim.x) {
+    tile_maxima<E>(c.rule, chunk_in(c, number), c.active_in(number), kShortChunk, bitmap,
+                   c.maxima + number * (kShortChunk / kTile), tally);
     __syncthreads();  // the bitmap is the next chunk's now
   }
   for (int i = threadIdx.x; i < kScoreBins; i += kThreads)
@@ -90,9 +90,10 @@ __device__ __forceinline__ int64_t place_of(const Collect& c, int64_t index) { r
 // The key of an entry that the floor admits; 0: it does not, or the entry is active.
 template <Exponent E>
 __device__ __forceinline__ int32_t admitted_key(const Collect& c, const Floor& floor, int64_t index) {
-  const int32_t key = key_in<E>(c.row, c.rule, index);
+  const int64_t number = index / kShortChunk;
+  const int32_t key = key_in<E>(chunk_in(c, number), c.rule, static_cast<int32_t>(index % kShortChunk));
   if (!floor.admits(key, place_of(c, index))) return 0;
-  return c.active_in(index / kShortChunk).hold(index) ? 0 : key;
+  return c.active_in(number).hold(index) ? 0 : key;
 }
 
 __device__ __forceinline__ void put(const Collect& c, int64_t slot, float score, int64_t place, float grad) {
@@ -153,7 +154,7 @@ struct Ranking {
 // it are among these.
 template <class Keys>
 __device__ inline int32_t nth_largest(const Keys& keys, int64_t n, int64_t& wanted, Ranking& ranking) {
-  if (threadIdx.x == 0) ranking.state = {wanted, 0, 0, 0, 0};
+  if (threadIdx.x == 0) ranking.state = {wanted, 0, 0, 0, 0, 0};
   for (int round = 0; round < kDigits; ++round) {
     for (int i = threadIdx.x; i < kBins; i += kThreads) ranking.bins[i] = 0;
     __syncthreads();
@@ -175,13 +176,13 @@ __device__ __forceinline__ int32_t key_held(const Collect& c, int64_t slot) {
 // The last of the best k of n held, n > k: positions and indices order downwards as their complements do up.
 __device__ inline Floor last_of_best(const Collect& c, int64_t n, int64_t k, Ranking& ranking) {
   constexpr int32_t kMost = 0x7fffffff;
-  const int32_t key = nth_largest([&](int64_t i) { return key_held(c, i); }, n, k, ranking);
-  const auto position = [&](int64_t i) {
+  const int32_t key = nth_largest([&](int64_t i, int32_t) { return key_held(c, i); }, n, k, ranking);
+  const auto position = [&](int64_t i, int32_t) {
     return key_held(c, i) == key ? kMost - static_cast<int32_t>(c.best_place[i] >> 32) : 0;
   };
   const int32_t last = nth_largest(position, n, k, ranking);
-  const auto index = [&](int64_t i) {
-    return position(i) == last ? kMost - static_cast<int32_t>(c.best_place[i] & kMost) : 0;
+  const auto index = [&](int64_t i, int32_t) {
+    return position(i, 0) == last ? kMost - static_cast<int32_t>(c.best_place[i] & kMost) : 0;
   };
   const int32_t last_index = nth_largest(index, n, k, ranking);
   return {static_cast<int64_t>(kMost - last) << 32 | (kMost - last_index), key};
@@ -252,13 +253,14 @@ __global__ void __launch_bounds__(kThreads, 4) append_kernel(Collect c, int64_t 
 
 }  // namespace
 
-void collect(const Collect& c, cudaStream_t stream) {
-  const int32_t chunks = c.state ? chunks_of(c.row.numel) : 0;
-  const int64_t tiles = static_cast<int64_t>(chunks) * (kShortChunk / kTile);
+void collect(const Collect& asked, cudaStream_t stream) {
+  Collect c = asked;
+  c.rule = with_bounds(c.rule);
+  const int64_t chunks = c.state ? chunks_of(c.row.numel) : 0, tiles = chunks * (kShortChunk / kTile);
   const int64_t active = std::min<int64_t>(c.most_active, c.row.numel);
   launch(take_kernel, blocks_for(std::max<int64_t>(active, chunks)), kThreads, stream, c, chunks);
   if (chunks == 0) return;
-  with_exponent(c.rule.given ? Exponent::zero : exponent_of(c.rule.exp), [&](auto e) {
+  with_exponent(exponent_of(c.rule), [&](auto e) {
     launch(stream_kernel<e.value>, blocks_for(chunks, 1), kThreads, stream, c, chunks);
     launch(append_kernel<e.value>, blocks_for(tiles, kWarps * kTilesTogether), kThreads, stream, c, tiles);
   });

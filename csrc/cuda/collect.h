@@ -25,7 +25,8 @@ struct Floor {
 
 // What the tensors of a pass hand on to one another; zeros at its beginning.
 struct CollectState {
-  unsigned long long count;  // candidates held: the first ones; more than there is room for: see `cut_to_best`
+  unsigned long long
+      count;  // candidates held: the first ones; more than there is room for: see `cut_to_best`
   unsigned long long count_then;  // held before the tensor at hand
   Floor floor;
   unsigned arrived;  // blocks of the running launch that are done
@@ -82,7 +83,7 @@ inline int64_t most_wanted(int64_t slots) {
   return slots > kLeastSlots ? std::max<int64_t>((slots - kLeastSlots) / kSlotsForEach, 1) : slots / 2;
 }
 
-inline int32_t chunks_of(int32_t numel) { return (numel + kShortChunk - 1) / kShortChunk; }
+inline int64_t chunks_of(int64_t numel) { return (numel + kShortChunk - 1) / kShortChunk; }
 
 void collect(const Collect& collect, cudaStream_t stream);
 

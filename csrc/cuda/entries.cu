@@ -42,13 +42,10 @@ __device__ __forceinline__ int64_t added_before(const Join& j, int64_t at) {
   return lower_bound(j.added.indices, own[0], own[1], held.indices[at]);
 }
 
-__global__ void positions_kernel(Join j) {
-  if (joined_count(j) == 0) return;
-  const auto* held = static_cast<const int32_t*>(j.arrays[0].array);
-  for (int64_t i = thread_in_grid(); i < j.added.count(); i += threads_in_grid()) {
-    const int64_t* own = j.offsets + j.added.owner(i);
-    j.positions[i] = i + lower_bound(held, own[0], own[1], j.added.indices[i]);
-  }
+// How many entries of the set lie before new entry `i`.
+__device__ __forceinline__ int64_t held_before(const Join& j, int64_t i) {
+  const int64_t* own = j.offsets + j.added.owner(i);
+  return lower_bound(static_cast<const int32_t*>(j.arrays[0].array), own[0], own[1], j.added.indices[i]);
 }
 
 template <class Bits>
@@ -68,9 +65,11 @@ __device__ __forceinline__ void copy(int item_bytes, void* to, int64_t to_place,
 // Every entry to its new place in the scratch arrays.
 __global__ void spread_kernel(Join j) {
   const int64_t held = held_count(j), joined = joined_count(j);
+  if (thread_in_grid() == 0) *j.arrived = 0;
   for (int64_t i = thread_in_grid(); i < joined; i += threads_in_grid()) {
     const bool is_new = i >= held;
-    const int64_t from = is_new ? i - held : i, to = is_new ? j.positions[from] : i + added_before(j, i);
+    const int64_t from = is_new ? i - held : i,
+                  to = from + (is_new ? held_before(j, from) : added_before(j, i));
     for (int a = 0; a < j.n_arrays; ++a) {
       const JoinArray array = j.arrays[a];
       copy(array.item_bytes, array.scratch, to, is_new ? array.added : array.array, from);
@@ -78,17 +77,13 @@ __global__ void spread_kernel(Join j) {
   }
 }
 
+// The block that is done last changes the offsets, which all blocks have read by then.
 __global__ void copy_back_kernel(Join j) {
   const int64_t joined = joined_count(j);
   for (int64_t i = thread_in_grid(); i < joined; i += threads_in_grid())
     for (int a = 0; a < j.n_arrays; ++a)
       copy(j.arrays[a].item_bytes, j.arrays[a].array, i, j.arrays[a].scratch, i);
-}
-
-// One block, since all threads read the last offset before any thread changes it.
-__global__ void add_offsets_kernel(Join j) {
-  if (joined_count(j) == 0) return;
-  __syncthreads();
+  if (!is_last_block(j.arrived) || joined == 0) return;
   for (int i = threadIdx.x; i <= j.added.tensors; i += kThreads) j.offsets[i] += j.added.offsets[i];
 }
 
@@ -114,10 +109,8 @@ void scatter(const TensorRow* rows, EntriesView entries, int64_t n, int item_byt
 
 void join(const Join& join, cudaStream_t stream) {
   const unsigned blocks = blocks_for(join.room);
-  launch(positions_kernel, blocks_for(join.room_added), kThreads, stream, join);
   launch(spread_kernel, blocks, kThreads, stream, join);
   launch(copy_back_kernel, blocks, kThreads, stream, join);
-  launch(add_offsets_kernel, 1, kThreads, stream, join);
 }
 
 }  // namespace id3::cuda

@@ -28,7 +28,7 @@ struct Join {
   int32_t n_arrays;
   int64_t* offsets;    // of the set; made those of the joined set
   EntriesView added;   // none of them in the set
-  int64_t* positions;  // [room_added]: where each new entry comes to stand
+  unsigned* arrived;   // blocks of the running launch that are done; written here
   int64_t room;        // of every array
   int64_t room_added;  // of every array of new entries
 };

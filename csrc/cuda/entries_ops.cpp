@@ -54,10 +54,10 @@ void join_op(at::TensorList arrays, const at::Tensor& offsets, const at::Tensor&
                                     added ? added->const_data_ptr() : nullptr,
                                     static_cast<int32_t>(array.element_size())};
   }
-  const at::Tensor positions = empty<int64_t>(args.room_added, offsets);
+  const at::Tensor arrived = empty<unsigned>(1, offsets);
   args.offsets = data<int64_t>(offsets);
   args.added = view(b_offsets, b_indices);
-  args.positions = data<int64_t>(positions);
+  args.arrived = data<unsigned>(arrived);
   join(args, c10::cuda::getCurrentCUDAStream());
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }

@@ -3,6 +3,7 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 
 // Kernels and launchers do not depend on torch: they take raw pointers, sizes and a stream.
@@ -12,15 +13,28 @@ constexpr int kWarp = 32;
 constexpr unsigned kWholeWarp = 0xffffffffu;
 constexpr int kThreads = 256;  // eight warps: enough to hide latency at any register count up to 64
 
-#ifndef ID3_BLOCKS_PER_LAUNCH
-#define ID3_BLOCKS_PER_LAUNCH (132 * 8)  // what an H200 holds at once
+// As many blocks of kThreads as the current GPU holds at once, for kernels that stride over their work.
+inline int64_t blocks_at_once() {
+#ifdef ID3_BLOCKS_PER_LAUNCH
+  return ID3_BLOCKS_PER_LAUNCH;
+#else
+  constexpr int kMostDevices = 64, kOfAMultiprocessor = 2048 / kThreads;
+  static std::atomic<int> known[kMostDevices];
+  int device = 0, multiprocessors = 0;
+  cudaGetDevice(&device);
+  if (device < kMostDevices) multiprocessors = known[device];
+  if (multiprocessors == 0) {
+    cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+    if (device < kMostDevices) known[device] = multiprocessors;
+  }
+  return multiprocessors * kOfAMultiprocessor;
 #endif
-constexpr int kBlocksPerLaunch = ID3_BLOCKS_PER_LAUNCH;  // of kernels that stride over their work
+}
 
-// Blocks for `items` pieces of work at one per thread, at most kBlocksPerLaunch: the kernel strides.
+// Blocks for `items` pieces of work at one per thread, at most blocks_at_once: the kernel strides.
 inline unsigned blocks_for(int64_t items, int per_block = kThreads) {
   const int64_t blocks = (items + per_block - 1) / per_block;
-  return static_cast<unsigned>(std::clamp<int64_t>(blocks, 1, kBlocksPerLaunch));
+  return static_cast<unsigned>(std::clamp<int64_t>(blocks, 1, blocks_at_once()));
 }
 
 // The runtime keeps the error of a launch until the caller calls cudaGetLastError.

@@ -15,10 +15,15 @@ constexpr int kShortChunk = 8192;  // for small models, whose last wave of block
 
 // A stretch of one tensor: the work of one block. A tensor begins a new chunk, so that
 // slot = chunk number · chunk length + place in the chunk names an entry, and slots order as (tensor, index).
-struct Chunk {
+// It has all that reading its entries needs, so that a kernel loads nothing between the chunk and the
+// entries.
+struct alignas(16) Chunk {
   int64_t offset;  // flat index of its first entry
   int32_t tensor;
-  int32_t length;  // entries; less than a whole chunk at the end of a tensor
+  int32_t length;     // entries; less than a whole chunk at the end of a tensor
+  const void* param;  // addresses of its first entry
+  const void* grad;
+  DType param_dtype, grad_dtype;
 };
 
 // Where the active entries of a chunk stand in one run: [begin, end).
@@ -77,6 +82,16 @@ __device__ inline Span span_at(const EntriesView& run, int32_t tensor, int64_t o
   return {begin, lower_bound(run.indices, begin, own[1], offset + length)};
 }
 
+__device__ inline Chunk chunk_of_row(const TensorRow& row, int32_t tensor, int64_t offset, int32_t length) {
+  return {offset,
+          tensor,
+          length,
+          address_of(row.param, row.param_dtype, offset),
+          address_of(row.grad, row.grad_dtype, offset),
+          row.param_dtype,
+          row.grad_dtype};
+}
+
 // What the rows, of which there are `tensors`, say of chunk `number`.
 __device__ inline Chunk chunk_at(const TensorRow* rows, int32_t tensors, int32_t chunk_length,
                                  int64_t number) {
@@ -90,7 +105,7 @@ __device__ inline Chunk chunk_at(const TensorRow* rows, int32_t tensors, int32_t
   }
   const int64_t offset = (number - rows[tensor].first_chunk) * chunk_length;
   const int64_t length = min(static_cast<int64_t>(chunk_length), rows[tensor].numel - offset);
-  return {offset, tensor, static_cast<int32_t>(length)};
+  return chunk_of_row(rows[tensor], tensor, offset, static_cast<int32_t>(length));
 }
 
 #endif

@@ -24,8 +24,8 @@ __device__ __forceinline__ bool is_finite(const NormState& state) {
   return state.largest < FloatBits<float>::kInfinity;
 }
 
-__global__ void squares_kernel(RunsView entries, const float* values, NormState* state) {
-  if (!is_finite(*state)) return;
+// The sums of the squares, which need a finite largest value.
+__device__ __forceinline__ void add_squares(const RunsView& entries, const float* values, NormState* state) {
   const double inverse = 1 / norm_scale(reinterpret_bits<float>(state->largest));
   int64_t high = 0, low = 0, total_high = 0, total_low = 0;
   for (int32_t run = 0; run < entries.runs; ++run) {
@@ -41,13 +41,17 @@ __global__ void squares_kernel(RunsView entries, const float* values, NormState*
   atomicAdd(&state->low, static_cast<unsigned long long>(total_low));
 }
 
-__global__ void total_kernel(const NormState* state, double* total) {
+__device__ __forceinline__ double total_of(const NormState& state) {
   constexpr int64_t kInfinity = FloatBits<double>::kInfinity, kNaN = kInfinity | (kInfinity >> 1);
-  const int32_t largest = state->largest;
-  *total = is_finite(*state)
-               ? norm_total(static_cast<int64_t>(state->high), static_cast<int64_t>(state->low),
-                            norm_scale(reinterpret_bits<float>(largest)))
-               : reinterpret_bits<double>(largest == FloatBits<float>::kInfinity ? kInfinity : kNaN);
+  if (!is_finite(state))
+    return reinterpret_bits<double>(state.largest == FloatBits<float>::kInfinity ? kInfinity : kNaN);
+  return norm_total(static_cast<int64_t>(state.high), static_cast<int64_t>(state.low),
+                    norm_scale(reinterpret_bits<float>(state.largest)));
+}
+
+__global__ void squares_kernel(RunsView entries, const float* values, NormState* state, double* total) {
+  if (is_finite(*state)) add_squares(entries, values, state);
+  if (is_last_block(&state->arrived) && threadIdx.x == 0) *total = total_of(*state);
 }
 
 }  // namespace
@@ -55,8 +59,7 @@ __global__ void total_kernel(const NormState* state, double* total) {
 void squared_norm(const TensorRow* rows, const RunsView& entries, int64_t n, float* values, NormState* state,
                   double* sum, cudaStream_t stream) {
   launch(take_values_kernel, blocks_for(n), kThreads, stream, rows, entries, values, state);
-  launch(squares_kernel, blocks_for(n), kThreads, stream, entries, values, state);
-  launch(total_kernel, 1, 1, stream, state, sum);
+  launch(squares_kernel, blocks_for(n), kThreads, stream, entries, values, state, sum);
 }
 
 }  // namespace id3::cuda

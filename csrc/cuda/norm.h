@@ -11,6 +11,7 @@ namespace id3::cuda {
 struct NormState {
   unsigned long long high, low;  // of SquareSum
   int32_t largest;               // magnitude_bits of the largest |g|
+  unsigned arrived;              // blocks of the running launch that are done
 };
 
 // *sum = the sum of squares of the rows' gradients at the entries. values: float32, one beside each of the n

@@ -31,15 +31,15 @@ Selection select(std::vector<TensorRow> rows, const at::Tensor& offsets, const a
   const at::Tensor device_rows = stored(rows, offsets), chunks = empty<Chunk>(layout.n_chunks, offsets),
                    spans = empty<Span>(static_cast<int64_t>(layout.n_chunks) * active.runs, offsets);
   const int64_t tiles = layout.tiles();
-  const bool few = few_winners(capacity, tiles);
-  const int64_t keys_ranked = few ? std::max(tiles, capacity * kTile) : layout.slots();
-  const at::Tensor counts = empty<int64_t>(2, offsets), state = empty<TopkState>(1, offsets).zero_(),
-                   histogram = empty<unsigned>(kBins, offsets).zero_(),
+  const Form form = form_of(capacity, tiles);
+  const bool few = form != Form::all;
+  const int64_t keys_ranked = most_ranked(form, capacity, layout);
+  const at::Tensor counts = empty<int64_t>(2, offsets), zeros = empty<ZeroedTopk>(1, offsets).zero_(),
                    blocks = empty<BlockCount>(topk_blocks(keys_ranked), offsets),
                    winners = empty<int64_t>(capacity, offsets),
                    maxima = empty<int32_t>(few ? tiles : 0, offsets),
                    listed = empty<int32_t>(few ? capacity : 0, offsets),
-                   keys = empty<int32_t>(few ? capacity * kTile : 0, offsets);
+                   keys = empty<int32_t>(form == Form::stored ? capacity * kTile : 0, offsets);
   const Candidates candidates{data<TensorRow>(device_rows),
                               data<Chunk>(chunks),
                               data<Span>(spans),
@@ -48,7 +48,7 @@ Selection select(std::vector<TensorRow> rows, const at::Tensor& offsets, const a
                               active,
                               rule};
   const SelectionWorkspace workspace{
-      {data<TopkState>(state), data<unsigned>(histogram), data<BlockCount>(blocks)},
+      {&data<ZeroedTopk>(zeros)->state, data<ZeroedTopk>(zeros)->histogram, data<BlockCount>(blocks)},
       data<int32_t>(maxima),
       data<int32_t>(listed),
       data<int32_t>(keys),

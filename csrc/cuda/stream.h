@@ -1,16 +1,10 @@
 #pragma once
 
 #include "cuda/layout.h"
-#include "cuda/score.h"
+#include "cuda/quick.h"
 
 // The one pass over all entries: the largest key of each tile, entries of the active set left out.
 namespace id3::cuda {
-
-struct ScoreRule {
-  float eps;
-  double exp;
-  bool given;  // the gradients are the scores themselves
-};
 
 #if defined(__CUDACC__) || defined(ID3_EMULATED_CUDA)
 
@@ -23,11 +17,11 @@ __device__ __forceinline__ int32_t key_at(const ScoreRule& rule, float param, fl
   return key_of(d3_unflushed<E>(param, grad, rule.eps, rule.exp));
 }
 
-// The key of one entry of a tensor, active or not.
+// The key of the entry at `at` of a chunk, active or not.
 template <Exponent E>
-__device__ __forceinline__ int32_t key_in(const TensorRow& row, const ScoreRule& rule, int64_t index) {
-  const float g = load_as_float(row.grad, row.grad_dtype, index);
-  const float p = E == Exponent::zero ? 0.0f : load_as_float(row.param, row.param_dtype, index);
+__device__ __forceinline__ int32_t key_in(const Chunk& chunk, const ScoreRule& rule, int32_t at) {
+  const float g = load_as_float(chunk.grad, chunk.grad_dtype, at);
+  const float p = E == Exponent::zero ? 0.0f : load_as_float(chunk.param, chunk.param_dtype, at);
   return key_at<E>(rule, p, g);
 }
 
@@ -37,107 +31,123 @@ struct NoTally {
   __device__ __forceinline__ void operator()(int32_t) const {}
 };
 
+// --- a chunk in 16-byte loads ------------------------------------------------------------------------------
+
 // 16 bytes that will not be read again: the load hints that no cache keeps them.
 __device__ __forceinline__ uint4 load_16_bytes(const void* address) {
   return __ldcs(static_cast<const uint4*>(address));
 }
 
-// The lane's eight entries of a tile: [0, 4) and [4, 8) from `first` and `second`.
+// The lane's eight entries of a tile: four from `first` on and four from `second` on.
 template <DType T>
 struct LaneLoad {
-  uint4 bits[T == DType::float32 ? 2 : 1];
+  static constexpr bool kWide = T == DType::float32;
+  using Item = std::conditional_t<kWide, float, uint16_t>;
+  uint4 bits[kWide ? 2 : 1];
 
-  __device__ __forceinline__ void load(const void* data, int64_t first, int64_t second) {
-    if constexpr (T == DType::float32) {
-      bits[0] = load_16_bytes(static_cast<const float*>(data) + first);
-      bits[1] = load_16_bytes(static_cast<const float*>(data) + second);
-    } else {
-      bits[0] = load_16_bytes(static_cast<const uint16_t*>(data) + first);
-    }
+  __device__ __forceinline__ void load(const void* data, int first, int second) {
+    bits[0] = load_16_bytes(static_cast<const Item*>(data) + first);
+    if constexpr (kWide) bits[1] = load_16_bytes(static_cast<const Item*>(data) + second);
   }
 
   __device__ __forceinline__ float value(int i) const {
-    if constexpr (T == DType::float32) {
-      const uint4& b = bits[i / 4];
-      const uint32_t word = i % 4 == 0 ? b.x : i % 4 == 1 ? b.y : i % 4 == 2 ? b.z : b.w;
-      return reinterpret_bits<float>(word);
-    } else {
-      const uint32_t word = i / 2 == 0   ? bits[0].x
-                            : i / 2 == 1 ? bits[0].y
-                            : i / 2 == 2 ? bits[0].z
-                                         : bits[0].w;
-      const uint16_t half = static_cast<uint16_t>(i % 2 ? word >> 16 : word);
-      return T == DType::bfloat16 ? widen_bfloat16(half) : widen_half(half);
-    }
+    const uint4& b = bits[kWide ? i / 4 : 0];
+    const int word_at = kWide ? i % 4 : i / 2;
+    const uint32_t word = word_at == 0 ? b.x : word_at == 1 ? b.y : word_at == 2 ? b.z : b.w;
+    if constexpr (kWide) return reinterpret_bits<float>(word);
+    const uint16_t half = static_cast<uint16_t>(i % 2 ? word >> 16 : word);
+    return T == DType::bfloat16 ? widen_bfloat16(half) : widen_half(half);
   }
 };
 
 // Two float32 tensors are read in two runs of four entries per lane, so that each load of a warp covers whole
 // sectors; a 16-bit tensor gives its eight entries in one load.
 template <DType P, DType G>
-__device__ __forceinline__ int second_place(int lane) {
-  return P == DType::float32 && G == DType::float32 ? kTile / 2 + lane * 4 : lane * 8 + 4;
-}
-template <DType P, DType G>
-__device__ __forceinline__ int first_place(int lane) {
-  return P == DType::float32 && G == DType::float32 ? lane * 4 : lane * 8;
-}
+struct Lane {
+  static constexpr bool kApart = P == DType::float32 && G == DType::float32;
+  static constexpr int kStep = kApart ? 4 : 8;
+  static constexpr int kSecond = kApart ? kTile / 2 : 4;  // behind the first
+
+  // Bit i: whether entry i is active, of the tile that begins at `here`; what is above bit 7 means nothing.
+  __device__ __forceinline__ static uint32_t taken(const uint32_t* bitmap, int here) {
+    const int at = here + static_cast<int>(threadIdx.x % kWarp) * kStep;
+    if (bitmap == nullptr) return 0;
+    const uint32_t word = bitmap[at / 32] >> at % 32;
+    if constexpr (kApart)
+      return (word & 0xf) | bitmap[(at + kSecond) / 32] >> at % 32 << 4;
+    else
+      return word;
+  }
+};
 
 // A whole, aligned chunk: each warp takes every eighth tile, kAhead of them in flight. `tally` is called with
-// the keys of a lane's entries where its `wants` is true of the largest of them.
+// the keys of a lane's entries where its `wants` is true of the largest of them. Returns which of the warp's
+// tiles are to be scored again, a bit for each; of these nothing was tallied.
 template <Exponent E, DType P, DType G, class Tally>
-__device__ __forceinline__ void stream_chunk(const ScoreRule& rule, const TensorRow& row, const Chunk& chunk,
-                                             const uint32_t* taken, int32_t* maxima, const Tally& tally) {
+__device__ __forceinline__ uint32_t stream_chunk(const ScoreRule& rule, const Chunk& chunk,
+                                                 const uint32_t* bitmap, int32_t* maxima,
+                                                 const Tally& tally) {
   constexpr int kAhead = P == DType::float32 || G == DType::float32 ? 2 : 4;
   static_assert(kShortChunk % (kWarps * kAhead * kTile) == 0, "a round of all warps stays inside the chunk");
+  using Mine = Lane<P, G>;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, tiles = chunk.length / kTile;
-  const int first = first_place<P, G>(lane), second = second_place<P, G>(lane);
+  uint32_t again = 0;
   for (int tile = warp; tile < tiles; tile += kWarps * kAhead) {
     LaneLoad<G> grads[kAhead];
     LaneLoad<P> params[kAhead];
+    const int first = tile * kTile + lane * Mine::kStep;
 #pragma unroll
     for (int a = 0; a < kAhead; ++a) {
-      const int64_t begin = chunk.offset + static_cast<int64_t>(tile + a * kWarps) * kTile;
-      grads[a].load(row.grad, begin + first, begin + second);
-      if constexpr (E != Exponent::zero) params[a].load(row.param, begin + first, begin + second);
+      const int at = first + a * kWarps * kTile;
+      grads[a].load(chunk.grad, at, at + Mine::kSecond);
+      if constexpr (E != Exponent::zero) params[a].load(chunk.param, at, at + Mine::kSecond);
     }
 #pragma unroll
     for (int a = 0; a < kAhead; ++a) {
-      const int here = (tile + a * kWarps) * kTile;
-      uint32_t out = 0;
-      if (taken) {
-        out = taken[(here + first) / 32] >> (here + first) % 32 & 0xf;
-        out |= (taken[(here + second) / 32] >> (here + second) % 32 & 0xf) << 4;
-      }
+      const int number = tile + a * kWarps;
+      const uint32_t taken = Mine::taken(bitmap, number * kTile);
       int32_t keys[kPerLane], best = 0;
+      QuickBest quick;
 #pragma unroll
       for (int i = 0; i < kPerLane; ++i) {
-        const float p = E == Exponent::zero ? 0.0f : params[a].value(i);
-        const int32_t key = key_at<E>(rule, p, grads[a].value(i));
-        keys[i] = out >> i & 1 ? 0 : key;
-        best = max(best, keys[i]);
+        const float p = E == Exponent::zero ? 0.0f : params[a].value(i), g = grads[a].value(i);
+        if constexpr (kQuick<E>) {
+          keys[i] = quick.see<E>(rule, p, g, taken >> i & 1);
+        } else {
+          keys[i] = taken >> i & 1 ? 0 : key_at<E>(rule, p, g);
+          best = max(best, keys[i]);
+        }
       }
-      if (tally.wants(best)) {
+      if constexpr (kQuick<E>) best = quick.key(rule);
+      const int32_t all = __reduce_max_sync(kWholeWarp, best);
+      const bool unsure = kQuick<E> && all != 0 && !(all > rule.low && all < rule.high);
+      again |= static_cast<uint32_t>(unsure) << number / kWarps;
+      if (!unsure && tally.wants(best)) {
 #pragma unroll
-        for (int i = 0; i < kPerLane; ++i) tally(keys[i]);
+        for (int i = 0; i < kPerLane; ++i)
+          if (!kQuick<E> || keys[i] > rule.low) tally(keys[i]);
       }
-      best = __reduce_max_sync(kWholeWarp, best);
-      if (lane == 0) maxima[tile + a * kWarps] = best;
+      if (lane == 0) maxima[number] = all;
     }
   }
+  return again;
 }
 
-// The end of a tensor, or one whose address is no multiple of 16: entry by entry.
+// Those of the warp's tiles whose bit is set, entry by entry.
 template <Exponent E, class Tally>
-__device__ __forceinline__ void walk_chunk(const ScoreRule& rule, const TensorRow& row, const Chunk& chunk,
-                                           int tiles, const uint32_t* taken, int32_t* maxima,
+__device__ __forceinline__ void walk_tiles(uint32_t which, const ScoreRule& rule, const Chunk& chunk,
+                                           int tiles, const uint32_t* bitmap, int32_t* maxima,
                                            const Tally& tally) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  for (int tile = warp; tile < tiles; tile += kWarps) {
+#pragma unroll 1
+  for (; which; which &= which - 1) {
+    const int tile = (__ffs(static_cast<int>(which)) - 1) * kWarps + warp;
+    if (tile >= tiles) return;
     int32_t best = 0;
+#pragma unroll 1
     for (int at = tile * kTile + lane; at < min((tile + 1) * kTile, chunk.length); at += kWarp) {
-      if (taken && taken[at / 32] >> at % 32 & 1) continue;
-      const int32_t key = key_in<E>(row, rule, chunk.offset + at);
+      if (bitmap && bitmap[at / 32] >> at % 32 & 1) continue;
+      const int32_t key = key_in<E>(chunk, rule, at);
       if (tally.wants(key)) tally(key);
       best = max(best, key);
     }
@@ -163,24 +173,38 @@ __device__ __forceinline__ const uint32_t* mark_taken(const ActiveSpans& active,
   return bitmap;
 }
 
+// Where the loads of 16 bytes fit, the tiles to score again; else all of them, as at the end of a tensor and
+// where its address is no multiple of 16.
+template <Exponent E, class Tally>
+__device__ __forceinline__ uint32_t stream_if_whole(const ScoreRule& rule, const Chunk& chunk, bool whole,
+                                                    const uint32_t* bitmap, int32_t* maxima,
+                                                    const Tally& tally) {
+  constexpr uint32_t kAll = 0xffffffff;
+  const uint64_t addresses = reinterpret_cast<uint64_t>(chunk.grad) |
+                             (E == Exponent::zero ? 0 : reinterpret_cast<uint64_t>(chunk.param));
+  const DType p = E == Exponent::zero ? chunk.grad_dtype : chunk.param_dtype, g = chunk.grad_dtype;
+  if (!whole || addresses % 16 != 0) return kAll;
+  if (E != Exponent::zero && p == DType::bfloat16 && g == DType::float32)
+    return stream_chunk<E, DType::bfloat16, DType::float32>(rule, chunk, bitmap, maxima, tally);
+  if (p != g) return kAll;
+  if (p == DType::float32)
+    return stream_chunk<E, DType::float32, DType::float32>(rule, chunk, bitmap, maxima, tally);
+  if (p == DType::bfloat16)
+    return stream_chunk<E, DType::bfloat16, DType::bfloat16>(rule, chunk, bitmap, maxima, tally);
+  return stream_chunk<E, DType::float16, DType::float16>(rule, chunk, bitmap, maxima, tally);
+}
+
 // maxima [chunk_length / kTile]: the largest key of each of the chunk's tiles, 0 where there is none.
 // bitmap: [chunk_length / 32], in shared memory. Every thread of the block must call it.
 template <Exponent E, class Tally>
-__device__ __forceinline__ void tile_maxima(const ScoreRule& rule, const TensorRow& row, const Chunk& chunk,
+__device__ __forceinline__ void tile_maxima(const ScoreRule& rule, const Chunk& chunk,
                                             const ActiveSpans& active, int chunk_length, uint32_t* bitmap,
                                             int32_t* maxima, const Tally& tally) {
+  static_assert(kLongChunk / kTile / kWarps <= 32, "a bit for each of a warp's tiles");
   const uint32_t* taken = mark_taken(active, chunk, chunk_length, bitmap);
-  const uint64_t addresses = reinterpret_cast<uint64_t>(row.grad) |
-                             (E == Exponent::zero ? 0 : reinterpret_cast<uint64_t>(row.param));
-  const bool whole = chunk.length == chunk_length && addresses % 16 == 0;
-  const DType p = E == Exponent::zero ? row.grad_dtype : row.param_dtype, g = row.grad_dtype;
-  if (whole && p == DType::float32 && g == DType::float32)
-    return stream_chunk<E, DType::float32, DType::float32>(rule, row, chunk, taken, maxima, tally);
-  if (whole && p == DType::bfloat16 && g == DType::bfloat16)
-    return stream_chunk<E, DType::bfloat16, DType::bfloat16>(rule, row, chunk, taken, maxima, tally);
-  if (whole && p == DType::float16 && g == DType::float16)
-    return stream_chunk<E, DType::float16, DType::float16>(rule, row, chunk, taken, maxima, tally);
-  walk_chunk<E>(rule, row, chunk, chunk_length / kTile, taken, maxima, tally);
+  const bool whole = chunk.length == chunk_length;
+  const uint32_t again = stream_if_whole<E>(rule, chunk, whole, taken, maxima, tally);
+  walk_tiles<E>(again, rule, chunk, chunk_length / kTile, taken, maxima, tally);
 }
 
 #endif

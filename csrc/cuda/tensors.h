@@ -62,6 +62,12 @@ __device__ inline float load_as_float(const void* data, DType dtype, int64_t ind
   return dtype == DType::bfloat16 ? widen_bfloat16(bits) : widen_half(bits);
 }
 
+// Null of null.
+__device__ inline const void* address_of(const void* data, DType dtype, int64_t index) {
+  if (data == nullptr) return nullptr;
+  return static_cast<const char*>(data) + index * (dtype == DType::float32 ? 4 : 2);
+}
+
 __device__ inline void store_float(void* data, DType dtype, int64_t index, float value) {
   if (dtype == DType::float32)
     static_cast<float*>(data)[index] = value;

@@ -29,10 +29,16 @@ struct TopkState {
   int32_t threshold;  // the known digits of the k-th key, at the end all of them
   int32_t all;        // whether every positive key is taken
   unsigned arrived;   // blocks of the running launch that are done
+  int32_t floor;      // of the last ranking: the k-th key, 0 where every positive key was taken
 };
 
 struct BlockCount {
   int64_t above, equal;  // first of the block, then of all lower blocks
+};
+
+struct ZeroedTopk {
+  TopkState state;
+  unsigned histogram[kBins];
 };
 
 // Device memory of a call. State and histogram are zero before the first call and after each call.
@@ -46,9 +52,11 @@ inline int64_t topk_blocks(int64_t n) { return (n + kKeysPerBlock - 1) / kKeysPe
 
 #if defined(__CUDACC__) || defined(ID3_EMULATED_CUDA)
 
+// Keys are a function of the position and of the least key that matters: for a key below that the function
+// may return 0, which spares it what such a key costs.
 struct ArrayKeys {
   const int32_t* keys;
-  __device__ int32_t operator()(int64_t i) const { return keys[i]; }
+  __device__ int32_t operator()(int64_t i, int32_t) const { return keys[i]; }
 };
 
 __device__ inline int digit_shift(int round) { return 20 - 10 * round; }
@@ -63,7 +71,7 @@ __device__ inline void choose_digit(int round, TopkState* state, unsigned* histo
   const int64_t missing = state->missing;
   __syncthreads();
   if (total < missing) {
-    if (threadIdx.x == 0) *state = {0, total, 0, 1, state->arrived};
+    if (threadIdx.x == 0) *state = {0, total, 0, 1, state->arrived, state->floor};
   } else {
     for (int i = 0; i < kMine && top - i >= 0; ++i) {
       const int64_t here = histogram[top - i];
@@ -84,7 +92,7 @@ __device__ inline void count_digits(const Keys& keys, int64_t first, int64_t n, 
   const int shift = digit_shift(round), bits = digit_bits(round);
   const int64_t known = static_cast<int64_t>(threshold) >> (shift + bits);
   for (int64_t i = first; i < n; i += step) {
-    const int32_t key = keys(i);
+    const int32_t key = keys(i, threshold);
     if (key > 0 && static_cast<int64_t>(key) >> (shift + bits) == known)
       atomicAdd(&bins[key >> shift & ((1 << bits) - 1)], 1u);
   }
@@ -117,7 +125,8 @@ struct Takes {
   int32_t threshold;
   bool all;
 
-  __device__ explicit Takes(const TopkState& state) : threshold(state.threshold), all(state.all) {}
+  __device__ explicit Takes(const TopkState& state)
+      : threshold(state.all ? 0 : state.threshold), all(state.all) {}
   __device__ bool above(int32_t key) const { return all ? key > 0 : key > threshold; }
   __device__ bool equal(int32_t key) const { return !all && key == threshold; }
 };
@@ -145,7 +154,7 @@ __global__ void count_kernel(Keys keys, int64_t n, Wanted wanted, int64_t blocks
     int64_t above = 0, equal = 0;
     for (int i = threadIdx.x; i < kKeysPerBlock; i += kThreads) {
       const int64_t at = block * kKeysPerBlock + i;
-      const int32_t key = at < n ? keys(at) : 0;
+      const int32_t key = at < n ? keys(at, takes.threshold) : 0;
       above += takes.above(key);
       equal += takes.equal(key);
     }
@@ -170,7 +179,7 @@ __global__ void __launch_bounds__(kThreads, 4)
     const int64_t first = block * kKeysPerBlock + static_cast<int64_t>(threadIdx.x) * kMine;
     uint32_t above_bits = 0, equal_bits = 0;
     for (int i = 0; i < kMine; ++i) {
-      const int32_t key = first + i < n ? keys(first + i) : 0;
+      const int32_t key = first + i < n ? keys(first + i, takes.threshold) : 0;
       above_bits |= static_cast<uint32_t>(takes.above(key)) << i;
       equal_bits |= static_cast<uint32_t>(takes.equal(key)) << i;
     }
@@ -188,7 +197,7 @@ __global__ void __launch_bounds__(kThreads, 4)
   }
   if (is_last_block(&state->arrived) && threadIdx.x == 0) {
     *n_taken = state->total;
-    *state = {0, 0, 0, 0, state->arrived};
+    *state = {0, 0, 0, 0, state->arrived, takes.threshold};
   }
 }
 

@@ -8,13 +8,18 @@ namespace id3 {
 
 // Widening and rounding (to nearest even) of 16-bit floats by their bits, without branches and without
 // arithmetic on subnormals, so that a loop vectorises on every instruction set. c10's conversions branch, and
-// use F16C only in a build for it.
+// use F16C only in a build for it. A GPU widens a half in one instruction.
 
 ID3_HOST_DEVICE float widen_bfloat16(uint16_t bits) {
   return reinterpret_bits<float>(static_cast<uint32_t>(bits) << 16);
 }
 
 ID3_HOST_DEVICE float widen_half(uint16_t bits) {
+#if defined(__CUDA_ARCH__)
+  float wide;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(bits));
+  return wide;
+#else
   constexpr uint32_t kRebias = (127 - 15) << 23;
   const uint32_t sign = static_cast<uint32_t>(bits & 0x8000) << 16;
   const uint32_t magnitude = bits & 0x7fff;
@@ -24,6 +29,7 @@ ID3_HOST_DEVICE float widen_half(uint16_t bits) {
       reinterpret_bits<uint32_t>(static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-24f);
   const uint32_t finite = magnitude < 0x0400 ? subnormal : normal;
   return reinterpret_bits<float>(sign | (magnitude < 0x7c00 ? finite : special));
+#endif
 }
 
 ID3_HOST_DEVICE uint16_t round_to_bfloat16(float x) {

@@ -17,7 +17,7 @@ BLOCK = 256
 union = reference.union
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "n_tensors"])  # else a new size compiles anew
 def gather_kernel(tensors, owner, indices, values, n, n_tensors, BITS: tl.constexpr, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     j = tl.load(owner + at, mask=at < n, other=n_tensors)
@@ -27,7 +27,7 @@ def gather_kernel(tensors, owner, indices, values, n, n_tensors, BITS: tl.conste
     tl.store(values + at, tl.load(source + index, mask=held, other=0), mask=held)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "n_tensors"])  # else a new size compiles anew
 def scatter_kernel(tensors, owner, indices, values, n, n_tensors, BITS: tl.constexpr, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     j = tl.load(owner + at, mask=at < n, other=n_tensors)

@@ -60,6 +60,7 @@ def bfloat16_bits(x):
 
 
 INTERPRETED = not isinstance(load_wide, triton.runtime.JITFunction)
+ON_NVIDIA = not INTERPRETED and torch.version.cuda is not None
 
 
 def why_unavailable() -> str | None:

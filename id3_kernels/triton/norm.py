@@ -19,7 +19,7 @@ BLOCK = 256
 SUM_BLOCK = 1024
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "n_tensors"])  # else a new size compiles anew
 def take_values_kernel(tensors, codes, owner, offsets, indices, values, n, n_tensors, BLOCK: tl.constexpr):
     """float32 values at the entries of one run, at the entries' places."""
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -33,7 +33,7 @@ def take_values_kernel(tensors, codes, owner, offsets, indices, values, n, n_ten
     tl.store(values + at, x, mask=held)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])  # else a new size compiles anew
 def squares_kernel(values, inverse, sums, n, BLOCK: tl.constexpr):
     """sums [2, programs]: of the squares in units of 2^-29, and of what is left in units of 2^-60."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+
 import torch
 import triton
 import triton.language as tl
@@ -53,6 +55,63 @@ def d3(g, theta, eps, exponent, KIND: tl.constexpr):
         return (g.to(tl.float64) / power).to(tl.float32)
     else:
         return g
+
+
+@triton.jit
+def reciprocal(d):
+    """1 / d within an ulp, of the hardware."""
+    return tl.inline_asm_elementwise(
+        "rcp.approx.ftz.f32 $0, $1;", "=f,f", [d], dtype=tl.float32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def reciprocal_root(d):
+    """1 / √d within an ulp or two, of the hardware."""
+    return tl.inline_asm_elementwise(
+        "rsqrt.approx.ftz.f32 $0, $1;", "=f,f", [d], dtype=tl.float32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def quotient(g, d):
+    """`quotient_by` of csrc/formulas/division.h."""
+    r = reciprocal(d)
+    r = tl.fma(r, tl.fma(-d, r, tl.full(d.shape, 1.0, tl.float32)), r)
+    q = g * r
+    return tl.fma(r, tl.fma(-d, q, g), q)
+
+
+@triton.jit
+def root(d):
+    """`root_by` of csrc/formulas/division.h."""
+    r = reciprocal_root(d)
+    s = d * r
+    return tl.fma(tl.fma(-s, s, d), 0.5 * r, s)
+
+
+@triton.jit
+def quick_d3(g, d, KIND: tl.constexpr):
+    """`d3` of g and d = |θ| + ε, exact between the bounds of `quick_bounds`; for NVIDIA's GPUs."""
+    if KIND == "g/√d":
+        return quotient(g, root(d))
+    elif KIND == "g/d":
+        return quotient(g, d)
+    else:
+        return quotient(g, d * d)
+
+
+QUICK_KINDS = ("g/√d", "g/d", "g/dd")  # products are quick as they are
+HIGH_KEY = tl.constexpr(0x7E800000)  # the bits of 2^126
+HIGH_SCORE = 2.0**126
+
+
+def quick_bounds(exp: float, eps: float) -> tuple[int, float]:
+    """(low, widest): a tile's largest quick score is exact where its key is from `low` on and below HIGH_KEY,
+    and no d is above `widest`. `with_bounds` of csrc/cuda/stream.h says why.
+    """
+    low = max(2.0**-98 / eps**exp, 2.0**-120) if eps >= 2.0**-50 else HIGH_SCORE
+    return struct.unpack("i", struct.pack("f", min(low, HIGH_SCORE)))[0], 2.0**60
 
 
 @triton.jit

@@ -19,7 +19,7 @@ from ..entries import runs
 from ..reference.collect import best_by_selection_
 from . import launch, tables
 from .launch import TILE, load_wide
-from .score import d3, exponent, key, kind_of, normal_key
+from .score import HIGH_KEY, QUICK_KINDS, d3, exponent, key, kind_of, normal_key, quick_bounds, quick_d3
 from .tables import Layout, Span
 from .topk import Reading, best_entries
 
@@ -28,12 +28,94 @@ MANY = 4  # for k above 1/4 of the tiles a first pass would spare too little of 
 
 
 @triton.jit
+def max_or_nan(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def load_tiles(
+    grad, param, at, inside, bits, reads, KIND: tl.constexpr, PARAM: tl.constexpr, GRAD: tl.constexpr,
+    FULL: tl.constexpr, EXCLUDE: tl.constexpr,
+):  # fmt: skip
+    """(g, θ) of [ROWS, lanes, 8]; g is 0 at the active entries, whose bits are at `bits` [ROWS, lanes]."""
+    g = load_wide(grad, at, inside, GRAD, FULL)
+    if EXCLUDE:
+        taken = (tl.load(bits) if FULL else tl.load(bits, mask=reads, other=0)).to(tl.int32)
+        g = tl.where(taken[:, :, None] & (1 << tl.arange(0, 8))[None, None, :] != 0, 0.0, g)
+    theta = g
+    if (KIND != "g") & (KIND != "given"):
+        theta = load_wide(param, at, inside, PARAM, FULL)
+    return g, theta
+
+
+@triton.jit
+def store_tiles(pointers, highest, inside, FULL: tl.constexpr):
+    if FULL:
+        tl.store(pointers, highest)
+    else:
+        tl.store(pointers, highest, mask=inside)
+
+
+@triton.jit
+def quick_maxima(g, theta, eps, widest, KIND: tl.constexpr):
+    """Of [ROWS, lanes, 8]: per row the bits of the largest quick score; of a NaN where a d is too wide."""
+    d = tl.abs(theta) + eps
+    best = tl.reduce(tl.abs(quick_d3(g, d, KIND)), 2, max_or_nan)
+    best = tl.where(tl.reduce(d, 2, max_or_nan) > widest, float("nan"), best)
+    return tl.max(best.to(tl.int32, bitcast=True), 1)
+
+
+@triton.jit
+def maxima_of(g, theta, eps, exponent, KIND: tl.constexpr):
+    """Of [ROWS, lanes, 8]: the largest key of each row."""
+    if KIND != "given":
+        g = tl.abs(g)
+    best = key(d3(g, theta, eps, exponent, KIND), g)
+    return normal_key(tl.max(tl.max(best, 2), 1))
+
+
+@triton.jit
+def score_again(
+    again, params, grads, owners, tiles, offsets, lengths, active, maxima, eps, exponent,
+    CHUNK: tl.constexpr, ROWS: tl.constexpr, KIND: tl.constexpr, PARAM: tl.constexpr, GRAD: tl.constexpr,
+    FULL: tl.constexpr, EXCLUDE: tl.constexpr,
+):  # fmt: skip
+    """The iterations of `tile_maxima_kernel` whose bit is set in `again`, by IEEE arithmetic."""
+    c = tl.program_id(0)
+    owner = tl.load(owners + c)
+    start = tl.multiple_of(tl.load(offsets + c), TILE)
+    param = tl.load(params + owner) + start * (4 if PARAM == 0 else 2)
+    grad = tl.load(grads + owner) + start * (4 if GRAD == 0 else 2)
+    tile = tl.load(tiles + c)
+    length = CHUNK if FULL else tl.load(lengths + c)
+    row, lane, at = tl.arange(0, ROWS), tl.arange(0, TILE // 8), tl.arange(0, 8)
+    within = row[:, None, None] * TILE + lane[None, :, None] * 8 + at[None, None, :]
+    byte = tile * (TILE // 8) + row[:, None] * (TILE // 8) + lane[None, :]
+    i = 0
+    while again != 0:
+        if again & 1 != 0:
+            reads = (i + row * TILE < length)[:, None]
+            g, theta = load_tiles(
+                grad, param, i + within, i + within < length, active + i // 8 + byte, reads, KIND, PARAM,
+                GRAD, FULL, EXCLUDE,
+            )  # fmt: skip
+            highest = maxima_of(g, theta, eps, exponent, KIND)
+            store_tiles(maxima + tile + i // TILE + row, highest, i + row * TILE < length, FULL)
+        again = (again >> 1) & 0x7FFFFFFF
+        i += ROWS * TILE
+
+
+@triton.jit
 def tile_maxima_kernel(
     params, grads, owners, tiles, offsets, lengths, active, maxima, eps, exponent,
-    wanted, CHUNK: tl.constexpr, ROWS: tl.constexpr, KIND: tl.constexpr, PARAM: tl.constexpr,
-    GRAD: tl.constexpr, FULL: tl.constexpr, EXCLUDE: tl.constexpr,
+    wanted, low, widest, CHUNK: tl.constexpr, ROWS: tl.constexpr, KIND: tl.constexpr, PARAM: tl.constexpr,
+    GRAD: tl.constexpr, FULL: tl.constexpr, EXCLUDE: tl.constexpr, QUICK: tl.constexpr,
 ):  # fmt: skip
-    """One warp streams one chunk, ROWS tiles per iteration; a lane has 8 neighbouring entries of a tile."""
+    """One warp streams one chunk, ROWS tiles per iteration; a lane has 8 neighbouring entries of a tile.
+
+    QUICK: scores of `quick_d3`; tiles whose largest is outside the bounds, low and widest, are scored again.
+    A chunk takes at most 32 iterations.
+    """
     if tl.load(wanted) <= 0:
         return
     c = tl.program_id(0)
@@ -47,24 +129,31 @@ def tile_maxima_kernel(
     within = row[:, None, None] * TILE + lane[None, :, None] * 8 + at[None, None, :]
     byte = tile * (TILE // 8) + row[:, None] * (TILE // 8) + lane[None, :]
     i = 0
+    again = 0
     while i < length:
-        inside = i + within < length
-        g = load_wide(grad, i + within, inside, GRAD, FULL)
-        if KIND != "given":
-            g = tl.abs(g)
-        if EXCLUDE:
-            taken = tl.load(active + i // 8 + byte, mask=(i + row * TILE < length)[:, None], other=0)
-            g = tl.where((taken.to(tl.int32)[:, :, None] >> at[None, None, :]) & 1 != 0, 0.0, g)
-        theta = g
-        if (KIND != "g") & (KIND != "given"):
-            theta = load_wide(param, i + within, inside, PARAM, FULL)
-        best = key(d3(g, theta, eps, exponent, KIND), g)
-        highest = normal_key(tl.max(tl.max(best, 2), 1))
-        tl.store(maxima + tile + i // TILE + row, highest, mask=i + row * TILE < length)
+        reads = (i + row * TILE < length)[:, None]
+        g, theta = load_tiles(
+            grad, param, i + within, i + within < length, active + i // 8 + byte, reads, KIND, PARAM, GRAD,
+            FULL, EXCLUDE,
+        )  # fmt: skip
+        if QUICK:
+            highest = quick_maxima(g, theta, eps, widest, KIND)
+            span = (HIGH_KEY - low).to(tl.uint32, bitcast=True)
+            beyond = (highest - low).to(tl.uint32, bitcast=True) >= span
+            unsure = (highest != 0) & beyond
+            again |= tl.max(unsure.to(tl.int32), 0) << (i // (ROWS * TILE))
+        else:
+            highest = maxima_of(g, theta, eps, exponent, KIND)
+        store_tiles(maxima + tile + i // TILE + row, highest, i + row * TILE < length, FULL)
         i += ROWS * TILE
+    if again != 0:  # seldom, and behind the loop, which else would keep registers for it
+        score_again(
+            again, params, grads, owners, tiles, offsets, lengths, active, maxima, eps, exponent, CHUNK, ROWS,
+            KIND, PARAM, GRAD, FULL, EXCLUDE,
+        )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])  # else a new size compiles anew
 def clear_kernel(words, n, wanted, BLOCK: tl.constexpr):
     if tl.load(wanted) <= 0:
         return
@@ -72,7 +161,7 @@ def clear_kernel(words, n, wanted, BLOCK: tl.constexpr):
     tl.store(words + at, tl.zeros((BLOCK,), tl.int32), mask=at < n)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "n_tensors"])  # else a new size compiles anew
 def mark_active_kernel(
     words, owners, offsets, indices, first_tile, numels, n, n_tensors, wanted, BLOCK: tl.constexpr
 ):
@@ -160,7 +249,8 @@ def _span(param: Tensor | None, grad: Tensor | None) -> Span:
 def _reading(cut: Layout, params, grads, active: Tensor, kind: str, eps: float, exp: float):
     device = active.device
     columns = [column(ts, device) for column in (tables.addresses, tables.codes) for ts in (params, grads)]
-    return Reading(cut, *columns, active, active.numel() > 0, kind, eps, exponent(exp, device))
+    bounds = quick_bounds(exp, eps) if kind in QUICK_KINDS else (0, 0.0)
+    return Reading(cut, *columns, active, active.numel() > 0, kind, eps, exponent(exp, device), bounds)
 
 
 def _bitmap(cut: Layout, offsets: Tensor, indices: Tensor, n: int, wanted: Tensor) -> Tensor:
@@ -182,12 +272,13 @@ def _tile_maxima(reading: Reading, wanted: Tensor) -> Tensor:
     """int32 [tiles]: the largest key of each tile. One launch per kind of chunk."""
     cut = reading.cut
     maxima = torch.empty(cut.tiles, dtype=torch.int32, device=wanted.device)
+    quick = launch.ON_NVIDIA and reading.kind in QUICK_KINDS
     for kind in cut.launches:
         chunks = [x[kind.begin : kind.end] for x in (cut.owner, cut.tile, cut.offset, cut.length)]
         launch.run(
             tile_maxima_kernel, kind.end - kind.begin, 1, maxima.device, reading.params, reading.grads,
-            *chunks, reading.active, maxima, reading.eps, reading.exponent, wanted, cut.chunk, ROWS,
-            reading.kind, kind.param_code, kind.grad_code, kind.full, reading.exclude,
+            *chunks, reading.active, maxima, reading.eps, reading.exponent, wanted, *reading.bounds,
+            cut.chunk, ROWS, reading.kind, kind.param_code, kind.grad_code, kind.full, reading.exclude, quick,
         )  # fmt: skip
     return maxima
 

@@ -27,11 +27,27 @@ def capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
+def made_now(device: torch.device) -> tuple | None:
+    """The current stream, and an event behind what it has to do; None where the device is not CUDA."""
+    if device.type != "cuda":
+        return None
+    stream, event = torch.cuda.current_stream(device), torch.cuda.Event()
+    event.record(stream)
+    return stream, event
+
+
+def wait_for(made: tuple | None, device: torch.device) -> None:
+    """Lets the current stream wait for what another one made; the host does not wait."""
+    if made and made[0] != (current := torch.cuda.current_stream(device)):
+        current.wait_event(made[1])
+
+
 class Kept:
     """A function that caches its last `most` results by its arguments; the last argument is the device.
 
     A result that a CUDA graph was captured with is never dropped, because each replay reads it. A result
-    made during a capture is not cached: it has its content only after the graph has run.
+    made during a capture is not cached: it has its content only after the graph has run. The current stream
+    waits for a result that another stream made; before a capture its user lets the streams wait.
     """
 
     def __init__(self, make: Callable, most: int):
@@ -44,16 +60,18 @@ class Kept:
         if found is None:
             found = self.recent.pop(key, None)
         if found is None:
-            found = self.make(*key)
+            found = self.make(*key), made_now(key[-1])
             if captured:
-                return found
+                return found[0]
+        elif not captured:
+            wait_for(found[1], key[-1])
         if captured:
             self.in_graphs[key] = found
         else:
             self.recent[key] = found
             if len(self.recent) > self.most:
                 self.recent.popitem(last=False)
-        return found
+        return found[0]
 
 
 def kept(most: int) -> Callable[[Callable], Kept]:

@@ -27,7 +27,7 @@ PROGRAMS = 2048  # each adds at most BINS counts to one histogram
 class Reading(NamedTuple):
     """What a pass reads: the tensors as tables, the formula, and the entries to leave out.
 
-    active: uint8, one bit per slot, read only if `exclude`.
+    active: uint8, one bit per slot, read only if `exclude`. bounds: of the quick scores.
     """
 
     cut: Layout
@@ -40,6 +40,7 @@ class Reading(NamedTuple):
     kind: str
     eps: float
     exponent: Tensor
+    bounds: tuple[int, float]
 
 
 @triton.jit

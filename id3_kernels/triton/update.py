@@ -69,7 +69,7 @@ def next_step(age, at, step, j, live, AGE: tl.constexpr):
     return s
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "n_tensors"])  # else a new size compiles anew
 def adamw_kernel(
     params, param_codes, grads, grad_codes, owner, offsets, indices, exp_avg, exp_avg_sq, master, age, step,
     unbiased, roots, longest, lr, decay, grad_scale, found_inf, clip, n, n_tensors,

@@ -15,6 +15,7 @@ import torch
 
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
+FORMS = ["stored", "listed", "all"]  # `Form` of csrc/cuda/selection.h
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -33,16 +34,18 @@ class Row(ctypes.Structure):
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """Compiles the kernels; takes some seconds."""
+    """Compiles the kernels; takes some seconds. A signed integer that overflows ends the process."""
     sources = [*sorted((CSRC / "cuda").glob("*.cu")), HERE / "emulated_cuda/harness.cpp"]
     flags = ["-O1", "-std=c++20", "-ffp-contract=off", "-fPIC", "-shared", "-Wall", "-Wno-unknown-pragmas"]
+    flags += ["-fsanitize=signed-integer-overflow", "-fsanitize-undefined-trap-on-error"]
     includes = [f"-I{HERE / 'emulated_cuda'}", f"-I{CSRC}"]
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "emulated.so"
         command = ["g++", *flags, *includes, "-x", "c++", *map(str, sources), "-o", str(out)]
         subprocess.run(command, check=True)
         loaded = ctypes.CDLL(str(out))
-    for name in ["chunks", "blocks_for", "launches", "candidate_room", "most_wanted", "tile", "row_bytes"]:
+    names = "chunks blocks_for launches candidate_room most_wanted tile row_bytes chunks_of"
+    for name in names.split():
         getattr(loaded, f"{name}_emulated").restype = c_int64
     loaded.collect_state_length.restype = c_int64
     loaded.squared_norm_emulated.restype = c_double
@@ -96,17 +99,17 @@ def d3_score(param, grad, eps, exp):
 
 
 def select(params, grads, offsets, indices, k, capacity, eps, exp, given):
-    """The result, and whether tiles were listed by their maxima."""
+    """The result, and its form of FORMS."""
     out = torch.full(offsets.shape[-1:], -7)
     picked, scores = torch.full((capacity,), -7, dtype=torch.int32), torch.full((capacity,), float("nan"))
     if capacity == 0 or not sum(g.numel() for g in grads if g is not None):
-        return (out.zero_(), picked.zero_(), scores.zero_()), False
-    few = library().select_topk_emulated(
+        return (out.zero_(), picked.zero_(), scores.zero_()), None
+    form = library().select_topk_emulated(
         rows(params, grads), *runs(offsets, indices)[:5], address(k), c_int64(capacity),
         c_float(eps), c_double(exp), int(given), address(out), address(picked), address(scores),
     )  # fmt: skip
-    assert few >= 0, "the workspace is not as the next call expects it"
-    return (out, picked, scores), bool(few)
+    assert form >= 0, "the workspace is not as the next call expects it"
+    return (out, picked, scores), FORMS[form]
 
 
 def select_topk(params, grads, offsets, indices, k, capacity, eps, exp):

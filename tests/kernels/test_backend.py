@@ -3,11 +3,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import id3_kernels
+from id3_kernels import available_backends, extension, table
 from id3_kernels.backend import NAMES, requested
 from id3_kernels.table import kernels_for
 
@@ -91,6 +93,65 @@ def test_backend_on_the_wrong_device(backend):
         assert "TRITON_INTERPRET=1" in message or "GPU" in message
     else:
         assert kernels_for(torch.device("cuda"), "reference").__name__ == "id3_kernels.reference"
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """Sets which GPUs torch sees, by their compute capabilities, and that the CUDA extension is built."""
+
+    def see(*capabilities, images="sm_80,sm_90,sm_100,compute_100"):
+        loaded = extension.load
+        built = SimpleNamespace(images=images), ""
+        monkeypatch.setattr(extension, "load", lambda name: built if name == "_cuda" else loaded(name))
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(capabilities))
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capabilities[device])
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU {device}")
+
+    table.for_gpu.cache_clear()
+    yield see
+    table.for_gpu.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("capability", "images", "runs"),
+    [
+        ((7, 5), "sm_80,sm_90,sm_100,compute_100", False),  # T4, RTX 20
+        ((8, 0), "sm_80,sm_90,sm_100,compute_100", True),
+        ((8, 9), "sm_80,sm_90,sm_100,compute_100", True),  # code of the same major version
+        ((12, 0), "sm_80,sm_90,sm_100,compute_100", True),  # by the PTX
+        ((9, 0), "sm_80", False),  # no PTX
+        ((8, 0), "sm_86,compute_86", False),
+        ((9, 0), "sm_80,compute_80", True),
+        ((9, 0), "sm_90a", True),
+        ((10, 0), "sm_90a,compute_90a", False),
+        ((10, 3), "sm_100", True),
+    ],
+)
+def test_cuda_runs_where_the_extension_has_code_for_every_gpu(gpus, capability, images, runs):
+    gpus((8, 0) if images.startswith("sm_80") else capability, capability, images=images)
+    reason = available_backends()["cuda"]
+    assert (reason is None) == runs
+    if not runs:
+        major, minor = capability
+        assert f"compute capability {major}.{minor}, the CUDA extension holds sm_" in reason
+        assert f"use triton, or install with TORCH_CUDA_ARCH_LIST={major}.{minor}" in reason
+
+
+def test_a_gpu_without_compiled_code_takes_triton(gpus):
+    gpus((7, 5))
+    assert table.for_gpu().__name__ == "id3_kernels.triton"
+    with pytest.raises(ValueError, match=r"got 'cuda': cuda:0 \(GPU 0\) has compute capability 7\.5, "):
+        kernels_for(torch.device("cuda"), "cuda")
+    gpus((9, 0))
+    table.for_gpu.cache_clear()
+    assert table.for_gpu().__name__ == "id3_kernels.cuda"
+
+
+def test_the_build_tells_the_extension_what_it_holds():
+    code = "import setuptools; setuptools.setup = lambda **_: None\nimport setup; print(*setup.device_code())"
+    held = python(code, TORCH_CUDA_ARCH_LIST="8.0;9.0+PTX", PYTHONPATH=str(PACKAGE.parent), ID3_CUDA="0")
+    assert held.splitlines()[-1] == "sm_90 sm_80 compute_90"
 
 
 @pytest.mark.parametrize("name", ["reference", ""])

@@ -46,11 +46,11 @@ class Made:
 
 
 def assert_selects_as_reference(params, grads, active, k, eps=1.0, exp=1.0, capacity=None):
-    """Also gives whether the maxima of tiles were used."""
+    """Also gives the form of the selection."""
     wanted = torch.tensor([k]), k if capacity is None else capacity
-    got, few = emulated.select(params, grads, *active, *wanted, eps, exp, False)
+    got, form = emulated.select(params, grads, *active, *wanted, eps, exp, False)
     assert all(map(torch.equal, got, reference.select_topk(params, grads, *active, *wanted, eps, exp)))
-    return few
+    return form
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -59,7 +59,8 @@ def test_selection_by_tile_maxima(order, dtype, exp):
     made = Made(1)
     sizes = [50000, 1, 0, 20007]
     params, grads = ([made.tensor(n, dtype) for n in sizes] for _ in range(2))
-    assert assert_selects_as_reference(params, grads, made.entries(sizes, 0.02), 5, exp=exp)
+    form = assert_selects_as_reference(params, grads, made.entries(sizes, 0.02), 5, exp=exp)
+    assert form == "stored"
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -68,10 +69,24 @@ def test_selection_of_many(order, dtype, k):
     made = Made(2)
     sizes = [5000, 300, 2500]
     params, grads = ([made.tensor(n, dtype) for n in sizes] for _ in range(2))
-    assert not assert_selects_as_reference(params, grads, made.entries(sizes, 0.1), k)
+    assert assert_selects_as_reference(params, grads, made.entries(sizes, 0.1), k) == "all"
 
 
-@pytest.mark.parametrize("k", [1, 4, 700])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("k", [6, 40, 80])
+def test_selection_by_listed_tiles_that_are_scored_again(order, dtype, k):
+    """Up to a quarter of the tiles: no pass but the first reads all entries."""
+    made = Made(2)
+    sizes = [50000, 1, 0, 20007]
+    params, grads = ([made.tensor(n, dtype) for n in sizes] for _ in range(2))
+    active = made.entries(sizes, 0.02)
+    assert assert_selects_as_reference(params, grads, active, k) == "listed"
+    assert assert_selects_as_reference(params, grads, active, k - 3, exp=0.0, capacity=k) == "listed"
+    few = [torch.where(torch.arange(n) % 9000 == 5, g, 0) for n, g in zip(sizes, grads, strict=True)]
+    assert assert_selects_as_reference(params, few, active, k) == "listed"
+
+
+@pytest.mark.parametrize("k", [1, 4, 40, 700])
 def test_ties_go_to_the_lowest(order, k):
     made = Made(3)
     sizes = [70000, 40000]
@@ -111,8 +126,8 @@ def test_k_lies_on_the_device_and_active_entries_anywhere(order, k, capacity):
     offsets, indices = made.entries(sizes, 0.02)
     for part in (slice(0, 5), slice(1, 5), slice(3, 5)):
         active = offsets[part.start : part.stop + 1], indices
-        few = assert_selects_as_reference(params[part], grads[part], active, k, capacity=capacity)
-        assert few == (capacity == 4)
+        form = assert_selects_as_reference(params[part], grads[part], active, k, capacity=capacity)
+        assert form == ("stored" if capacity == 4 else "all")
 
 
 def test_nothing_of_the_tensors_is_read_where_nobody_is_wanted(order):

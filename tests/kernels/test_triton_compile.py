@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.gpu import machine_code
+
 TARGETS = {
     "sm_80": ("cuda", 80, 32),
     "sm_90": ("cuda", 90, 32),
@@ -40,8 +42,8 @@ ARGUMENTS = {
     "*fp64": "exponent inverse unbiased lr",
     "*u8": "active",
     "*i16": "values",
-    "fp32": "eps rest1 beta2 rest2",
-    "i32": "n n_tensors numel longest run n_tokens n_columns token_stride column_stride padded",
+    "fp32": "eps rest1 beta2 rest2 widest",
+    "i32": "n n_tensors numel longest run n_tokens n_columns token_stride column_stride padded low",
     "i64": " ".join(f"a{i:02}" for i in range(32)),
 }
 TYPES = {name: kind for kind, names in ARGUMENTS.items() for name in names.split()}
@@ -53,7 +55,7 @@ def kernels():
 
     from id3_kernels.triton import entries, norm, score, selection, tables, topk, update
 
-    stream = {"CHUNK": 4096, "ROWS": selection.ROWS, "FULL": ON, "EXCLUDE": OFF}
+    stream = {"CHUNK": 4096, "ROWS": selection.ROWS, "FULL": ON, "EXCLUDE": OFF, "QUICK": ON}
     out = {}
     for name in STREAMS:
         _, kind, dtype, *active = name.split()
@@ -62,6 +64,7 @@ def kernels():
         out[name] = selection.tile_maxima_kernel, constants, 1
     for kind in ("g", "g/√d", "g·√d", "g·d", "g·dd", "pow", "given"):
         constants = stream | {"KIND": kind, "PARAM": 2, "GRAD": 2, "FULL": kind != "pow", "EXCLUDE": ON}
+        constants["QUICK"] = kind in score.QUICK_KINDS
         out[f"tile_maxima {kind}"] = selection.tile_maxima_kernel, constants, 1
     mixed = {"KIND": "g/d", "PARAM": 1, "GRAD": 0}
     out["tile_maxima mixed"] = selection.tile_maxima_kernel, stream | mixed, 1
@@ -106,6 +109,8 @@ def compile_one(kernel, constants, warps, target):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    if TARGETS[target][0] == "hip" and "QUICK" in constants:
+        constants = constants | {"QUICK": OFF}
     names = kernel.arg_names
     items = ("*fp32", "*i16", "*fp16")[constants.get("CODE", 1)]  # bfloat16 comes as its bits
     types = TYPES | dict.fromkeys(("matrix", "turned", "left", "right"), items)
@@ -133,7 +138,9 @@ def disassembled(cubin, folder):
 
     code = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+\s+)?([A-Z0-9_.]+)", said("nvdisasm", "-c"))
     registers = int(re.search(r"REG:(\d+)", said("cuobjdump", "-res-usage"))[1])
-    return {"registers": registers, "instructions": collections.Counter(code)}
+    (instructions,) = machine_code.kernels(path).values()
+    issued = max((loop.issued for loop in machine_code.streaming_loops(instructions)), default=0)
+    return {"registers": registers, "instructions": collections.Counter(code), "issued": issued}
 
 
 def table_signatures():
@@ -199,18 +206,27 @@ def test_nothing_spills(compiled, target):
 @pytest.mark.parametrize("target", NVIDIA)
 @pytest.mark.parametrize("name", STREAMS)
 def test_streaming_kernel_stays_below_the_register_ceiling(compiled, name, target):
-    assert compiled[target][name]["registers"] <= REGISTER_CEILING
+    ceiling = 80 if target == "sm_100" else REGISTER_CEILING  # its compiler takes more; 25 programs remain
+    assert compiled[target][name]["registers"] <= ceiling
 
 
 @pytest.mark.parametrize("target", NVIDIA)
 @pytest.mark.parametrize("name", STREAMS)
 def test_streaming_kernel_reads_16_bytes_at_a_time(compiled, name, target):
-    """Both tiles of θ and of g come in 128-bit loads of one warp, and no entry in a narrower one."""
+    """Both tiles of θ and of g come in 128-bit loads of one warp, and no entry in a narrower one; twice, as a
+    second loop scores tiles again."""
     _, _, dtype, *active = name.split()
     instructions = compiled[target][name]["instructions"]
-    assert loads(instructions, r"LDG\.E.*\.128") * 32 * 16 == 2 * 2 * 256 * ITEM_BYTES[dtype]
+    assert loads(instructions, r"LDG\.E.*\.128") * 32 * 16 == 2 * (2 * 2 * 256 * ITEM_BYTES[dtype])
     bitmap = loads(instructions, r"LDG\.E.*\.[US](8|16)")
-    assert bitmap <= 2 if active else bitmap == 0
+    assert bitmap <= 4 if active else bitmap == 0
+
+
+@pytest.mark.parametrize(("kind", "ceiling"), [("g/d", 20.1), ("g/dd", 20.6)])
+def test_a_streamed_entry_takes_few_instructions(compiled, kind, ceiling):
+    """Of 16 entries per lane and iteration; 20.6 are 75 % of what an H200 issues while it reads an entry."""
+    issued = compiled["sm_90"][f"tile_maxima {kind} bfloat16 active"]["issued"]
+    assert 160 < issued <= 16 * ceiling
 
 
 @pytest.mark.parametrize("target", NVIDIA)

@@ -241,3 +241,27 @@ def test_what_has_a_gradient_and_where_it_lies_may_change(monkeypatch):
     assert len(written) == 3
     spans = tuple(selection._span(None, t) for t in tensors)
     assert tables.layout(spans, CPU) is tables.layout(spans, CPU)
+
+
+def test_a_kept_table_is_waited_for_by_another_stream(monkeypatch):
+    """No GPU here: streams that note what they wait for."""
+    waits, current = [], ["first"]
+
+    class Stream(str):
+        def wait_event(self, event):
+            waits.append((str(self), event.of))
+
+    class Event:
+        def record(self, stream):
+            self.of = str(stream)
+
+    monkeypatch.setattr(tables, "capturing", lambda device: False)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream(current[0]))
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    kept = tables.Kept(lambda number, device: [number], 2)
+    device = torch.device("cuda")
+    assert kept(1, device) is kept(1, device)
+    assert waits == []
+    current[0] = "second"
+    assert kept(1, device) == [1]
+    assert waits == [("second", "first")]

@@ -26,6 +26,7 @@
 #define __device__
 #define __global__
 #define __forceinline__ inline
+#define __grid_constant__
 #define __noinline__
 #define __launch_bounds__(...)
 #define __shared__ static
@@ -52,6 +53,21 @@ namespace emulated {
 
 inline bool reverse = false;
 inline int64_t launches = 0;
+inline bool dry = false;  // launches are counted and not run
+inline int reciprocal_ulps = 0;
+
+// As the hardware's approximations: without subnormals, and so many ulp off.
+inline float approximately(float r, float d) {
+  constexpr float kInfinity = __builtin_inff(), kSmallest = 0x1p-126f;
+  if (std::fabs(d) < kSmallest) return std::copysign(kInfinity, d);
+  for (int i = 0; i < std::abs(reciprocal_ulps); ++i)
+    r = std::nextafterf(r, reciprocal_ulps > 0 ? kInfinity : 0.0f);
+  return std::fabs(r) < kSmallest ? std::copysign(0.0f, r) : r;
+}
+inline float reciprocal(float d) { return approximately(1 / d, d); }
+inline float reciprocal_root(float d) {
+  return approximately(static_cast<float>(1 / std::sqrt(double{d})), d);
+}
 
 class Block {
  public:
@@ -161,6 +177,7 @@ auto with_warp(Value mine, const Use& use) {
 template <class... Params, class... Args>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params...), Args... args) {
   ++emulated::launches;
+  if (emulated::dry) return 0;
   gridDim = config->gridDim;
   blockDim = config->blockDim;
   for (unsigned i = 0; i < gridDim.x; ++i) {

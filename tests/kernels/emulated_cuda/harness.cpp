@@ -19,6 +19,12 @@ extern "C" {
 
 void set_reverse(int reverse) { emulated::reverse = reverse; }
 
+void set_dry(int dry) { emulated::dry = dry; }
+
+void set_reciprocal_ulps(int ulps) { emulated::reciprocal_ulps = ulps; }
+
+int64_t chunks_of_emulated(int64_t numel) { return chunks_of(numel); }
+
 void d3_score_emulated(const TensorRow* row, int64_t numel, float eps, double exp, float* scores) {
   d3_score(*row, numel, eps, exp, scores, nullptr);
 }
@@ -26,7 +32,7 @@ void d3_score_emulated(const TensorRow* row, int64_t numel, float eps, double ex
 // Kernels launched so far.
 int64_t launches_emulated() { return emulated::launches; }
 
-// Returns 1 if the maxima of tiles were used, 0 if all keys were read in every round.
+// Returns the form of the selection.
 int select_topk_emulated(const TensorRow* rows, int32_t tensors, int32_t runs, int64_t stride,
                          const int64_t* offsets, const int32_t* indices, const int64_t* k, int64_t capacity,
                          float eps, double exp, int given, int64_t* out_offsets, int32_t* out_indices,
@@ -34,11 +40,14 @@ int select_topk_emulated(const TensorRow* rows, int32_t tensors, int32_t runs, i
   std::vector<TensorRow> cut(rows, rows + tensors), stored(tensors);
   const ChunkLayout layout = cut_into_chunks(cut);
   store_rows(cut.data(), tensors, stored.data(), nullptr);
-  const int64_t n = std::max(layout.slots(), capacity * kTile);
-  std::vector<Chunk> chunks(layout.n_chunks, Chunk{0, 0, kShortChunk});  // read before it is made: seen
+  const Form form = form_of(capacity, layout.tiles());
+  const int64_t n = most_ranked(form, capacity, layout);
+  std::vector<Chunk> chunks(layout.n_chunks,
+                            Chunk{0, 0, kShortChunk, nullptr, nullptr});  // read before it is made: seen
   std::vector<Span> spans(layout.n_chunks * runs + 1);
   std::vector<int64_t> slots(capacity + 1);
-  std::vector<int32_t> maxima(layout.tiles() + 1), tiles(capacity + 1), keys(capacity * kTile + 1);
+  std::vector<int32_t> maxima(layout.tiles() + 1), tiles(capacity + 1),
+      keys(form == Form::stored ? capacity * kTile : 0);
   std::vector<unsigned> histogram(kBins);
   std::vector<BlockCount> counts(topk_blocks(n) + 1);
   TopkState state{};
@@ -58,7 +67,7 @@ int select_topk_emulated(const TensorRow* rows, int32_t tensors, int32_t runs, i
   for (const unsigned bin : histogram)
     if (bin) return -1;  // the next call relies on it
   if (state.arrived || state.threshold || state.all) return -2;
-  return few_winners(capacity, layout.tiles());
+  return static_cast<int>(form);
 }
 
 // Returns the slots and writes the length of the state.
@@ -166,7 +175,7 @@ void join_emulated(void** arrays, const void** added, const int32_t* item_bytes,
                    const int32_t* b_indices, int64_t room_added) {
   Join args{};
   std::vector<std::vector<char>> scratch;
-  std::vector<int64_t> positions(room_added, -1);
+  unsigned arrived = 7;
   for (int32_t a = 0; a < n_arrays; ++a) {
     scratch.emplace_back(room * item_bytes[a]);
     args.arrays[a] = {arrays[a], scratch.back().data(), added[a], item_bytes[a]};
@@ -174,7 +183,7 @@ void join_emulated(void** arrays, const void** added, const int32_t* item_bytes,
   args.n_arrays = n_arrays;
   args.offsets = offsets;
   args.added = {b_offsets, b_indices, tensors};
-  args.positions = positions.data();
+  args.arrived = &arrived;
   args.room = room;
   args.room_added = room_added;
   join(args, nullptr);
