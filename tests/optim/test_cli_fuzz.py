@@ -48,7 +48,11 @@ def values(action):
 @st.composite
 def command_lines(draw):
     """A command that succeeds, up to three options replaced, added or left out, and the files it reads."""
-    words_of, files = draw(st.sampled_from([*COMMANDS.values(), ("env", []), ("completion bash", [])]))
+    words_of, files = draw(
+        st.sampled_from(
+            [*COMMANDS.values(), ("env", []), ("completion bash", []), ("plot old.json --output new", [])]
+        )
+    )
     name, *given = words_of.split()
     actions = [a for a in COMMANDS_OF[name]._actions if a.dest != "help"]
     given = COMMANDS_OF[name].parse_args(given)
@@ -189,7 +193,8 @@ def test_no_traceback_in_training(originals, name, data):
 
 
 def test_damaged_files_and_arguments_are_made(originals):
-    """Most lines parse, and all commands are among them; else nothing is tested."""
+    """Most lines parse, and all commands are among them; else nothing is tested. `compare` trains in other
+    processes, for minutes where a line is right: test_compare.py has its mistakes."""
     seen, parsed = set(), []
 
     @settings(max_examples=200, suppress_health_check=list(HealthCheck))
@@ -204,4 +209,4 @@ def test_damaged_files_and_arguments_are_made(originals):
                 return
 
     collect()
-    assert seen == set(COMMANDS_OF) and len(parsed) > 60
+    assert seen == set(COMMANDS_OF) - {"compare"} and len(parsed) > 60

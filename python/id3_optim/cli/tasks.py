@@ -72,10 +72,7 @@ def read_task(
     if chosen == "causal-lm":
         return Task(chosen, read_completions(train, encoding), read_completions(eval, encoding), [])
     if chosen == "token-classification":
-        rows, eval_rows = read_tagged(train, encoding), read_tagged(eval, encoding)
-        labels = sorted({tag for row in rows for tag in row.tags})
-        check_known(eval, train, {tag for row in eval_rows for tag in row.tags} - set(labels))
-        return Task(chosen, rows, eval_rows, labels)
+        return _read_tagged_task(train, eval, encoding)
     text_columns = text_columns or ["text"]
     rows, eval_rows = (
         read_labelled(path, text_columns, label_column, encoding, delimiter) for path in (train, eval)
@@ -93,6 +90,13 @@ def read_task(
         check_classes(train, label_column, labels, len(rows))
     check_known(eval, train, {row.label for row in eval_rows} - set(labels))
     return Task(chosen, rows, eval_rows, labels)
+
+
+def _read_tagged_task(train: str, eval: str, encoding: str) -> Task:
+    rows, eval_rows = read_tagged(train, encoding), read_tagged(eval, encoding)
+    labels = sorted({tag for row in rows for tag in row.tags})
+    check_known(eval, train, {tag for row in eval_rows for tag in row.tags} - set(labels))
+    return Task("token-classification", rows, eval_rows, labels)
 
 
 def check_known(eval: str, train: str, unknown: set[str]) -> None:
