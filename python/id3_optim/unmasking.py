@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from . import schedules, validation
+from .distributed.many_ranks import ranks_of
 from .method import Method
-from .param_groups import members, parameter_names, selectable, trainable_entries
+from .param_groups import members, named_parameters, parameter_names, selectable, trainable_entries
 from .state.active_set import ActiveSet, Touched
 from .state.checkpoint import Restored
 from .state.layout import Layout
@@ -55,6 +56,7 @@ class Unmasking:
         """Hooks the parameters, so that their gradients are taken as soon as backward has made them."""
         capturable = self.active.layout.capturable
         validation.check_options(self.method.strategy, True, select_from, capturable)
+        validation.check_reduced(selectable(groups))
         self.active.keep_gradients()
         self.release = Release(begin, self.method.heuristic, select_from)
         self.release.attach(selectable(groups))
@@ -64,13 +66,14 @@ class Unmasking:
         i, active = len(groups) - 1, self.active
         group = groups[i]
         validation.check_group(group, i)
-        held = (p for shard in active.shards for p in shard.params)
+        held = (p for shard in active.shards for p in shard.owners)
         validation.check_devices(active.layout, chain(held, group["params"]), group["dense"])
         names = parameter_names(groups)
         if self.n_entries is not None and not group["dense"]:
             validation.check_countable(groups, names)
             self._warn_if_spent(group)
             self.n_entries += trainable_entries([group])
+            active.split_over(ranks_of(named_parameters(groups)))
             active.adopt(members(groups, dense=False, since=i))
             active.reserve(self.budget)
         active.names = names
@@ -136,6 +139,7 @@ class Unmasking:
             self.n_entries = n_entries
         if not self.active.shards:
             active = ActiveSet(self.active.layout, self.active.names)
+            active.split_over(ranks_of(named_parameters(groups)))
             active.adopt(members(groups, dense=False))
             validation.check_devices(active.layout, selectable(groups))
             active.reserve(self.budget)
@@ -171,7 +175,7 @@ class Unmasking:
             if self.release is None:
                 picked, values, score, number = select(active, grads, self.method.heuristic, wanted)
             else:
-                picked, values, score, number = self.release.candidates.chosen(active.shards, wanted)
+                picked, values, score, number = self.release.candidates.chosen(active, wanted)
             if active.layout.repeat:
                 joined = active.replace(picked)
             else:
@@ -179,6 +183,8 @@ class Unmasking:
             self.last_selection = Selection(wanted.step, score, number)
         selected = time.perf_counter()
         update(active, grads, groups, dense_state, scaling, self.progress.done + 1, joined)
+        if wanted is not None and active.count is not None:
+            active.count_up(number)
         self.phase_seconds["select"] += selected - started
         self.phase_seconds["update"] += time.perf_counter() - selected
         self.progress.advance(scaling.not_overflowed)
@@ -187,7 +193,7 @@ class Unmasking:
 
     def touched(self, groups: Groups) -> Iterator[Touched]:
         """See `ID3AdamW.touched`."""
-        return (self.active.touched(p) for p in selectable(groups))
+        return self.active.touched(selectable(groups))
 
     def changed_since(
         self, step: int, groups: Groups, dense_state: MutableMapping[Tensor, dict]

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from ..distributed.part import is_split
 from ..heuristics import D3, Heuristic
 from ..param_groups import selectable
 from ..wrappers import unwrapped, unwrapped_model
@@ -58,7 +59,7 @@ def sparse_backward(model: nn.Module, optimizer: Any, select_from: str = "last")
     Call it before the first step, or after a state was loaded. model: as it is trained, in any dtype that
     ID3AdamW takes, under autocast too. select_from: see `ID3AdamW`.
     Raises ValueError for a model that another optimizer has changed, an embedding with `sparse=True` or
-    `max_norm`, and what released gradients refuse (several processes, "repeat", `capturable`).
+    `max_norm`, a DTensor, and what released gradients refuse (several processes, "repeat", `capturable`).
     """
     optimizer, model = unwrapped(optimizer), unwrapped_model(model)
     found = list(_ways(model, optimizer))
@@ -103,6 +104,11 @@ def _ways(model: nn.Module, optimizer: Any) -> Iterator[tuple[Way, list[nn.Modul
             shape = tuple(param.shape)
             raise ValueError(f"model: expected every trained parameter in it, got none for {shape}")
         name = f"{held[0].path}.{held[0].name}".lstrip(".")
+        if is_split(param):
+            raise ValueError(
+                f"{name}: expected a whole parameter with sparse_backward, got a DTensor; use "
+                "release_gradients=True, which FSDP2 goes with"
+            )
         why_not = next((why for holder in held if (why := _obstacle(holder))), None)
         if why_not:
             yield Way(name, param.numel(), "released", why_not), []

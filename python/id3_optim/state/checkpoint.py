@@ -23,9 +23,8 @@ from .parameter_state import (
     by_hooks,
     check_shape,
     checked,
-    columns_of,
     differs,
-    saved_state,
+    saved_states,
     without_entries,
 )
 
@@ -56,9 +55,9 @@ class Restored(NamedTuple):
 def sparse_state(active: ActiveSet) -> dict[Tensor, dict[str, Any]]:
     """Every parameter's own state: copies, so that later steps leave what was saved alone."""
     return {
-        p: saved_state(active, i, j, columns)
+        p: state
         for i, shard in enumerate(active.shards)
-        for j, (p, columns) in enumerate(zip(shard.params, columns_of(active, shard), strict=True))
+        for p, state in zip(shard.owners, saved_states(active, i), strict=True)
     }
 
 

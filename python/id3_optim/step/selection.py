@@ -14,14 +14,13 @@ from torch import Tensor
 
 from id3_kernels import Entries
 
+from ..distributed.many_ranks import NO_PLACE
 from ..heuristics import D3, Heuristic, scores
 from ..state.active_set import ActiveSet
 from ..state.layout import moved
 from ..state.progress import Wanted
 from ..state.shard import Shard
 from .gradients import Whole
-
-NO_PLACE = 1 << 62  # the place of padding: behind every other
 
 
 @dataclass(frozen=True)
@@ -73,9 +72,30 @@ def select(
             found.append(_placed(shard, *_by_d3(shard, whole, heuristic, local, fresh)))
         else:
             found.append(_by_scores(shard, whole, heuristic, local, active.names, fresh))
-    place, score = _best(active.ranks.gather(*concatenated(found, shards[0].device)), wanted)
+    place, score = best_of_all(active, found, wanted)
     picked = [entries_at(shard, place)[0] for shard in shards]
     return picked, no_values, score, (place < NO_PLACE).sum()
+
+
+def best_of_all(
+    active: ActiveSet, found: Sequence[tuple[Tensor, Tensor]], wanted: Wanted
+) -> tuple[Tensor, Tensor]:
+    """The places, global, and scores of the best k of all shards and ranks, in order of place; NO_PLACE and 0
+    as padding. found: for each shard places by local index, and scores."""
+    home, ranks = active.shards[0].device, active.ranks
+    if ranks.alone:
+        return _best(concatenated(found, home), wanted)
+    offered = [offer(shard, *own) for shard, own in zip(active.shards, found, strict=True)]
+    own = _best(concatenated(offered, home), wanted)
+    return _best(ranks.gather(*own, wanted.capacity), wanted)
+
+
+def offer(shard: Shard, place: Tensor, score: Tensor) -> tuple[Tensor, Tensor]:
+    """Candidates with global places, without those that another rank offers."""
+    owner = torch.searchsorted(shard.position_table, place >> 32).clamp_(max=shard.position_table.numel() - 1)
+    index = shard.blocks.whole_index(owner, place & 0xFFFFFFFF)
+    held = (place < NO_PLACE) & shard.blocks.first[owner]
+    return torch.where(held, (place >> 32 << 32) | index, NO_PLACE), torch.where(held, score, 0)
 
 
 def best_of(place: Tensor, score: Tensor, k: Tensor) -> Tensor:
@@ -99,10 +119,15 @@ def entries_at(shard: Shard, place: Tensor) -> tuple[Entries, Tensor]:
     place = moved(place, shard.device)
     positions = shard.position_table
     owner = torch.searchsorted(positions, place >> 32).clamp_(max=positions.numel() - 1)
-    inside = positions[owner] == place >> 32
-    ordered, order = torch.where(inside, (owner << 32) | (place & 0xFFFFFFFF), NO_PLACE).sort()
+    inside, index = positions[owner] == place >> 32, place & 0xFFFFFFFF
+    if shard.blocks is not None:
+        index, held = shard.blocks.local_index(owner, index)
+        inside = inside & held
+    ordered, order = torch.where(inside, (owner << 32) | index, NO_PLACE).sort()
     edges = torch.arange(positions.numel() + 1, device=shard.device) << 32
-    return Entries(torch.searchsorted(ordered, edges), (ordered & 0xFFFFFFFF).to(torch.int32)), order
+    found = Entries(torch.searchsorted(ordered, edges), (ordered & 0xFFFFFFFF).to(torch.int32))
+    # A rank gets a share of the places: its arrays are to grow by no more.
+    return found if shard.blocks is None else found.trimmed(), order
 
 
 def _active(shard: Shard, fresh: bool) -> tuple[Tensor, Tensor]:
@@ -141,7 +166,8 @@ def _by_scores(
     offsets, indices = _active(shard, fresh)
     best = torch.zeros(0, dtype=torch.int64, device=shard.device), torch.zeros(0, device=shard.device)
     for j, (param, position) in enumerate(zip(shard.params, shard.positions, strict=True)):
-        score = scores(heuristic, param, gradients.tensors[j], position, names[position] if names else None)
+        name = names[position] if names else None
+        score = scores(heuristic, param, gradients.tensors[j], position, name, shard.owners[j])
         if score is None:
             continue
         ends, index, value = shard.kernels.select_topk_by_score(

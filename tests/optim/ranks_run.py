@@ -1,0 +1,147 @@
+"""What each process runs for `test_ranks.py`: split parameters beside one process with whole ones."""
+
+import torch
+from split_models import SPLITS, Twins, gradient, main, mesh_of, tiny, whole
+from torch import nn
+from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
+from torch.distributed.tensor.placement_types import _StridedShard
+
+from id3_optim import Bias, Fisher, ID3AdamW, Magnitude, Random, sparse_backward
+
+
+def bits(split, dtype=torch.float32, **options):
+    """Entries, parameters and state are those of one process."""
+    twins = Twins(split, dtype, **options)
+    twins.steps(5)
+    twins.check()
+    twins.steps(9)
+    twins.check()
+
+
+def heuristics(split):
+    """Scores by position, by name, by a tensor that every rank holds whole, and by a function of DTensors."""
+    fisher = {name: gradient(name, p, 77).abs() for name, p in tiny().named_parameters()}
+    for heuristic in (Random(3), Magnitude(), Fisher(fisher), Bias(), magnitude_share):
+        bits(split, heuristic=heuristic, budget=25)
+
+
+def magnitude_share(param, grad):
+    return grad.abs() / (param.abs() + 1)
+
+
+def strategies(split):
+    bits(split, strategy="static")
+    bits(split, strategy="repeat", budget=60)
+    bits(split, select_every=3, bias_correction="entry")
+    bits(split, torch.bfloat16)
+    bits(split, torch.float64)
+    bits(split, keep_originals=False, budget=1.0)
+
+
+def clipping(split):
+    """The norm over all ranks has the bits of one process, of dense groups too."""
+    bits(split, max_grad_norm=0.3)
+    bits(split, torch.bfloat16, max_grad_norm=0.3)
+    bits(split, groups=with_head, max_grad_norm=0.3)
+
+
+def with_head(named):
+    return [{"params": named[:-2]}, {"params": named[-2:], "dense": True, "lr": 1e-3}]
+
+
+def not_finite(split):
+    """One rank's NaN or infinity: no rank selects it, and the norm is NaN on all."""
+    for value in (float("nan"), float("inf")):
+        twins = Twins(split)
+        for _ in range(4):
+            twins.give()
+            twins.spoil(value)
+            twins.step()
+        twins.check()
+
+
+def missing(split):
+    """Tensors without gradients, and those that require none."""
+    twins = Twins(split)
+    for step in range(6):
+        twins.give()
+        for model in (twins.one, twins.many):
+            model[step % 4].weight.grad = None
+        twins.step()
+    twins.check()
+
+
+def loss_scale(split):
+    """An overflow on one rank stops the step on all; a scale divides out."""
+    twins = Twins(split, max_grad_norm=0.3)
+    scalers = [torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=3) for _ in range(2)]
+    for step in range(8):
+        twins.give(scale=scalers[0].get_scale())
+        if step == 3:
+            twins.spoil(float("inf"))
+        for scaler, optimizer in zip(scalers, (twins.alone, twins.ranks), strict=True):
+            scaler.scale(torch.zeros(1))  # begins the scaler
+            scaler.step(optimizer)
+            scaler.update()
+        twins.done += 1
+    assert twins.alone.steps_done == twins.ranks.steps_done == 7
+    assert scalers[0].get_scale() == scalers[1].get_scale()
+    twins.check()
+
+
+def accumulation(split):
+    """Two micro-batches, of which the first sends nothing: as one process with the same sums."""
+    twins = Twins(split)
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    for step in range(4):
+        x = torch.randn(2 * world, 12, generator=torch.Generator().manual_seed(step))
+        for last, batch in enumerate(x.view(2, world, 12)):
+            twins.many.set_requires_gradient_sync(bool(last))
+            twins.many(batch[rank : rank + 1]).square().sum().backward()
+        for p, q in zip(twins.one.parameters(), twins.many.parameters(), strict=True):
+            p.grad = whole(q.grad)
+        twins.step()
+        twins.alone.zero_grad()
+        twins.ranks.zero_grad()
+    twins.check()
+
+
+def refused(split):
+    """What is not covered is refused by name, before anything changes."""
+    strided = [_StridedShard(0, split_factor=4), Shard(0)]
+    partial = DTensor.from_local(torch.ones(4), mesh_of("dp"), [Partial()])
+    scattered = DTensor.from_local(torch.ones(4), mesh_of("dp", "tp"), strided)
+    overlapping = [placed_over(mesh_of("dp")), placed_over(mesh_of("dp", "tp")["dp"])]
+    model = SPLITS[split](tiny())
+    optimizer = ID3AdamW(model.named_parameters(), budget=9, total_steps=2)
+    expect("0: expected Shard or Replicate", lambda: step([partial]))
+    expect("0: expected parts that are blocks", lambda: step([scattered]))
+    expect("1: expected the dimensions of one mesh", lambda: step(overlapping))
+    expect("capturable: does not apply to DTensor", lambda: step([overlapping[0]], capturable=True))
+    expect("0.weight: expected a whole parameter with sparse", lambda: sparse_backward(model, optimizer))
+
+
+def placed_over(mesh):
+    return distribute_tensor(torch.ones(8), mesh, [Shard(0)])
+
+
+def step(tensors, **options):
+    params = [nn.Parameter(t) for t in tensors]
+    named = [(str(i), p) for i, p in enumerate(params)]
+    optimizer = ID3AdamW(named, budget=2, total_steps=2, **options)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+
+
+def expect(beginning, call):
+    try:
+        call()
+    except ValueError as error:
+        assert str(error).startswith(beginning) and "\n" not in str(error), error
+    else:
+        raise AssertionError(f"{beginning}: not refused")
+
+
+if __name__ == "__main__":
+    main(globals())
