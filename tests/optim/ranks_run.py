@@ -7,6 +7,7 @@ from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from id3_optim import Bias, Fisher, ID3AdamW, Magnitude, Random, sparse_backward
+from id3_optim.step import selection
 
 
 def bits(split, dtype=torch.float32, **options):
@@ -36,6 +37,18 @@ def strategies(split):
     bits(split, torch.bfloat16)
     bits(split, torch.float64)
     bits(split, keep_originals=False, budget=1.0)
+
+
+def large(split):
+    """More entries at once than ranks gather: histograms find the same."""
+    few, selection.GATHERED = selection.GATHERED, 3
+    try:
+        bits(split)
+        bits(split, strategy="static", dtype=torch.float64)
+        bits(split, heuristic=Magnitude())
+        bits(split, heuristic=Bias(), budget=20)  # all scores are 1
+    finally:
+        selection.GATHERED = few
 
 
 def clipping(split):

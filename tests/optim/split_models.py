@@ -151,7 +151,7 @@ def equal(one, many, dense):
 
 
 def main(checks):
-    """Runs the checks "name split" of argument 2, by name in `checks`; writes errors into folder argument 1."""
+    """Runs the checks "name split" of argument 2, by name in `checks`; writes errors into folder 1."""
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)  # torch's advice on how to redistribute
     torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=30))

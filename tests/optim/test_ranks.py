@@ -13,14 +13,23 @@ import pytest
 
 CHECKS = {
     2: {
-        "fsdp": ["bits", "heuristics", "strategies", "clipping", "missing", "loss_scale", "accumulation"],
+        "fsdp": [
+            "bits",
+            "heuristics",
+            "strategies",
+            "large",
+            "clipping",
+            "missing",
+            "loss_scale",
+            "accumulation",
+        ],
         "tp": ["bits", "heuristics", "clipping"],
     },
     4: {
         "fsdp": ["bits", "refused"],
-        "hsdp": ["bits", "strategies", "clipping"],
+        "hsdp": ["bits", "large", "strategies", "clipping"],
         "tp": ["bits"],
-        "both": ["bits", "heuristics", "clipping", "loss_scale", "not_finite"],
+        "both": ["bits", "heuristics", "large", "clipping", "loss_scale", "not_finite"],
     },
 }
 CHECKS = {n: [f"{c} {split}" for split, names in rows.items() for c in names] for n, rows in CHECKS.items()}

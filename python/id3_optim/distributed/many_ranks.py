@@ -16,9 +16,8 @@ from torch import Tensor
 
 from ..ranks import OneProcess
 from .blocks import Blocks
+from .choice import NO_PLACE, Boundary, boundary
 from .part import Part, is_split, part_of
-
-NO_PLACE = 1 << 62  # the place of padding: behind every other
 
 
 class ManyRanks:
@@ -49,6 +48,19 @@ class ManyRanks:
         return rows[:, : 2 * capacity].flatten().view(torch.int64), rows[:, 2 * capacity :].flatten().view(
             score.dtype
         )
+
+    def boundary(self, place: Tensor, score: Tensor, k: Tensor, n_tensors: int) -> Boundary:
+        """Which of the entries of all ranks are the best k, without a list of them. place: NO_PLACE pads.
+
+        Sends 16 KiB for every 11 bits of score and place.
+        """
+        rounds = boundary(place, score, k.reshape(()), n_tensors)
+        counts = next(rounds)
+        while True:
+            try:
+                counts = rounds.send(self.total(counts, "the choice of entries"))
+            except StopIteration as end:
+                return end.value
 
     def whole(self, place: Tensor, columns: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """The entries of all ranks in order of place. No two ranks give one place; each gives any number."""

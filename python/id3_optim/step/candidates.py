@@ -11,13 +11,13 @@ from id3_kernels import Entries
 from id3_kernels.entries import owners
 from id3_kernels.table import candidate_room
 
-from ..distributed.many_ranks import NO_PLACE
+from ..distributed.choice import NO_PLACE, best_of
 from ..heuristics import D3, Heuristic, scores
 from ..state.active_set import ActiveSet
 from ..state.layout import moved
 from ..state.progress import Wanted
 from ..state.shard import Shard
-from .selection import best_of, best_of_all, concatenated, entries_at
+from .selection import best_of_all, concatenated, entries_at
 
 
 class Best(NamedTuple):
@@ -163,13 +163,13 @@ def _chosen_over_ranks(
 ) -> tuple[list[Entries], list[Tensor], Tensor, Tensor]:
     """The same where other ranks have candidates too."""
     found = [(torch.where(b.place < 0, NO_PLACE, b.place), b.score) for b in best]
-    place, score = best_of_all(active, found, wanted)
+    place, score, number = best_of_all(active, found, wanted)
     picked, values = [], []
     for shard, own in zip(active.shards, best, strict=True):
         new, _ = entries_at(shard, place)
         picked.append(new)
         values.append(_values_at(shard, new, own))
-    return picked, values, score, (place < NO_PLACE).sum()
+    return picked, values, score, number
 
 
 def _values_at(shard: Shard, new: Entries, best: Best) -> Tensor:

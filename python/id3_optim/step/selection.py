@@ -14,7 +14,7 @@ from torch import Tensor
 
 from id3_kernels import Entries
 
-from ..distributed.many_ranks import NO_PLACE
+from ..distributed.choice import GATHERED, NO_PLACE, best
 from ..heuristics import D3, Heuristic, scores
 from ..state.active_set import ActiveSet
 from ..state.layout import moved
@@ -27,7 +27,8 @@ from .gradients import Whole
 class Selection:
     """What the newest selection did. Every property synchronises with a GPU, so no step reads one.
 
-    padded: [capacity] scores in entry order, of which the first `number` (int64, one element) joined.
+    padded: [capacity] scores in entry order, of which the first `number` (int64, one element) joined. Where
+    ranks choose more than 2^14 entries, padded holds this rank's scores alone.
     """
 
     at: int | Tensor
@@ -49,7 +50,7 @@ class Selection:
     @property
     def threshold(self) -> float | None:
         """The smallest score, None if nothing joined."""
-        return self.scores.min().item() if self.count else None
+        return self.scores.min().item() if self.scores.numel() else None
 
 
 def select(
@@ -72,38 +73,49 @@ def select(
             found.append(_placed(shard, *_by_d3(shard, whole, heuristic, local, fresh)))
         else:
             found.append(_by_scores(shard, whole, heuristic, local, active.names, fresh))
-    place, score = best_of_all(active, found, wanted)
+    place, score, number = best_of_all(active, found, wanted)
     picked = [entries_at(shard, place)[0] for shard in shards]
-    return picked, no_values, score, (place < NO_PLACE).sum()
+    return picked, no_values, score, number
 
 
 def best_of_all(
     active: ActiveSet, found: Sequence[tuple[Tensor, Tensor]], wanted: Wanted
-) -> tuple[Tensor, Tensor]:
-    """The places, global, and scores of the best k of all shards and ranks, in order of place; NO_PLACE and 0
-    as padding. found: for each shard places by local index, and scores."""
-    home, ranks = active.shards[0].device, active.ranks
-    if ranks.alone:
-        return _best(concatenated(found, home), wanted)
-    offered = [offer(shard, *own) for shard, own in zip(active.shards, found, strict=True)]
-    own = _best(concatenated(offered, home), wanted)
-    return _best(ranks.gather(*own, wanted.capacity), wanted)
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The best k of all shards and ranks: places and scores in order of place, padded; how many they are.
+
+    found: for each shard places and scores; padding has NO_PLACE and 0. Over ranks, which all find the same,
+    what comes out are places in whole tensors; where k is large, those of this rank alone.
+    """
+    home, (k, capacity) = active.shards[0].device, wanted[:2]
+    if not active.ranks.alone:
+        rows = [_over_ranks(shard, *own) for shard, own in zip(active.shards, found, strict=True)]
+        columns = ([moved(x, home) for x in column] for column in zip(*rows, strict=True))
+        place, score, offered = map(torch.cat, columns)
+        if capacity > GATHERED:
+            return _by_boundary(active, place, score, offered, k)
+        own = best(torch.where(offered, place, NO_PLACE), torch.where(offered, score, 0), k, capacity)
+        found = [active.ranks.gather(*own, capacity)]
+    place, score = best(*concatenated(found, home), k, capacity)
+    return place, score, (place < NO_PLACE).sum()
 
 
-def offer(shard: Shard, place: Tensor, score: Tensor) -> tuple[Tensor, Tensor]:
-    """Candidates with global places, without those that another rank offers."""
+def _by_boundary(
+    active: ActiveSet, place: Tensor, score: Tensor, offered: Tensor, k: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same for a large k, of this rank's entries alone. Synchronises with a GPU."""
+    n_tensors = 1 + max(position for shard in active.shards for position in shard.positions)
+    boundary = active.ranks.boundary(place, torch.where(offered, score, 0), k, n_tensors)
+    own = boundary.chosen(place, score)
+    place, order = place[own].sort()
+    return place, score[own][order], boundary.number
+
+
+def _over_ranks(shard: Shard, place: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(places in the whole tensors, scores, bool: whether no other rank offers the entry)."""
     owner = torch.searchsorted(shard.position_table, place >> 32).clamp_(max=shard.position_table.numel() - 1)
     index = shard.blocks.whole_index(owner, place & 0xFFFFFFFF)
-    held = (place < NO_PLACE) & shard.blocks.first[owner]
-    return torch.where(held, (place >> 32 << 32) | index, NO_PLACE), torch.where(held, score, 0)
-
-
-def best_of(place: Tensor, score: Tensor, k: Tensor) -> Tensor:
-    """bool [n]: whether an entry is among the k of largest score above 0; ties go to the lowest place."""
-    by_place = place.argsort()
-    order = by_place[score[by_place].argsort(descending=True, stable=True)]
-    rank = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
-    return (rank < k) & (score > 0)
+    held = place < NO_PLACE
+    return torch.where(held, (place >> 32 << 32) | index, NO_PLACE), score, held & shard.blocks.first[owner]
 
 
 def concatenated(found: Sequence[tuple[Tensor, Tensor]], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -164,7 +176,7 @@ def _by_scores(
 ) -> tuple[Tensor, Tensor]:
     """Tensor by tensor, so that no more than one tensor's scores and O(k) candidates are alive."""
     offsets, indices = _active(shard, fresh)
-    best = torch.zeros(0, dtype=torch.int64, device=shard.device), torch.zeros(0, device=shard.device)
+    kept = torch.zeros(0, dtype=torch.int64, device=shard.device), torch.zeros(0, device=shard.device)
     for j, (param, position) in enumerate(zip(shard.params, shard.positions, strict=True)):
         name = names[position] if names else None
         score = scores(heuristic, param, gradients.tensors[j], position, name, shard.owners[j])
@@ -175,13 +187,7 @@ def _by_scores(
         )
         held = torch.arange(index.numel(), device=shard.device) < ends[-1]
         found = torch.where(held, (position << 32) | index.long(), NO_PLACE), torch.where(held, value, 0)
-        best = _best(concatenated([best, found], shard.device), wanted) if best[0].numel() else found
-    return best
-
-
-def _best(found: tuple[Tensor, Tensor], wanted: Wanted) -> tuple[Tensor, Tensor]:
-    """The best k by score, in order of place; NO_PLACE and 0 as padding."""
-    place, score = found
-    taken = best_of(place, score, wanted.k)
-    place, order = torch.where(taken, place, NO_PLACE).sort()
-    return place[: wanted.capacity], torch.where(taken, score, 0)[order][: wanted.capacity]
+        if kept[0].numel():
+            found = best(*concatenated([kept, found], shard.device), *wanted[:2])
+        kept = found
+    return kept
