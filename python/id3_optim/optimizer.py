@@ -15,7 +15,7 @@ from .heuristics import D3, Heuristic
 from .method import Method
 from .param_groups import selectable
 from .schedules import Schedule, uniform
-from .state import checkpoint
+from .state import checkpoint, flat
 from .state.active_set import ActiveSet, Touched
 from .state.layout import Layout
 from .state.memory import memory_report
@@ -117,6 +117,7 @@ class ID3AdamW(torch.optim.Optimizer):
         except Exception:
             self.param_groups.pop()
             raise
+        flat.mark(self.state, self.param_groups)
 
     def grow_budget(self) -> None:
         """Lets a budget given as a share follow N: for layers added or unfrozen after the first step.
@@ -245,8 +246,9 @@ class ID3AdamW(torch.optim.Optimizer):
         """
 
         def pack(_: Any, state: dict[str, Any]) -> None:
-            checkpoint.pack(state, self.settings())
+            checkpoint.pack(state, self.settings(), self.param_groups, self._unmasking.active.layout)
 
+        flat.mark(self.state, self.param_groups)
         sparse = checkpoint.sparse_state(self._unmasking.active)
         with self.register_state_dict_post_hook(pack, prepend=True), checkpoint.lent(self.state, sparse):
             return super().state_dict()
@@ -279,11 +281,7 @@ class ID3AdamW(torch.optim.Optimizer):
             super().load_state_dict(state_dict)
 
     def _restore(self, saved: checkpoint.Restored) -> None:
-        for p, dense_state in self.state.items():
-            if isinstance(p, Tensor) and "step" in dense_state:
-                step = torch.as_tensor(dense_state["step"])
-                dense_state["step"] = step.to(p.device, torch.float32)
-        self.state[checkpoint.MARKER] = dict(checkpoint.MARKED)
+        checkpoint.settle_dense(self.state, self.param_groups)
         self._unmasking.restore(saved, self.param_groups)
 
     def __getstate__(self) -> dict[str, Any]:

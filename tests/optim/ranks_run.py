@@ -1,7 +1,7 @@
 """What each process runs for `test_ranks.py`: split parameters beside one process with whole ones."""
 
 import torch
-from split_models import SPLITS, Twins, gradient, main, mesh_of, tiny, whole
+from split_models import SPLITS, Twins, gradient, main, mesh_of, tiny, whole, with_head
 from torch import nn
 from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import _StridedShard
@@ -56,10 +56,6 @@ def clipping(split):
     bits(split, max_grad_norm=0.3)
     bits(split, torch.bfloat16, max_grad_norm=0.3)
     bits(split, groups=with_head, max_grad_norm=0.3)
-
-
-def with_head(named):
-    return [{"params": named[:-2]}, {"params": named[-2:], "dense": True, "lr": 1e-3}]
 
 
 def not_finite(split):

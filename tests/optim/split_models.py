@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from id3_optim import ID3AdamW
+from id3_optim.state.flat import opened
 
 
 def tiny(dtype=torch.float32):
@@ -123,6 +124,10 @@ def gradient(name, p, step):
     return torch.where(torch.rand(p.shape, generator=generator) < 0.5, g.sign() * 0.5, g).to(p.dtype)
 
 
+def with_head(named):
+    return [{"params": named[:-2]}, {"params": named[-2:], "dense": True, "lr": 1e-3}]
+
+
 def placed(g, like):
     return distribute_tensor(g, like.device_mesh, like.placements) if isinstance(like, DTensor) else g.clone()
 
@@ -132,6 +137,7 @@ def whole(p):
 
 
 def same_state(one, many):
+    many = opened(many)
     for i, state in one["state"].items():
         for name, value in state.items():
             other = many["state"][i][name]
@@ -160,7 +166,7 @@ def main(checks):
         check, _, split = name.partition(" ")
         try:
             found[name] = checks[check](split)
-        except Exception:
+        except BaseException:  # CheckpointException is no Exception
             found[name] = traceback.format_exc()
     rank = torch.distributed.get_rank()
     (Path(sys.argv[1]) / f"rank-{rank}.json").write_text(json.dumps(found))

@@ -1,8 +1,8 @@
 """The best k of candidates that many ranks hold, as pure functions: the same entries whatever the ranks.
 
 An entry has a score, of which only those above 0 count, and a place; ties go to the lowest place. Few
-candidates are gathered and sorted. For many, ranks add up histograms of one digit after the other, which takes
-the same few kilobytes whatever k is.
+candidates are gathered and sorted. For many, ranks add up histograms of one digit after the other, which
+takes the same few kilobytes whatever k is.
 """
 
 from __future__ import annotations

@@ -73,6 +73,20 @@ def local_gradient(param: Tensor) -> Tensor | None:
     return None if param.grad is None else local(like(param.grad, param))
 
 
+def as_split(tensor: Tensor, param: Tensor) -> Tensor:
+    """A tensor that every rank holds whole, split as the parameter of its shape is."""
+    if not is_split(param) or is_split(tensor):
+        return tensor
+    return type(param).from_local(
+        block_of(tensor, param).contiguous(),
+        param.device_mesh,
+        param.placements,
+        run_check=False,
+        shape=param.shape,
+        stride=param.stride(),
+    )
+
+
 def block_of(tensor: Tensor, param: Tensor) -> Tensor:
     """This rank's part of a tensor of the parameter's shape that every rank holds whole."""
     if not is_split(param):
