@@ -1,12 +1,28 @@
 """What each process runs for `test_ranks.py`: split parameters beside one process with whole ones."""
 
+import copy
+import sys
+from pathlib import Path
+
 import torch
 from split_models import SPLITS, Twins, gradient, main, mesh_of, tiny, whole, with_head
 from torch import nn
 from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from id3_optim import Bias, Fisher, ID3AdamW, Magnitude, Random, sparse_backward
+from id3_optim import (
+    Bias,
+    Fisher,
+    ID3AdamW,
+    Magnitude,
+    Random,
+    diff,
+    load_delta,
+    save_delta,
+    sparse_backward,
+    weight_patches,
+)
+from id3_optim.integrations.run import numbers_to_log
 from id3_optim.step import selection
 
 
@@ -113,6 +129,48 @@ def accumulation(split):
         twins.alone.zero_grad()
         twins.ranks.zero_grad()
     twins.check()
+
+
+def deltas(split):
+    """Deltas and patches of split models are those of one process; they apply, revert and differ alike."""
+    twins = Twins(split, torch.bfloat16, groups=with_head)
+    twins.steps(5)
+    folder, rank = Path(sys.argv[1]), torch.distributed.get_rank()
+    one, many = folder / f"{split}-one-{rank}.safetensors", folder / f"{split}-many.safetensors"
+    save_delta(one, twins.one, twins.alone, originals=True)
+    save_delta(many, twins.many, twins.ranks, originals=True)
+    torch.distributed.barrier()
+    expected, delta = load_delta(one), load_delta(many)
+    same_changes(expected, delta)
+    for a, b in zip(
+        weight_patches(twins.one, twins.alone, 2), weight_patches(twins.many, twins.ranks, 2), strict=True
+    ):
+        assert a.name == b.name and torch.equal(a.indices, b.indices) and torch.allclose(a.values, b.values)
+    assert numbers_to_log(twins.alone) == numbers_to_log(twins.ranks)
+    base, plain = SPLITS[split](tiny(torch.bfloat16)), tiny(torch.bfloat16)
+    undo = delta.apply(base)
+    for p, q in zip(twins.many.parameters(), base.parameters(), strict=True):
+        assert torch.equal(p, q)
+    same_changes(diff(SPLITS[split](tiny(torch.bfloat16)), base), diff(plain, merged(plain, delta)))
+    undo.revert()
+    for p, q in zip(plain.parameters(), base.parameters(), strict=True):
+        assert torch.equal(p, whole(q))
+
+
+def merged(plain, delta):
+    model = copy.deepcopy(plain)
+    delta.apply(model)
+    return model
+
+
+def same_changes(one, many):
+    assert one.fingerprint == many.fingerprint and one.changes.keys() == many.changes.keys()
+    for name, a in one.changes.items():
+        b = many.changes[name]
+        assert (a.shape, a.dtype) == (b.shape, b.dtype)
+        for x, y in zip(a[2:], b[2:], strict=True):
+            assert (x is None and y is None) or torch.allclose(x, y), name
+        assert a.indices is None or all(map(torch.equal, a[2:4], b[2:4])), name
 
 
 def refused(split):

@@ -23,13 +23,13 @@ CHECKS = {
             "loss_scale",
             "accumulation",
         ],
-        "tp": ["bits", "heuristics", "clipping"],
+        "tp": ["bits", "heuristics", "clipping", "deltas"],
     },
     4: {
-        "fsdp": ["bits", "refused"],
+        "fsdp": ["bits", "deltas", "refused"],
         "hsdp": ["bits", "large", "strategies", "clipping"],
         "tp": ["bits"],
-        "both": ["bits", "heuristics", "large", "clipping", "loss_scale", "not_finite"],
+        "both": ["bits", "deltas", "heuristics", "large", "clipping", "loss_scale", "not_finite"],
     },
 }
 CHECKS = {n: [f"{c} {split}" for split, names in rows.items() for c in names] for n, rows in CHECKS.items()}

@@ -49,6 +49,11 @@ def is_split(tensor: Tensor) -> bool:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
+def any_split(groups: list[dict]) -> bool:
+    """Whether a parameter of the param groups is a DTensor, so that all ranks save together."""
+    return any(is_split(p) for group in groups for p in group["params"])
+
+
 def local(tensor: Tensor) -> Tensor:
     """The plain tensor that this rank holds of it; another tensor as it is."""
     if not is_split(tensor):
@@ -56,6 +61,11 @@ def local(tensor: Tensor) -> Tensor:
     with torch.no_grad():
         held = tensor.to_local()
     return held.wait() if hasattr(held, "wait") else held  # a collective that made it may still run
+
+
+def full(tensor: Tensor) -> Tensor:
+    """The whole tensor on every rank, each of which has to call this."""
+    return tensor.full_tensor() if is_split(tensor) else tensor
 
 
 def like(tensor: Tensor, param: Tensor) -> Tensor:

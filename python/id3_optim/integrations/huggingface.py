@@ -26,6 +26,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..backward.handle import SparseBackward, renewed
 from ..delta import save_delta
+from ..distributed.part import any_split
 from ..optimizer import ID3AdamW
 from ..wrappers import unwrapped
 from .groups import fresh_parameters as fresh_parameters
@@ -216,7 +217,8 @@ class ID3Callback(TrainerCallback, ExportableState):
         state.log_history[-1].update(numbers)
 
     def on_save(self, args, state, control, model=None, optimizer=None, **kwargs):
-        if self.save_deltas and args.should_save and not state.is_hyper_param_search:
+        together = optimizer is not None and any_split(optimizer.param_groups)  # every rank gives its entries
+        if self.save_deltas and (args.should_save or together) and not state.is_hyper_param_search:
             folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
             save_delta(folder / DELTA_NAME, model, optimizer, **self.delta_options)
 

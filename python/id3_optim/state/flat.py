@@ -17,7 +17,7 @@ from torch import Tensor
 
 from id3_kernels.checks import FLOATS
 
-from ..distributed.part import is_split, local
+from ..distributed.part import any_split, local
 from ..param_groups import Member, members
 from .layout import Layout
 
@@ -30,10 +30,9 @@ def mark(state: MutableMapping[Any, Any], groups: list[dict[str, Any]]) -> None:
 
     Drops the keys of parameters that a trainer has replaced. Mutates state.
     """
-    params = [p for group in groups for p in group["params"]]
-    if not any(map(is_split, params)):
+    if not any_split(groups):
         return
-    known = set(params)
+    known = {p for group in groups for p in group["params"]}
     for key in [key for key in state if isinstance(key, Tensor) and key not in known]:
         del state[key]
     for _, _, p in members(groups, dense=False):
@@ -46,7 +45,7 @@ def mark(state: MutableMapping[Any, Any], groups: list[dict[str, Any]]) -> None:
 
 def is_flat(groups: list[dict[str, Any]], layout: Layout) -> bool:
     """Whether the state takes this form. With "repeat" it has no size that is known in advance."""
-    return not layout.repeat and any(is_split(p) for group in groups for p in group["params"])
+    return not layout.repeat and any_split(groups)
 
 
 def close(
