@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import schedules, validation
+from .distributed.agreement import check_agreement
 from .distributed.many_ranks import ranks_of
 from .method import Method
 from .param_groups import members, named_parameters, parameter_names, selectable, trainable_entries
@@ -49,6 +50,7 @@ class Unmasking:
             Progress(layout.capturable, select_every=method.select_every),
         )
         self.release: Release | None = None
+        self.agreed = False  # whether the ranks were found to have the same settings since the last load
 
     # --- before the first step -------------------------------------------------------------------------
 
@@ -150,6 +152,8 @@ class Unmasking:
 
     def begin_pass(self, groups: Groups) -> tuple[ActiveSet, Wanted | None]:
         """What a step or a backward pass with hooks needs before its start: `begin`, the next increment."""
+        if not self.agreed:
+            self._agree(groups)
         if self.total_steps is None:
             raise ValueError(
                 "total_steps: expected the number of steps of the run (set_total_steps), got None"
@@ -158,6 +162,13 @@ class Unmasking:
             validation.check_capture(self.active.layout.capturable, bool(self.active.shards))
         self.begin(groups)
         return self.active, self.progress.wanted(self.active)
+
+    def _agree(self, groups: Groups) -> None:
+        """Before all else, since a rank that fails alone leaves the other ranks waiting."""
+        ranks = ranks_of(named_parameters(groups))
+        if not ranks.alone:
+            check_agreement(ranks, self.settings(), groups)
+        self.agreed = True
 
     # --- algorithm 1 -----------------------------------------------------------------------------------
 
@@ -224,7 +235,7 @@ class Unmasking:
         self.progress = Progress(self.active.layout.capturable, saved.steps_done, self.method.select_every)
         if self.total_steps is None:
             self.total_steps = saved.total_steps
-        self.active = ActiveSet(self.active.layout, parameter_names(groups))
+        self.active, self.agreed = ActiveSet(self.active.layout, parameter_names(groups)), False
         self.n_entries, self.budget, self.growth = saved.n_entries, saved.budget, list(saved.growth)
         if self.n_entries is not None:
             self.begin(groups)

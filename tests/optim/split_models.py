@@ -3,6 +3,7 @@
 import functools
 import json
 import logging
+import re
 import sys
 import traceback
 import warnings
@@ -154,6 +155,15 @@ def equal(one, many, dense):
 
 
 # --- the program of each process -------------------------------------------------------------------------
+
+
+def expect(kind, pattern, call):
+    try:
+        call()
+    except kind as error:
+        assert re.match(pattern, str(error)) and "\n" not in str(error), error
+    else:
+        raise AssertionError(f"{pattern}: not refused")
 
 
 def main(checks):
