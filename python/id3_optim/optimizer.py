@@ -180,6 +180,11 @@ class ID3AdamW(torch.optim.Optimizer):
         release = self._unmasking.release
         return [] if release is None else release.scaled_tensors(self._unmasking.active)
 
+    def share_overflow(self, found: dict[torch.device, Tensor]) -> None:
+        """Makes an overflow that a GradScaler has found on one rank known to all. Mutates `found`."""
+        if self._unmasking.release is not None:
+            self._unmasking.active.ranks.share(list(found.values()))
+
     def _begin_pass(self) -> tuple[ActiveSet, Wanted | None]:
         return self._unmasking.begin_pass(self.param_groups)
 
@@ -272,17 +277,14 @@ class ID3AdamW(torch.optim.Optimizer):
             return found[0].for_torch
 
         def restore(_: Any) -> None:
-            self._restore(found[0])
+            checkpoint.settle_dense(self.state, self.param_groups)
+            self._unmasking.restore(found[0], self.param_groups)
 
         with (
             self.register_load_state_dict_pre_hook(check),  # behind the user's
             self.register_load_state_dict_post_hook(restore, prepend=True),
         ):
             super().load_state_dict(state_dict)
-
-    def _restore(self, saved: checkpoint.Restored) -> None:
-        checkpoint.settle_dense(self.state, self.param_groups)
-        self._unmasking.restore(saved, self.param_groups)
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"_unmasking": self._unmasking}

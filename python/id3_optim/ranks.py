@@ -18,7 +18,9 @@ class OneProcess:
     """
 
     alone = True
-    size = 1
+
+    def share(self, flags: list[Tensor]) -> None:
+        """Sets each one-element tensor to the largest of all ranks."""
 
 
 # --- refusals ----------------------------------------------------------------------------------------

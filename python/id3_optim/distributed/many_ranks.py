@@ -7,7 +7,6 @@ any message.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from itertools import combinations
 
@@ -30,7 +29,6 @@ class ManyRanks:
 
     def __init__(self, axes: dict[tuple[int, ...], torch.distributed.ProcessGroup]):
         self._axes = axes
-        self.size = math.prod(len(ranks) for ranks in axes)
 
     def blocks(self, parts: list[Part], device: torch.device) -> Blocks:
         """The tables of a shard's tensors."""
@@ -97,6 +95,11 @@ class ManyRanks:
     def speaks_for(self, param: Tensor) -> bool:
         """Whether this rank is the first of those that hold the same part of a parameter."""
         return self._first(part_of(param))
+
+    def share(self, flags: list[Tensor]) -> None:
+        """Sets each one-element tensor to the largest of all ranks."""
+        for flag in flags:
+            flag.copy_(self.rows(flag.reshape(1), "the overflow of a loss scale").amax().reshape(flag.shape))
 
     def _first(self, part: Part) -> bool:
         rank = torch.distributed.get_rank()
