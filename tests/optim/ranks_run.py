@@ -22,6 +22,7 @@ from id3_optim import (
     sparse_backward,
     weight_patches,
 )
+from id3_optim.distributed import traffic as computed
 from id3_optim.integrations.run import numbers_to_log
 from id3_optim.step import selection
 
@@ -171,6 +172,48 @@ def same_changes(one, many):
         for x, y in zip(a[2:], b[2:], strict=True):
             assert (x is None and y is None) or torch.allclose(x, y), name
         assert a.indices is None or all(map(torch.equal, a[2:4], b[2:4])), name
+
+
+def traffic(split):
+    """The counted bytes of a choice are the computed ones, and steps that choose nothing send nothing."""
+    budget, steps, n = 4000, 4, torch.distributed.get_world_size()
+    counted = counted_bytes()
+    for few, once in ((selection.GATHERED, budget), (3, None)):
+        for module in (selection, computed):
+            module.GATHERED = few
+        model = SPLITS[split](nn.Sequential(nn.Linear(90, 90)))
+        optimizer = ID3AdamW(model.named_parameters(), budget=budget, total_steps=steps)
+        for step in range(steps + 2):
+            for p in model.parameters():
+                p.grad = torch.ones_like(p)
+            counted.clear()
+            optimizer.step()
+            expected = computed.Run(8190, budget, steps, n, tensors=2).choice_bytes if step < steps else 0
+            agreed = step == 0  # the first step compares the settings too
+            assert agreed or sum(counted) == expected, (step, counted, expected)
+            assert once is None or sum(counted[agreed:]) <= 16 * (budget // steps) * n
+        assert optimizer.n_active == budget
+        held = optimizer.memory_report()["moments"] // 8
+        own = sum(shard.n_active for shard in optimizer._unmasking.active.shards)
+        assert held <= 1.05 * max(own, budget / n), (held, own)
+
+
+def counted_bytes():
+    """A list that gets the bytes that this rank sends in each collective, by rings."""
+    found, dist = [], torch.distributed
+    gather, reduce = dist.all_gather_single, dist.all_reduce
+
+    def gathered(out, row, group):
+        found.append(row.nbytes * (dist.get_world_size(group) - 1))
+        return gather(out, row, group=group)
+
+    def reduced(tensor, group):
+        n = dist.get_world_size(group)
+        found.append(2 * tensor.nbytes * (n - 1) // n)
+        return reduce(tensor, group=group)
+
+    dist.all_gather_single, dist.all_reduce = gathered, reduced
+    return found
 
 
 def refused(split):

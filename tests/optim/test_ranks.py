@@ -22,11 +22,12 @@ CHECKS = {
             "missing",
             "loss_scale",
             "accumulation",
+            "traffic",
         ],
         "tp": ["bits", "heuristics", "clipping", "deltas"],
     },
     4: {
-        "fsdp": ["bits", "deltas", "refused"],
+        "fsdp": ["bits", "deltas", "refused", "traffic"],
         "hsdp": ["bits", "large", "strategies", "clipping"],
         "tp": ["bits"],
         "both": ["bits", "deltas", "heuristics", "large", "clipping", "loss_scale", "not_finite"],

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 NO_PLACE = 1 << 62  # the place of padding: behind every other
-GATHERED = 1 << 14  # the most entries that ranks gather; for more they add up histograms
+# The most candidates of all ranks that are gathered; for more, ranks add up histograms. Over gloo both take
+# the same time at 8,000 candidates of 2 ranks and at 16,000 to 64,000 of 4 ranks.
+GATHERED = 1 << 14
 DIGIT_BITS = 11  # 2,048 counts of 8 bytes per message
 
 

@@ -7,6 +7,7 @@ any message.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from itertools import combinations
 
@@ -29,6 +30,7 @@ class ManyRanks:
 
     def __init__(self, axes: dict[tuple[int, ...], torch.distributed.ProcessGroup]):
         self._axes = axes
+        self.size = math.prod(len(ranks) for ranks in axes)
 
     def blocks(self, parts: list[Part], device: torch.device) -> Blocks:
         """The tables of a shard's tensors."""
@@ -79,9 +81,7 @@ class ManyRanks:
         rows = row[None]
         for ranks, group in self._axes.items():
             found = rows.new_empty(len(ranks) * rows.shape[0], *row.shape)
-            self._call(
-                purpose, torch.distributed.all_gather_into_tensor, found, rows.contiguous(), group=group
-            )
+            self._call(purpose, _all_gather(), found, rows.contiguous(), group=group)
             rows = found
         return rows
 
@@ -114,6 +114,12 @@ class ManyRanks:
                 f"{purpose}: expected an answer of every rank, got an error of torch.distributed ({reason}); "
                 "look for the rank that failed first"
             ) from error
+
+
+def _all_gather() -> Callable:
+    """torch's collective, under its name since torch 2.13 where there is one."""
+    found = getattr(torch.distributed, "all_gather_single", None)
+    return found or torch.distributed.all_gather_into_tensor
 
 
 def ranks_of(named: Iterable[tuple[str, Tensor]]) -> OneProcess | ManyRanks:

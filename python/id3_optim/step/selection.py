@@ -28,7 +28,7 @@ class Selection:
     """What the newest selection did. Every property synchronises with a GPU, so no step reads one.
 
     padded: [capacity] scores in entry order, of which the first `number` (int64, one element) joined. Where
-    ranks choose more than 2^14 entries, padded holds this rank's scores alone.
+    ranks have more than 2^14 candidates together, padded holds this rank's scores alone.
     """
 
     at: int | Tensor
@@ -91,7 +91,7 @@ def best_of_all(
         rows = [_over_ranks(shard, *own) for shard, own in zip(active.shards, found, strict=True)]
         columns = ([moved(x, home) for x in column] for column in zip(*rows, strict=True))
         place, score, offered = map(torch.cat, columns)
-        if capacity > GATHERED:
+        if capacity * active.ranks.size > GATHERED:
             return _by_boundary(active, place, score, offered, k)
         own = best(torch.where(offered, place, NO_PLACE), torch.where(offered, score, 0), k, capacity)
         found = [active.ranks.gather(*own, capacity)]
