@@ -2,6 +2,7 @@
 
 import copy
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -176,28 +177,35 @@ def same_changes(one, many):
 
 def traffic(split):
     """The counted bytes of a choice are the computed ones, and steps that choose nothing send nothing."""
-    budget, steps, n = 4000, 4, torch.distributed.get_world_size()
-    counted = counted_bytes()
-    for few, once in ((selection.GATHERED, budget), (3, None)):
-        for module in (selection, computed):
-            module.GATHERED = few
-        model = SPLITS[split](nn.Sequential(nn.Linear(90, 90)))
-        optimizer = ID3AdamW(model.named_parameters(), budget=budget, total_steps=steps)
-        for step in range(steps + 2):
-            for p in model.parameters():
-                p.grad = torch.ones_like(p)
-            counted.clear()
-            optimizer.step()
-            expected = computed.Run(8190, budget, steps, n, tensors=2).choice_bytes if step < steps else 0
-            agreed = step == 0  # the first step compares the settings too
-            assert agreed or sum(counted) == expected, (step, counted, expected)
-            assert once is None or sum(counted[agreed:]) <= 16 * (budget // steps) * n
-        assert optimizer.n_active == budget
-        held = optimizer.memory_report()["moments"] // 8
-        own = sum(shard.n_active for shard in optimizer._unmasking.active.shards)
-        assert held <= 1.05 * max(own, budget / n), (held, own)
+    at_most = selection.GATHERED
+    with counted_bytes() as counted:
+        for few in (at_most, 3):
+            selection.GATHERED = computed.GATHERED = few
+            try:
+                count_steps(split, counted, bar=few == at_most)
+            finally:
+                selection.GATHERED = computed.GATHERED = at_most
 
 
+def count_steps(split, counted, bar, budget=4000, steps=4):
+    n, model = torch.distributed.get_world_size(), SPLITS[split](nn.Sequential(nn.Linear(90, 90)))
+    optimizer = ID3AdamW(model.named_parameters(), budget=budget, total_steps=steps)
+    for step in range(steps + 2):
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        counted.clear()
+        optimizer.step()
+        expected = computed.Run(8190, budget, steps, n, tensors=2).choice_bytes if step < steps else 0
+        agreement = step == 0  # the first step compares the settings, in one message
+        assert sum(counted[agreement:]) == expected, (step, counted, expected)
+        assert not bar or expected <= 16 * (budget // steps) * n
+    assert optimizer.n_active == budget
+    held = optimizer.memory_report()["moments"] // 8
+    own = sum(shard.n_active for shard in optimizer._unmasking.active.shards)
+    assert held <= 1.05 * max(own, budget / n), (held, own)
+
+
+@contextmanager
 def counted_bytes():
     """A list that gets the bytes that this rank sends in each collective, by rings."""
     found, dist = [], torch.distributed
@@ -213,7 +221,10 @@ def counted_bytes():
         return reduce(tensor, group=group)
 
     dist.all_gather_single, dist.all_reduce = gathered, reduced
-    return found
+    try:
+        yield found
+    finally:
+        dist.all_gather_single, dist.all_reduce = gather, reduce
 
 
 def refused(split):

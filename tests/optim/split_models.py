@@ -130,7 +130,10 @@ def with_head(named):
 
 
 def placed(g, like):
-    return distribute_tensor(g, like.device_mesh, like.placements) if isinstance(like, DTensor) else g.clone()
+    """g, which every rank has whole, split as a parameter is."""
+    if not isinstance(like, DTensor):
+        return g.clone()
+    return distribute_tensor(g, like.device_mesh, like.placements, src_data_rank=None)
 
 
 def whole(p):
