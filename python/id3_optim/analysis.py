@@ -12,6 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .delta.split import read_split
+from .distributed.part import is_split
+
 # The first pattern that a parameter's name matches gives its role. Covered are the names of BERT, RoBERTa,
 # DeBERTa, DistilBERT, ModernBERT, GPT-2, Llama and models derived from it.
 _ROLE_PATTERNS = (
@@ -168,7 +171,12 @@ def count_changed(optimizer) -> int | None:
 
 
 def entries_of(param: Tensor, indices: Tensor) -> Tensor:
-    """param.reshape(-1)[indices] that copies no parameter, whatever its strides. indices: int32[n], flat."""
+    """param.reshape(-1)[indices] that copies no parameter, whatever its strides. indices: int32[n], flat.
+
+    Where ranks hold parts of the parameter, every rank has to call this.
+    """
+    if is_split(param):
+        return read_split([(param, indices)])[0]
     param, indices = param.detach(), indices.long()
     if param.is_contiguous():
         return param.view(-1)[indices]

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .distributed.blocks import Blocks
+from .distributed.part import block_of, is_split, like, local, part_of
 from .hashing import INCREMENT, SLICE, mix64, shifted_right
 
 
@@ -105,33 +107,41 @@ def largest(param: Tensor, grad: Tensor) -> Tensor:
 
 
 def scores(
-    heuristic: Heuristic, param: Tensor, grad: Tensor | None, position: int, name: str | None
+    heuristic: Heuristic,
+    param: Tensor,
+    grad: Tensor | None,
+    position: int,
+    name: str | None,
+    owner: Tensor | None = None,
 ) -> Tensor | None:
     """One parameter's scores by any heuristic except D3.
 
     Larger scores join first; only finite normal numbers > 0 are selected.
     position: the parameter's number in the order of the param groups. name: its name, None where unknown.
+    owner: the DTensor of which param and grad are what this rank holds; a function gets it and its gradient.
     Returns a tensor of the parameter's shape on its device, float32 (float64 for float64 parameters),
     or None where no entry of this parameter can be selected (no gradient; not a bias). Mutates nothing.
     Raises ValueError or TypeError, with the heuristic's name, where it does not fit the parameter.
     """
     if grad is None:
         return None
+    owner = param if owner is None else owner
     with torch.no_grad():
         match heuristic:
             case Magnitude():
                 return _magnitude_scores(param)
             case Random(seed):
-                return _random_scores(seed, position, param)
+                return _random_scores(seed, position, param, owner)
             case Bias():
                 return _bias_scores(param, name)
             case Fisher(given):
-                return _fisher_scores_of(given, param, position, name)
+                return _fisher_scores_of(given, owner, position, name)
             case D3():
                 raise TypeError(
                     "scores: expected a heuristic other than D3, got D3; use id3_kernels.d3_score"
                 )
-        return _checked(_title(heuristic), heuristic(param, grad), param)
+        given = heuristic(owner, grad if owner is param else owner.grad)
+        return _held(_checked(_title(heuristic), given, owner), owner)
 
 
 def describe(heuristic: Heuristic) -> dict[str, Any]:
@@ -246,7 +256,12 @@ def _fisher_scores_of(
                 f"heuristic Fisher: expected scores for parameter {position}, got {len(given)} tensors"
             )
         score = given[position]
-    return _checked("Fisher", score, param).to(param.device, _score_dtype(param))
+    return _held(_checked("Fisher", score, param), param).to(param.device, _score_dtype(param))
+
+
+def _held(score: Tensor, owner: Tensor) -> Tensor:
+    """The part of the scores that belongs to what this rank holds of the parameter."""
+    return local(like(score, owner)) if is_split(score) else block_of(score, owner)
 
 
 def _checked(title: str, score: Tensor, param: Tensor) -> Tensor:
@@ -259,14 +274,16 @@ def _checked(title: str, score: Tensor, param: Tensor) -> Tensor:
     return score.to(_score_dtype(param))
 
 
-def _random_scores(seed: int, position: int, param: Tensor) -> Tensor:
+def _random_scores(seed: int, position: int, param: Tensor, owner: Tensor) -> Tensor:
     """The top 31 bits of hash(seed, position, flat index), scaled to the bit patterns of normal floats."""
     seed_bits, tensor_bits = torch.tensor([seed, position], dtype=torch.int64, device="cpu")
     key = mix64(mix64(seed_bits + INCREMENT) + tensor_bits * INCREMENT).item()
     size, device = param.numel(), param.device
+    blocks = Blocks([part_of(owner)], [True], device)
     out = torch.empty(size, dtype=torch.float32, device=device)
     for start in range(0, size, SLICE):
         index = torch.arange(start, min(start + SLICE, size), dtype=torch.int64, device=device)
+        index = blocks.whole_index(torch.zeros_like(index), index)
         uniform = shifted_right(mix64(index * INCREMENT + key), 33)
         patterns = ((uniform * 0x7F000000) >> 31) + 0x00800000
         out[start : start + SLICE] = patterns.to(torch.int32).view(torch.float32)

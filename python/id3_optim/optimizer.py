@@ -15,7 +15,7 @@ from .heuristics import D3, Heuristic
 from .method import Method
 from .param_groups import selectable
 from .schedules import Schedule, uniform
-from .state import checkpoint
+from .state import checkpoint, flat
 from .state.active_set import ActiveSet, Touched
 from .state.layout import Layout
 from .state.memory import memory_report
@@ -117,6 +117,7 @@ class ID3AdamW(torch.optim.Optimizer):
         except Exception:
             self.param_groups.pop()
             raise
+        flat.mark(self.state, self.param_groups)
 
     def grow_budget(self) -> None:
         """Lets a budget given as a share follow N: for layers added or unfrozen after the first step.
@@ -176,6 +177,11 @@ class ID3AdamW(torch.optim.Optimizer):
         in place. Without such a call `step()` under a GradScaler raises."""
         release = self._unmasking.release
         return [] if release is None else release.scaled_tensors(self._unmasking.active)
+
+    def share_overflow(self, found: dict[torch.device, Tensor]) -> None:
+        """Makes an overflow that a GradScaler has found on one rank known to all. Mutates `found`."""
+        if self._unmasking.release is not None:
+            self._unmasking.active.ranks.share(list(found.values()))
 
     def _begin_pass(self) -> tuple[ActiveSet, Wanted | None]:
         return self._unmasking.begin_pass(self.param_groups)
@@ -244,8 +250,9 @@ class ID3AdamW(torch.optim.Optimizer):
         """
 
         def pack(_: Any, state: dict[str, Any]) -> None:
-            checkpoint.pack(state, self.settings())
+            checkpoint.pack(state, self.settings(), self.param_groups, self._unmasking.active.layout)
 
+        flat.mark(self.state, self.param_groups)
         sparse = checkpoint.sparse_state(self._unmasking.active)
         with self.register_state_dict_post_hook(pack, prepend=True), checkpoint.lent(self.state, sparse):
             return super().state_dict()
@@ -269,21 +276,14 @@ class ID3AdamW(torch.optim.Optimizer):
             return found[0].for_torch
 
         def restore(_: Any) -> None:
-            self._restore(found[0])
+            checkpoint.settle_dense(self.state, self.param_groups)
+            self._unmasking.restore(found[0], self.param_groups)
 
         with (
             self.register_load_state_dict_pre_hook(check),  # behind the user's
             self.register_load_state_dict_post_hook(restore, prepend=True),
         ):
             super().load_state_dict(state_dict)
-
-    def _restore(self, saved: checkpoint.Restored) -> None:
-        for p, dense_state in self.state.items():
-            if isinstance(p, Tensor) and "step" in dense_state:
-                step = torch.as_tensor(dense_state["step"])
-                dense_state["step"] = step.to(p.device, torch.float32)
-        self.state[checkpoint.MARKER] = dict(checkpoint.MARKED)
-        self._unmasking.restore(saved, self.param_groups)
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"_unmasking": self._unmasking}

@@ -43,6 +43,13 @@ def parameter_names(groups: list[dict[str, Any]]) -> list[str] | None:
     return [name for group in groups for name in group["param_names"]]
 
 
+def named_parameters(groups: list[dict[str, Any]]) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter with its name, or with its place in the groups where it has none."""
+    for i, group in enumerate(groups):
+        unnamed = (f"param_groups[{i}]['params'][{j}]" for j in range(len(group["params"])))
+        yield from zip(group.get("param_names", unnamed), group["params"], strict=False)
+
+
 def trainable_entries(groups: list[dict[str, Any]]) -> int:
     """N: the entries of all parameters that require gradients and are in no dense group."""
     return sum(p.numel() for p in selectable(groups) if p.requires_grad)

@@ -1,9 +1,6 @@
-"""What one rank has to learn from the other ranks, and the trainers that leave it a part of the parameters.
+"""The run that needs no other rank, and the trainers whose parts of the parameters cannot be trained.
 
-One process holds every entry, so it answers alone.
-
-Selection, the count of active entries, clipping, checkpoints and deltas go through this module, so that
-parameters sharded over ranks have one place to begin. Released gradients refuse several processes.
+A DTensor's part can be: `distributed` has what its ranks tell each other.
 """
 
 from __future__ import annotations
@@ -15,31 +12,27 @@ from torch import Tensor
 
 
 class OneProcess:
-    """The answers of a run in which every rank holds every entry and sees the same gradients."""
+    """A run in which every rank holds every entry and sees the same gradients: nothing is to be said.
 
-    alone = True  # `gather` and `total` return what they are given
+    `distributed.ManyRanks` stands here where ranks hold parts of the parameters.
+    """
 
-    def gather(self, place: Tensor, score: Tensor) -> tuple[Tensor, Tensor]:
-        """The candidates of all ranks, in rank order: place int64 [n] (position << 32 | index), score [n]."""
-        return place, score
+    alone = True
 
-    def total(self, number: Tensor) -> Tensor:
-        """The sum over ranks of a count (int64) or a squared norm (float64): the same bits on each rank."""
-        return number
-
-    def whole(self, entries: dict[str, Tensor]) -> dict[str, Tensor]:
-        """One parameter's entries from all ranks: `indices` into the unsharded tensor, ascending, and the
-        columns beside them."""
-        return entries
+    def share(self, flags: list[Tensor]) -> None:
+        """Sets each one-element tensor to the largest of all ranks."""
 
 
 # --- refusals ----------------------------------------------------------------------------------------
 
-_REMEDY = "which is not supported: each rank would select within its own part; use DistributedDataParallel"
+_REMEDY = (
+    "which is not supported: each rank would select within its own part; use FSDP2 (fully_shard; "
+    "fsdp_version: 2 in accelerate) or DistributedDataParallel"
+)
 
 
 def check_whole(name: str, param: Tensor) -> None:
-    """Raises ValueError for a parameter of which this rank holds a part, as its marks or its type say.
+    """Raises ValueError for a parameter of which this rank holds a part that is no DTensor, as its marks say.
 
     FullyShardedDataParallel marks its flat parameter and, with use_orig_params, the views into it, which it
     puts into parameters that exist when a model is wrapped: check again before the first step.
@@ -47,8 +40,6 @@ def check_whole(name: str, param: Tensor) -> None:
     splitter = None
     if getattr(param, "_fsdp_flattened", False) or getattr(param, "_is_flat_param", False):
         splitter = "FullyShardedDataParallel (FSDP1)"
-    elif type(param).__name__ == "DTensor":
-        splitter = "FSDP2 or tensor parallelism (DTensor)"
     elif hasattr(param, "ds_id"):
         splitter = "DeepSpeed ZeRO"
     if splitter is not None:

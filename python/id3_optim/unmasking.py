@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from . import schedules, validation
+from .distributed.agreement import check_agreement
+from .distributed.many_ranks import ranks_of
 from .method import Method
-from .param_groups import members, parameter_names, selectable, trainable_entries
+from .param_groups import members, named_parameters, parameter_names, selectable, trainable_entries
 from .state.active_set import ActiveSet, Touched
 from .state.checkpoint import Restored
 from .state.layout import Layout
@@ -48,6 +50,7 @@ class Unmasking:
             Progress(layout.capturable, select_every=method.select_every),
         )
         self.release: Release | None = None
+        self.agreed = False  # whether the ranks were found to have the same settings since the last load
 
     # --- before the first step -------------------------------------------------------------------------
 
@@ -66,6 +69,7 @@ class Unmasking:
         select_from = select_from or "last"
         capturable = self.active.layout.capturable
         validation.check_options(self.method.strategy, True, select_from, capturable)
+        validation.check_reduced(selectable(groups))
         self.active.keep_gradients()
         self.release = Release(begin, self.method.heuristic, select_from)
         self.release.attach(selectable(groups))
@@ -76,13 +80,14 @@ class Unmasking:
         i, active = len(groups) - 1, self.active
         group = groups[i]
         validation.check_group(group, i)
-        held = (p for shard in active.shards for p in shard.params)
+        held = (p for shard in active.shards for p in shard.owners)
         validation.check_devices(active.layout, chain(held, group["params"]), group["dense"])
         names = parameter_names(groups)
         if self.n_entries is not None and not group["dense"]:
             validation.check_countable(groups, names)
             self._warn_if_spent(group)
             self.n_entries += trainable_entries([group])
+            active.split_over(ranks_of(named_parameters(groups)))
             active.adopt(members(groups, dense=False, since=i))
             active.reserve(self.budget)
         active.names = names
@@ -149,6 +154,7 @@ class Unmasking:
             self.n_entries = n_entries
         if not self.active.shards:
             active = ActiveSet(self.active.layout, self.active.names)
+            active.split_over(ranks_of(named_parameters(groups)))
             active.adopt(members(groups, dense=False))
             validation.check_devices(active.layout, selectable(groups))
             active.reserve(self.budget)
@@ -159,6 +165,8 @@ class Unmasking:
 
     def begin_pass(self, groups: Groups) -> tuple[ActiveSet, Wanted | None]:
         """What a step or a backward pass with hooks needs before its start: `begin`, the next increment."""
+        if not self.agreed:
+            self._agree(groups)
         if self.total_steps is None:
             raise ValueError(
                 "total_steps: expected the number of steps of the run (set_total_steps), got None"
@@ -167,6 +175,13 @@ class Unmasking:
             validation.check_capture(self.active.layout.capturable, bool(self.active.shards))
         self.begin(groups)
         return self.active, self.progress.wanted(self.active)
+
+    def _agree(self, groups: Groups) -> None:
+        """Before all else, since a rank that fails alone leaves the other ranks waiting."""
+        ranks = ranks_of(named_parameters(groups))
+        if not ranks.alone:
+            check_agreement(ranks, self.settings(), groups)
+        self.agreed = True
 
     # --- algorithm 1 -----------------------------------------------------------------------------------
 
@@ -184,7 +199,7 @@ class Unmasking:
             if self.release is None:
                 picked, values, score, number = select(active, grads, self.method.heuristic, wanted)
             else:
-                picked, values, score, number = self.release.candidates.chosen(active.shards, wanted)
+                picked, values, score, number = self.release.candidates.chosen(active, wanted)
             if active.layout.repeat:
                 joined = active.replace(picked)
             else:
@@ -192,6 +207,8 @@ class Unmasking:
             self.last_selection = Selection(wanted.step, score, number)
         selected = time.perf_counter()
         update(active, grads, groups, dense_state, scaling, self.progress.done + 1, joined)
+        if wanted is not None and active.count is not None:
+            active.count_up(number)
         self.phase_seconds["select"] += selected - started
         self.phase_seconds["update"] += time.perf_counter() - selected
         self.progress.advance(scaling.not_overflowed)
@@ -200,7 +217,7 @@ class Unmasking:
 
     def touched(self, groups: Groups) -> Iterator[Touched]:
         """See `ID3AdamW.touched`."""
-        return (self.active.touched(p) for p in selectable(groups))
+        return self.active.touched(selectable(groups))
 
     def changed_since(
         self, step: int, groups: Groups, dense_state: MutableMapping[Tensor, dict]
@@ -231,7 +248,7 @@ class Unmasking:
         self.progress = Progress(self.active.layout.capturable, saved.steps_done, self.method.select_every)
         if self.total_steps is None:
             self.total_steps = saved.total_steps
-        self.active = ActiveSet(self.active.layout, parameter_names(groups))
+        self.active, self.agreed = ActiveSet(self.active.layout, parameter_names(groups)), False
         self.n_entries, self.budget, self.growth = saved.n_entries, saved.budget, list(saved.growth)
         if self.n_entries is not None:
             self.begin(groups)

@@ -13,6 +13,7 @@ import torch
 from id3_kernels import backend, checks
 
 from . import schedules
+from .distributed.part import check_part, is_split, local
 from .heuristics import Bias, Heuristic, Random
 from .method import Method
 from .param_groups import members
@@ -101,7 +102,6 @@ def _check_release(release_gradients: bool, select_from: str, strategy: str) -> 
             "release_gradients: does not apply to strategy 'repeat': entries that come back would need "
             "gradients that are gone"
         )
-    check_one_process()
 
 
 def _check_capturable(capturable: bool, strategy: str, release_gradients: bool) -> None:
@@ -118,6 +118,11 @@ def check_devices(layout: Layout, tensors: Iterable[torch.Tensor], dense: bool =
     if not layout.capturable:
         return
     tensors = list(tensors)
+    if any(map(is_split, tensors)):
+        raise ValueError(
+            "capturable: does not apply to DTensor parameters: the host has to know how many entries each "
+            "rank gets"
+        )
     devices = sorted({str(t.device) for t in tensors})
     if len(devices) > 1:
         raise ValueError(f"capturable: expected all parameters on one device, got {', '.join(devices)}")
@@ -141,12 +146,13 @@ def check_capture(capturable: bool, begun: bool) -> None:
         )
 
 
-def check_one_process() -> None:
-    """Refuses several processes: a hook sees the gradients of its own process alone."""
-    if world_size() > 1:
+def check_reduced(params: Iterable[torch.Tensor]) -> None:
+    """Refuses hooks on gradients that are not yet those of all processes: a DTensor's are."""
+    if world_size() > 1 and not all(map(is_split, params)):
         raise ValueError(
-            f"release_gradients: expected one process, got {world_size()}: a hook sees the gradients of its "
-            "own process alone; use release_gradients=False under DistributedDataParallel"
+            "release_gradients: expected one process, or parameters of FSDP2, got "
+            f"{world_size()} processes: a hook sees the gradients of its own process alone; use "
+            "release_gradients=False under DistributedDataParallel, or fully_shard"
         )
 
 
@@ -199,9 +205,11 @@ def check_params(group: dict[str, Any], i: int) -> None:
         if torch.nn.parameter.is_lazy(p):  # has a dtype; no shape before its module's first forward pass
             checks.plain(name, torch.empty(0, dtype=p.dtype, device=p.device))
         else:
-            check_countable_entries(name, p)
-            checks.plain(name, p)
-            check_memory(name, p)
+            if is_split(p):
+                check_part(name, p)
+            check_countable_entries(name, local(p))
+            checks.plain(name, local(p))
+            check_memory(name, local(p))
 
 
 def check_countable_entries(name: str, p: torch.Tensor) -> None:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from ..distributed.part import is_split
 from ..heuristics import D3, Heuristic
 from ..param_groups import selectable
 from ..wrappers import unwrapped, unwrapped_model
@@ -61,8 +62,8 @@ def sparse_backward(model: nn.Module, optimizer: Any, select_from: str | None = 
     None.
     Called again for the same optimizer, or when the one before is gone, it begins anew.
     Raises ValueError for a model that another optimizer has changed, an embedding with `sparse=True` or
-    `max_norm`, another `select_from` than the optimizer's, and what released gradients refuse (several
-    processes, "repeat", `capturable`).
+    `max_norm`, a DTensor, another `select_from` than the optimizer's, and what released gradients refuse
+    (several processes, "repeat", `capturable`).
     """
     optimizer, model = unwrapped(optimizer), unwrapped_model(model)
     found = list(_ways(model, optimizer))
@@ -122,6 +123,11 @@ def _ways(model: nn.Module, optimizer: Any) -> Iterator[tuple[Way, list[nn.Modul
             shape = tuple(param.shape)
             raise ValueError(f"model: expected every trained parameter in it, got none for {shape}")
         name = f"{held[0].path}.{held[0].name}".lstrip(".")
+        if is_split(param):
+            raise ValueError(
+                f"{name}: expected a whole parameter with sparse_backward, got a DTensor; use "
+                "release_gradients=True, which FSDP2 goes with"
+            )
         why_not = next((why for holder in held if (why := _obstacle(holder))), None)
         if why_not:
             yield Way(name, param.numel(), "released", why_not), []

@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..distributed.part import any_split, full
+from ..ranks import writes_files
 from ..wrappers import check_holds, check_trained, plain_names, unwrapped
 from . import file, hub
 from .file import Change, Contents, DeltaError
@@ -240,7 +242,8 @@ def save_delta(
     The file holds the absolute values of the entries that training may have changed, whole parameters of
     dense groups, the fingerprint of the base, and with originals=True the values before training. Under
     keep_originals=False the originals are unknown, and the file has no fingerprint. compact, allow_nonfinite:
-    as in `Delta.save`. The write is atomic.
+    as in `Delta.save`. The write is atomic. Where ranks hold parts of the parameters, every rank has to call
+    this, and rank 0 writes.
     Raises ValueError for originals=True without known originals, or a parameter that is not in the model or
     not a plain dense tensor; DeltaError for values that are NaN or infinite, as after a run that diverged;
     TypeError for another optimizer; OSError if writing fails (`atomic.write`).
@@ -261,7 +264,9 @@ def save_delta(
     rows = {names[id(t.param)]: (t.indices, t.originals) for t in touched}
     mark = fingerprint(rows) if known else None
     changes = _collect(touched, dense, names, originals)
-    Delta(changes, mark, optimizer.settings()).save(path, compact, allow_nonfinite)
+    delta = Delta(changes, mark, optimizer.settings())
+    if writes_files() or not any_split(optimizer.param_groups):
+        delta.save(path, compact, allow_nonfinite)
 
 
 def _collect(
@@ -273,5 +278,5 @@ def _collect(
         shape = tuple(t.param.shape)
         changes[names[id(t.param)]] = Change(shape, t.param.dtype, t.indices.cpu(), patch.values.cpu(), kept)
     for param in dense:
-        changes[names[id(param)]] = Change(tuple(param.shape), param.dtype, None, param.detach().cpu())
+        changes[names[id(param)]] = Change(tuple(param.shape), param.dtype, None, full(param.detach()).cpu())
     return changes

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from ..distributed.part import full, local
 from ..wrappers import plain_name, plain_parameters
 from . import coordinates
 from .delta import Delta
@@ -29,7 +30,8 @@ def diff(base: Model, tuned: Model, originals: bool = True) -> Delta:
     weights of its checkpoint: the experts of a layer, or ranges of rows.
     originals: keep the base's values, which `revert` and `merge` need; the delta has a fingerprint without
     them too.
-    Works tensor by tensor, in the memory of the result and one tensor. Mutates nothing.
+    Works tensor by tensor, in the memory of the result and one tensor. Mutates nothing. For tensors
+    that are split over ranks, which are made whole one by one, every rank has to call this.
     Raises DeltaError by name: for a tensor that `tuned` lacks, another shape or dtype, a tensor that a delta
     cannot hold, and weights tied in `base` that differ in `tuned`.
     """
@@ -78,7 +80,7 @@ def _tensors(model: Model) -> dict[str, Tensor]:
 
 def _place(base: Tensor | None, tuned: Tensor, name: str) -> tuple:
     """Equal for names that share one tensor in the base, or in `tuned` where the base has none."""
-    tensor = tuned if base is None else base
+    tensor = local(tuned if base is None else base)
     if tensor.is_meta or tensor.data_ptr() == 0:
         return (name,)
     return base is None, tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride()
@@ -97,6 +99,7 @@ def _check_tied(first: str, name: str, one: Change | None, other: Change | None)
 
 def _change(name: str, base: Tensor | None, tuned: Tensor) -> Change | None:
     """The entries that differ, with originals; None if all agree."""
+    tuned, base = full(tuned), None if base is None else full(base)
     shape, dtype = tuple(tuned.shape), tuned.dtype
     if base is not None and (tuple(base.shape), base.dtype) != (shape, dtype):
         expected = f"{base.dtype} {tuple(base.shape)}"

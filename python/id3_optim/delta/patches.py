@@ -11,10 +11,12 @@ from torch import Tensor, nn
 import id3_kernels
 from id3_kernels import Entries
 
+from ..distributed.part import block_of, check_part, full, is_split, local
 from ..wrappers import plain_parameters
 from .coordinates import part_views
 from .file import VALUE_DTYPES, Change, DeltaError
 from .fingerprint import by_kind, first_difference
+from .split import read_split, write_split
 from .values import rounded
 
 
@@ -37,6 +39,9 @@ class Difference(NamedTuple):
 
 def check_param(name: str, param: Tensor) -> None:
     """Raises DeltaError for a tensor that a delta cannot hold."""
+    if is_split(param):
+        check_part(name, param)
+        param = local(param)
     kind = type(param).__name__ if type(param) not in (Tensor, nn.Parameter) else param.layout
     if kind is torch.strided and param.dtype not in VALUE_DTYPES:
         kind = param.dtype
@@ -108,7 +113,7 @@ def first_changed(patches: Mapping[str, Patch]) -> Difference | None:
 
 
 def _sparse_groups(patches: Sequence[Patch]) -> Iterator[tuple[list[int], list[Tensor], Entries]]:
-    sparse = [i for i, patch in enumerate(patches) if patch.indices is not None]
+    sparse = [i for i, p in enumerate(patches) if p.indices is not None and not is_split(p.param)]
     for kind in by_kind([patches[i].param for i in sparse]):
         members = [sparse[i] for i in kind]
         params, rows = [patches[i].param for i in members], [patches[i].indices for i in members]
@@ -117,8 +122,14 @@ def _sparse_groups(patches: Sequence[Patch]) -> Iterator[tuple[list[int], list[T
 
 
 def read(patches: Sequence[Patch]) -> list[Patch]:
-    """The same entries with the values that the parameters hold now, on the parameters' devices."""
-    held = [Patch(p, None, p.detach().clone()) if i is None else None for p, i, _ in patches]
+    """The same entries with the values that the parameters hold now, on the parameters' devices.
+
+    Where ranks hold parts of the parameters, every rank has to call this.
+    """
+    held = [Patch(p, None, full(p.detach()).clone()) if i is None else None for p, i, _ in patches]
+    split = [i for i, patch in enumerate(patches) if patch.indices is not None and is_split(patch.param)]
+    for i, values in zip(split, read_split([patches[i][:2] for i in split]), strict=True):
+        held[i] = patches[i]._replace(values=values)
     for members, params, entries in _sparse_groups(patches):
         parts = id3_kernels.gather(params, entries).split([patches[i].indices.numel() for i in members])
         for i, values in zip(members, parts, strict=True):
@@ -132,6 +143,8 @@ def write(patches: Sequence[Patch]) -> None:
     for members, params, entries in _sparse_groups(patches):
         values = torch.cat([patches[i].values.to(params[0].device) for i in members])
         id3_kernels.scatter_(params, entries, values)
-    for patch in patches:
-        if patch.indices is None:
-            patch.param.copy_(patch.values)
+    for param, indices, values in patches:
+        if indices is None:
+            local(param).copy_(local(values) if is_split(values) else block_of(values, param))
+        elif is_split(param):
+            write_split(param, indices, values)

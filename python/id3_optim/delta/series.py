@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from ..distributed.part import any_split
 from ..param_groups import trainable_entries
 from ..ranks import writes_files
 from ..schedules import resolve_budget
@@ -63,10 +64,8 @@ class DeltaSeries:
 
     def _after_step(self, optimizer: Any, args: tuple, kwargs: dict) -> None:
         n_active = optimizer.n_active
-        if (
-            not any(self._n_active_before < budget <= n_active for budget in self.budgets)
-            or not writes_files()
-        ):
+        reached = any(self._n_active_before < budget <= n_active for budget in self.budgets)
+        if not reached or not (writes_files() or any_split(optimizer.param_groups)):
             return
         path = self.directory / f"delta-{n_active}.safetensors"
         save_delta(path, self.model, optimizer, **self.options)

@@ -8,10 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-import id3_kernels
-from id3_kernels import Entries
-
+from ..distributed.part import full
 from ..wrappers import check_holds, plain_names, unwrapped
+from .patches import Patch, read
 
 
 class WeightPatch(NamedTuple):
@@ -32,7 +31,8 @@ def weight_patches(model: nn.Module, optimizer: Any, since: int = 0) -> Iterator
 
     optimizer: the ID3AdamW that trains `model`, or a wrapper that holds one. One patch per parameter that
     `optimizer.changed_since(since)` names, under its name in the plain model; a parameter of a dense group
-    comes whole, as all its indices. One parameter's copy is alive at a time.
+    comes whole, as all its indices. One parameter's copy is alive at a time. Where ranks hold parts of the
+    parameters, every rank has to take all patches, and each gets the same ones, of whole tensors.
     Raises ValueError for a trained parameter that the model lacks, or a step that is not done yet.
     """
     names = plain_names(model)
@@ -43,7 +43,6 @@ def _patch(names: dict[int, str], param: Tensor, indices: Tensor | None) -> Weig
     check_holds(names, [param])
     if indices is None:
         indices = torch.arange(param.numel(), dtype=torch.int32, device=param.device)
-        return WeightPatch(names[id(param)], indices, param.detach().reshape(-1).clone())
-    offsets = torch.tensor([0, indices.numel()], device=param.device)
-    values = id3_kernels.gather([param.detach()], Entries(offsets, indices))
+        return WeightPatch(names[id(param)], indices, full(param.detach()).reshape(-1).clone())
+    values = read([Patch(param.detach(), indices, param)])[0].values
     return WeightPatch(names[id(param)], indices.clone(), values)

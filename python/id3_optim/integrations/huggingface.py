@@ -26,6 +26,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..backward.handle import SparseBackward, ended, renewed
 from ..delta import save_delta
+from ..distributed.part import any_split
 from ..optimizer import ID3AdamW
 from ..wrappers import unwrapped
 from .groups import fresh_parameters as fresh_parameters
@@ -116,8 +117,7 @@ class ID3Callback(TrainerCallback, ExportableState):
     the checkpoint's weights then, so that a delta would fit this checkpoint and not the base: needs
     save_deltas=False; `id3_optim.diff(base, model)` makes the delta that fits the base.
 
-    sparse_backward: change the model by `id3_optim.sparse_backward` while it is trained. Afterwards it is
-    plain again, and its gradients are whole.
+    sparse_backward: change the model by `id3_optim.sparse_backward` while it is trained.
 
     With `auto_find_batch_size` a run whose memory runs out, after some steps too, begins again from the
     weights and with the whole budget of its beginning.
@@ -218,7 +218,8 @@ class ID3Callback(TrainerCallback, ExportableState):
         state.log_history[-1].update(numbers)
 
     def on_save(self, args, state, control, model=None, optimizer=None, **kwargs):
-        if self.save_deltas and args.should_save and not state.is_hyper_param_search:
+        together = optimizer is not None and any_split(optimizer.param_groups)  # every rank has its entries
+        if self.save_deltas and (args.should_save or together) and not state.is_hyper_param_search:
             folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
             save_delta(folder / DELTA_NAME, model, optimizer, **self.delta_options)
 

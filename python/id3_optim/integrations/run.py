@@ -89,9 +89,9 @@ def numbers_to_log(optimizer: ID3AdamW) -> dict[str, float]:
     changed, newest = count_changed(optimizer), optimizer.last_selection
     if changed is not None:
         numbers["n_changed"] = changed
-    if newest is not None and newest.count:
+    if newest is not None and newest.scores.numel():
         ranked = newest.scores.sort().values
-        at = [round(share * (newest.count - 1)) for share in (0.0, 0.1, 0.5, 0.9)]
+        at = [round(share * (ranked.numel() - 1)) for share in (0.0, 0.1, 0.5, 0.9)]
         names = ("threshold", "score_q10", "score_q50", "score_q90")
         numbers |= zip(names, ranked[at].tolist(), strict=True)
     return numbers

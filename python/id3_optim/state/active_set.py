@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -11,12 +12,15 @@ from torch import Tensor
 
 from id3_kernels import Entries
 
+from ..distributed.many_ranks import ManyRanks
+from ..distributed.part import part_of
 from ..param_groups import Member
 from ..ranks import OneProcess
 from . import repeat
 from .layout import Layout
 from .repeat import EverActive
 from .shard import Shard
+from .whole import cut, over_ranks
 
 Joined = list[tuple[Shard, Entries, int]]  # what a join has added to which run, and `leave` can take back
 
@@ -37,11 +41,14 @@ class ActiveSet:
     """The shards, and which parameter lies where in them.
 
     Parameters are known by their position among all parameters of the optimizer; `names` are those of
-    named parameters, by position. `n_active` and `touched` synchronise with a GPU.
+    named parameters, by position. `n_active` and `touched` synchronise with a GPU. Where ranks hold parts of
+    the parameters, the shards hold this rank's entries, and `count` those of all ranks.
     """
 
     def __init__(self, layout: Layout, names: list[str] | None = None):
-        self.layout, self.names, self.ranks = layout, names, OneProcess()
+        self.layout, self.names = layout, names
+        self.ranks: OneProcess | ManyRanks = OneProcess()
+        self.count: Tensor | None = None  # int64 [1], the active entries of all ranks, where they are many
         self.shards: list[Shard] = []
         self.ever: list[EverActive] = []  # one per shard, for the strategy "repeat" alone
         self._at: dict[int, tuple[int, int]] | None = None
@@ -58,9 +65,24 @@ class ActiveSet:
             taken.setdefault(self.shard_for(row.position, row.param), []).append(row)
         for shard, added in taken.items():
             shard.extend(added)
+        self._map()
         for shard, ever in zip(self.shards, self.ever, strict=self.layout.repeat):
             ever.cover(len(shard.params))
         self._at = None
+
+    def split_over(self, ranks: OneProcess | ManyRanks) -> None:
+        """Takes the ranks that hold the parts of the parameters, of those too that `adopt` is to take."""
+        self.ranks = ranks
+        self._map()
+
+    def _map(self) -> None:
+        if self.ranks.alone:
+            return
+        for shard in self.shards:
+            parts = [part_of(p) for p in shard.owners]
+            shard.blocks = self.ranks.blocks(parts, shard.device)
+        if self.count is None and self.shards:
+            self.count = torch.zeros(1, dtype=torch.int64, device=self.shards[0].device)
 
     def shard_for(self, position: int, p: Tensor) -> Shard:
         """The shard that takes a parameter: one for each device and dtype."""
@@ -82,16 +104,19 @@ class ActiveSet:
 
     def reserve(self, budget: int) -> None:
         """Capacity for all that may ever be active, where growing would have to read the count from a GPU."""
+        n_entries = sum(p.numel() for shard in self.shards for p in shard.owners)
         for shard in self.shards:
             shard.limit = min(budget, shard.numel)
             synchronises = shard.device.type != "cpu" or shard.layout.capturable
-            if synchronises or len(self.shards) == 1:
+            if shard.blocks is not None:
+                shard.reserve(min(shard.limit, math.ceil(budget * shard.numel / n_entries)))
+            elif synchronises or len(self.shards) == 1:
                 shard.reserve(shard.limit)
 
     def locate(self, p: Tensor) -> tuple[int, int] | None:
         """(i, j): the parameter is tensor j of shard i. None before it was adopted."""
         if self._at is None:
-            self._at = {id(p): (i, j) for i, s in enumerate(self.shards) for j, p in enumerate(s.params)}
+            self._at = {id(p): (i, j) for i, s in enumerate(self.shards) for j, p in enumerate(s.owners)}
         return self._at.get(id(p))
 
     def name(self, position: int) -> str:
@@ -101,8 +126,8 @@ class ActiveSet:
 
     @property
     def n_active(self) -> int:
-        """|Λ|: how many entries are active."""
-        return sum(shard.n_active for shard in self.shards)
+        """|Λ|: how many entries are active, over all ranks."""
+        return sum(shard.n_active for shard in self.shards) if self.count is None else int(self.count)
 
     def join(self, picked: list[Entries], gradients: Sequence[Tensor | None], at_most: int) -> Joined:
         """Makes the entries active, in all shards or, if that fails, in none.
@@ -118,6 +143,10 @@ class ActiveSet:
             raise
         return joined
 
+    def count_up(self, number: Tensor) -> None:
+        """Counts the entries that a step has chosen on many ranks, once the step is done."""
+        self.count.copy_(number if self.layout.repeat else self.count + number)
+
     def leave(self, joined: Joined) -> None:
         """Undoes a join whose step has failed, so that the step can be tried again."""
         for shard, new, run in joined:
@@ -129,26 +158,51 @@ class ActiveSet:
             repeat.replace(shard, ever, new)
         return []
 
-    def touched(self, p: Tensor) -> Touched:
-        """The entries of a parameter that training may have changed, over all ranks. Settles its shard."""
-        at = self.locate(p)
-        if at is None:
-            return Touched(p, torch.empty(0, dtype=torch.int32, device=p.device), None)
-        i, j = at
-        if self.layout.repeat:
-            indices, originals = self.ever[i].of(j)
-        else:
-            indices, originals = (self.shards[i].column(name, j) for name in ("indices", "originals"))
-        entries = {"indices": indices} | ({} if originals is None else {"originals": originals})
-        whole = self.ranks.whole(entries)
-        return Touched(p, whole["indices"], whole.get("originals"))
+    def touched(self, params: Iterable[Tensor]) -> Iterator[Touched]:
+        """For each parameter the entries that training may have changed, over all ranks. Settles the shards.
 
-    def changed_since(self, params: Iterable[Tensor], step: int) -> Iterable[Touched]:
-        """`touched` of those parameters that were updated after the first `step` steps and have entries."""
-        updated_at = [shard.updated_at.tolist() for shard in self.shards]
+        Where ranks hold parts of the parameters, every rank has to go through all of these.
+        """
+        whole = None if self.ranks.alone else [self._touched_over_ranks(i) for i in range(len(self.shards))]
         for p in params:
             at = self.locate(p)
-            if at is not None and updated_at[at[0]][at[1]] > step:
-                entry = self.touched(p)
-                if entry.indices.numel():
-                    yield entry
+            if at is None:
+                yield Touched(p, torch.empty(0, dtype=torch.int32, device=p.device), None)
+            elif whole is None:
+                yield Touched(p, *self._held(*at))
+            else:
+                i, j = at
+                yield Touched(p, whole[i][j]["indices"], whole[i][j].get("originals"))
+
+    def _held(self, i: int, j: int) -> tuple[Tensor, Tensor | None]:
+        """(indices, originals) of tensor j of shard i."""
+        if self.layout.repeat:
+            return self.ever[i].of(j)
+        return tuple(self.shards[i].column(name, j) for name in ("indices", "originals"))
+
+    def _touched_over_ranks(self, i: int) -> list[dict[str, Tensor]]:
+        if self.layout.repeat:
+            return self.ever_columns(i)
+        return self.columns(i, ["originals"] if self.layout.originals else [])
+
+    def columns(self, i: int, names: Iterable[str]) -> list[dict[str, Tensor]]:
+        """For each tensor of shard i `indices` and the named arrays beside them, over all ranks. Settles."""
+        shard = self.shards[i]
+        shard.settle()
+        return self._of_all(shard, shard.runs()[0], {name: shard.arrays[name] for name in names})
+
+    def ever_columns(self, i: int) -> list[dict[str, Tensor]]:
+        """Likewise of the entries that were ever active: `indices`, and `originals` where they are kept."""
+        ever = self.ever[i]
+        columns = {} if ever.originals is None else {"originals": ever.originals}
+        return self._of_all(self.shards[i], ever.entries, columns)
+
+    def _of_all(self, shard: Shard, entries: Entries, columns: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+        return cut(entries, columns) if self.ranks.alone else over_ranks(self.ranks, shard, entries, columns)
+
+    def changed_since(self, params: Iterable[Tensor], step: int) -> Iterator[Touched]:
+        """`touched` of those parameters that were updated after the first `step` steps and have entries."""
+        updated_at = [shard.updated_at.tolist() for shard in self.shards]
+        at = ((p, self.locate(p)) for p in params)
+        changed = [p for p, at in at if at is not None and updated_at[at[0]][at[1]] > step]
+        return (entry for entry in self.touched(changed) if entry.indices.numel())

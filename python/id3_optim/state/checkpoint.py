@@ -11,11 +11,14 @@ from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from .. import schedules, validation
+from ..distributed.part import as_split
 from ..method import Method
-from ..param_groups import members
+from ..param_groups import members, trainable_entries
+from . import flat
 from .active_set import ActiveSet
 from .layout import Layout
 from .parameter_state import (
@@ -23,9 +26,8 @@ from .parameter_state import (
     by_hooks,
     check_shape,
     checked,
-    columns_of,
     differs,
-    saved_state,
+    saved_states,
     without_entries,
 )
 
@@ -56,9 +58,9 @@ class Restored(NamedTuple):
 def sparse_state(active: ActiveSet) -> dict[Tensor, dict[str, Any]]:
     """Every parameter's own state: copies, so that later steps leave what was saved alone."""
     return {
-        p: saved_state(active, i, j, columns)
+        p: state
         for i, shard in enumerate(active.shards)
-        for j, (p, columns) in enumerate(zip(shard.params, columns_of(active, shard), strict=True))
+        for p, state in zip(shard.owners, saved_states(active, i), strict=True)
     }
 
 
@@ -82,10 +84,19 @@ def lent(state: MutableMapping[Any, Any], sparse: dict[Tensor, dict[str, Any]]) 
                 state[p] = added
 
 
-def pack(torch_state: dict[str, Any], settings: dict[str, Any]) -> None:
-    """Takes the marker out of torch's state dict, and puts the settings into its first param group."""
+def pack(
+    torch_state: dict[str, Any], settings: dict[str, Any], groups: list[dict[str, Any]], layout: Layout
+) -> None:
+    """Takes the marker out of torch's state dict, and puts the settings into its first param group; or, where
+    parameters are split over ranks, brings all into the form of `flat`."""
     torch_state["state"].pop(MARKER, None)
-    torch_state["param_groups"][0]["id3"] = settings
+    if not flat.is_flat(groups, layout):
+        torch_state["param_groups"][0]["id3"] = settings
+        return
+    budget = settings["budget"]
+    if settings["n_entries"] is None:  # the size that the arrays will have
+        budget = schedules.resolve_budget(settings["budget_given"], trainable_entries(groups))
+    flat.close(torch_state, settings, groups, layout, budget)
 
 
 # --- load ------------------------------------------------------------------------------------------
@@ -104,6 +115,7 @@ def check(
     As for torch's optimizers, parameters may be keyed by anything (torch.distributed.checkpoint uses names):
     their order in the param groups is what counts. Mutates nothing. Raises ValueError for what does not fit.
     """
+    state = flat.opened(state)
     saved = state["param_groups"][0].get("id3")
     if saved is None:
         raise ValueError(
@@ -207,3 +219,14 @@ def _check_dense_states(groups: list[dict], state: dict[int, dict]) -> None:
         for name in ("exp_avg", "exp_avg_sq"):
             if name in saved:
                 check_shape(f"state[{position}]: {name}", list(saved[name].shape), p)
+
+
+def settle_dense(state: MutableMapping[Any, Any], groups: list[dict[str, Any]]) -> None:
+    """After torch's load: the marker, steps for torch's fused AdamW, and moments split as parameters are."""
+    state[MARKER] = dict(MARKED)
+    for _, _, p in members(groups, dense=True):
+        own = state.get(p, {})
+        if "step" in own:
+            own["step"] = torch.as_tensor(own["step"]).to(p.device, torch.float32)
+        own |= {name: as_split(own[name], p) for name in ("exp_avg", "exp_avg_sq") if name in own}
+    flat.mark(state, groups)

@@ -11,6 +11,7 @@ from torch import Tensor
 from id3_kernels.entries import TILE
 from id3_kernels.table import for_gpu
 
+from ..distributed.part import local
 from .active_set import ActiveSet
 from .repeat import EverActive
 from .shard import Shard
@@ -26,7 +27,7 @@ def memory_report(
         for kind, size in _bytes_by_kind(shard, active.ever[i] if active.ever else None).items():
             report[kind] += size
     dense = (state.values() for state in dense_states if isinstance(state, dict))
-    report["dense_state"] = sum(t.nbytes for values in dense for t in values if isinstance(t, Tensor))
+    report["dense_state"] = sum(local(t).nbytes for values in dense for t in values if isinstance(t, Tensor))
     report["candidates"] = sum(t.nbytes for t in candidates)
     at_once = max if active.layout.release else sum  # hooks select from one tensor at a time
     report["select_tiles"] = at_once([_tile_bytes(s, at_once) for s in active.shards] or [0])

@@ -49,7 +49,8 @@ def _swaps(active: ActiveSet) -> Iterator[_Swap]:
         if active.layout.repeat:
             runs = [(active.ever[i].entries, active.ever[i].originals)]
         else:
-            runs = [(entries, shard.arrays["originals"][part]) for entries, part in shard.runs()]
+            held = shard.arrays["originals"]
+            runs = [(run, held[held.numel() - run.indices.numel() :]) for run in shard.runs()]
         for entries, originals in runs:
             trained = shard.kernels.gather(params, *entries)
             yield _Swap(shard.kernels, params, entries, originals, trained)

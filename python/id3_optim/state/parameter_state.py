@@ -11,11 +11,13 @@ from torch import Tensor
 
 from id3_kernels import Entries
 
+from ..distributed.part import is_split
 from ..param_groups import Member
 from .active_set import ActiveSet
 from .layout import Layout
 from .repeat import EverActive
 from .shard import Shard
+from .whole import own_part
 
 # What a parameter's state may hold that is ID3AdamW's; all else is the user's own, from hooks.
 _COLUMNS = Layout(originals=True, age=True, repeat=False, backend=None).columns(torch.float16)
@@ -24,23 +26,15 @@ OWN = {"step", "shape", "ever_indices", "ever_originals", *_COLUMNS}
 _REMEDY = "; cast=True converts the state of a parameter of another dtype"
 
 
-def columns_of(active: ActiveSet, shard: Shard) -> Iterator[dict[str, Tensor]]:
-    """For each tensor of a shard its part of every saved array."""
-    names = tuple(active.layout.columns(shard.dtype))
-    for parts in zip(*(shard.parts(name) for name in names), strict=True):
-        yield dict(zip(names, parts, strict=True))
-
-
-def saved_state(active: ActiveSet, i: int, j: int, columns: dict[str, Tensor]) -> dict[str, Any]:
-    """The state of tensor j of shard i over all ranks: a copy. columns: its parts of the arrays."""
+def saved_states(active: ActiveSet, i: int) -> Iterator[dict[str, Any]]:
+    """The state of each tensor of shard i, over all ranks: copies."""
     shard = active.shards[i]
-    state = {name: column.clone() for name, column in active.ranks.whole(columns).items()}
-    state |= {"step": shard.steps[j].clone(), "shape": list(shard.params[j].shape)}
-    if active.layout.repeat:
-        indices, originals = active.ever[i].of(j)
-        ever = {"indices": indices} | ({} if originals is None else {"originals": originals})
-        state |= {f"ever_{name}": column.clone() for name, column in active.ranks.whole(ever).items()}
-    return state
+    names = [name for name in active.layout.columns(shard.dtype) if name != "indices"]
+    ever = active.ever_columns(i) if active.layout.repeat else [{} for _ in shard.owners]
+    for j, (columns, more) in enumerate(zip(active.columns(i, names), ever, strict=True)):
+        state = {name: column.clone() for name, column in columns.items()}
+        state |= {"step": shard.steps[j].clone(), "shape": list(shard.owners[j].shape)}
+        yield state | {f"ever_{name}": column.clone() for name, column in more.items()}
 
 
 def by_hooks(state: dict[str, Any]) -> dict[str, Any]:
@@ -112,6 +106,10 @@ def _converted(state: dict[str, Any], columns: dict[str, torch.dtype], p: Tensor
     """The state of a parameter of another dtype as one of p's. A master copy that it lacks is p's value."""
     cast = {name: state[name].to(dtype) for name, dtype in columns.items() if name in state}
     if "master" in columns and "master" not in state:
+        if is_split(p):
+            raise ValueError(
+                "cast: does not apply to a DTensor whose state has no master: load it in one process, save it"
+            )
         at = state["indices"].to(p.device, torch.int64)
         cast["master"] = p.detach().reshape(-1)[at].to(columns["master"])
     if "ever_originals" in state:
@@ -128,10 +126,27 @@ def _check_indices(where: str, rows: Tensor, numel: int) -> None:
 def fill(active: ActiveSet, sparse: dict[int, dict[str, Any]], steps_done: int) -> None:
     """Puts checked per-parameter states by position into an active set that holds no entries yet."""
     for i, shard in enumerate(active.shards):
-        states = [sparse[position] for position in shard.positions]
+        states = [_own(shard, j, sparse[position]) for j, position in enumerate(shard.positions)]
         _fill_shard(shard, states, steps_done)
         if active.layout.repeat:
             _fill_ever(active.ever[i], states, shard.device)
+
+    if active.count is not None:
+        active.count.fill_(sum(state["indices"].numel() for state in sparse.values()))
+
+
+def _own(shard: Shard, j: int, state: dict[str, Any]) -> dict[str, Any]:
+    """The state of tensor j at the entries that this rank holds, by their indices in its part."""
+    if shard.blocks is None:
+        return state
+    found = dict(state)
+    for prefix, names in (("", _COLUMNS), ("ever_", ("indices", "originals"))):
+        if f"{prefix}indices" in state:
+            indices, inside = own_part(shard, j, state[f"{prefix}indices"])
+            held = [f"{prefix}{name}" for name in names if f"{prefix}{name}" in state]
+            found |= {name: state[name].to(shard.device)[inside] for name in held}
+            found[f"{prefix}indices"] = indices
+    return found
 
 
 def _fill_shard(shard: Shard, states: list[dict], steps_done: int) -> None:

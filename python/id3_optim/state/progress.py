@@ -126,9 +126,9 @@ class Progress:
         counts = (
             (shard.offsets[:, -1] - shard.offsets[:, 0]).sum(0, keepdim=True) for shard in active.shards
         )
-        n_active = sum(count if count.device == home else moved(count, home) for count in counts)
-        if not active.ranks.alone:
-            n_active = active.ranks.total(n_active)
+        n_active = active.count
+        if n_active is None:
+            n_active = sum(count if count.device == home else moved(count, home) for count in counts)
         if self.capturable:
             target = self._table.index_select(0, self.done.clamp(max=last))
             k = (target - n_active).clamp_(0, self._most_at_once)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -13,6 +13,8 @@ from torch import Tensor
 from id3_kernels import Entries, backend, table
 from id3_kernels.entries import sort_keys
 
+from ..distributed.blocks import Blocks
+from ..distributed.part import is_split, local
 from ..param_groups import Member
 from .layout import Layout, moved
 
@@ -38,6 +40,9 @@ class Shard:
     table. The settled run begins at 0. A recent run at the far end of the arrays takes what joins, so that a
     join moves few entries; `settle` merges it into the first when it is full. What lies outside is padding.
 
+    `owners` are the tensors that the optimizer was given, `params` what this rank holds of them: the same but
+    for DTensors. Indices are those of `params`; `blocks` maps them to the whole tensors' where ranks share.
+
     `steps` int64 [M] counts the steps in which each tensor had a gradient; `updated_at` int64 [M] is the
     optimizer's step count after the last of them. `n_active`, `column` and `leave` synchronise with a GPU;
     nothing else does.
@@ -49,7 +54,10 @@ class Shard:
             why = backend.available_backends()["cpu"]
             warnings.warn(f"id3_optim runs its slow reference kernels: {why}", stacklevel=2)
         self.kernels = table.kernels_for(device, layout.backend)
+        self.owners: list[Tensor] = []
         self.params: list[Tensor] = []
+        self.blocks: Blocks | None = None
+        self.split = False  # whether a tensor is a DTensor
         self.positions: list[int] = []
         self.shapes: list[torch.Size] = []  # when added: the indices are those of this shape
         self.strides: list[tuple[int, ...]] = []  # when last checked
@@ -81,7 +89,10 @@ class Shard:
     def extend(self, rows: list[Member]) -> None:
         """Appends tensors; positions must ascend. Settles."""
         self.settle()
-        for position, group, param in rows:
+        for position, group, owner in rows:
+            param = local(owner)
+            self.split |= is_split(owner)
+            self.owners.append(owner)
             self.params.append(param)
             self.positions.append(position)
             self.shapes.append(param.shape)
@@ -100,6 +111,10 @@ class Shard:
         self._bounds, self._masks = None, {}
         self.steps = torch.cat([self.steps, torch.zeros_like(added)])
         self.updated_at = torch.cat([self.updated_at, torch.zeros_like(added)])
+
+    def renew(self) -> None:
+        """Takes what this rank holds of split tensors anew: a trainer may have moved it to other memory."""
+        self.params = [local(owner) for owner in self.owners]
 
     # --- entries -----------------------------------------------------------------------------------
 
@@ -123,17 +138,19 @@ class Shard:
             begin, end = self.bounds[0][j : j + 2]
         return self.arrays[name][begin:end] if name in self.arrays else None
 
+    def runs(self) -> list[Entries]:
+        """The active entries run by run, the offsets of each from 0; values begin where the indices do."""
+        indices = self.arrays["indices"]
+        settled = Entries(self._rows[0], indices)
+        if self._begin is None:
+            return [settled]
+        return [settled, Entries(self._rows[1], indices[self._begin :])]
+
     def parts(self, name: str) -> Sequence[Tensor]:
         """The parts of an array that belong to each tensor, as `column` has them. Settles."""
         self.settle()
         bounds = self.bounds[0]
         return self.arrays[name][: bounds[-1]].split([end - begin for begin, end in pairwise(bounds)])
-
-    def runs(self) -> Iterator[tuple[Entries, slice]]:
-        """The entries of each run, padding behind them, and the part of the arrays that they lie in."""
-        begins = (0,) if self._begin is None else (0, self._begin)
-        for row, begin in zip(self._rows, begins, strict=False):
-            yield Entries(row, self.arrays["indices"][begin:]), slice(begin, None)
 
     def reserve(self, n: int) -> None:
         """Gives the arrays a capacity of at least n entries. Settles where they grow."""
@@ -155,7 +172,9 @@ class Shard:
         """Capacity for n entries more; at least doubles, so that many small steps do not copy often."""
         capacity = self.arrays["indices"].numel()
         if capacity < self.limit and self.n_active + n > capacity:
-            self.reserve(min(max(self.n_active + n, 2 * capacity), self.limit))
+            # Of a split run each rank has about its share from the beginning on: it needs little more.
+            larger = 2 * capacity if self.blocks is None else capacity + capacity // 32
+            self.reserve(min(max(self.n_active + n, larger), self.limit))
 
     def join(self, new: Entries, gradient: Tensor | None, at_most: int) -> int:
         """Adds entries that are not active yet, with zero moments (and their gradients, where released).
@@ -186,7 +205,7 @@ class Shard:
             self.settle()
         if self.layout.capturable or self.layout.repeat:
             return False  # a graph replays no decision of the host; with "repeat" nothing joins
-        if self.device.type == "cpu":
+        if self.device.type == "cpu" or self.blocks is not None:
             self._at_most = self.n_active
         begin = max(capacity - capacity // RECENT_SHARE, self._at_most)
         if n == 0 or begin + n > capacity:

@@ -8,14 +8,16 @@ import torch
 from torch import Tensor
 
 from id3_kernels import Entries
+from id3_kernels.entries import owners
 from id3_kernels.table import candidate_room
 
+from ..distributed.choice import NO_PLACE, best_of
 from ..heuristics import D3, Heuristic, scores
 from ..state.active_set import ActiveSet
 from ..state.layout import moved
 from ..state.progress import Wanted
 from ..state.shard import Shard
-from .selection import NO_PLACE, best_of, concatenated, entries_at
+from .selection import best_of_all, concatenated, entries_at
 
 
 class Best(NamedTuple):
@@ -72,9 +74,15 @@ class Candidates:
         return held + ([best.score for best in self.best] if isinstance(heuristic, D3) else [])
 
     def collect(
-        self, active: ActiveSet, at: tuple[int, int], heuristic: Heuristic, add: bool, may_hold: bool
+        self,
+        active: ActiveSet,
+        at: tuple[int, int],
+        grad: Tensor,
+        heuristic: Heuristic,
+        add: bool,
+        may_hold: bool,
     ) -> None:
-        """Takes from the gradient of tensor `at` (shard, tensor) what a step needs of it.
+        """Takes what a step needs of `grad`, what this rank holds of the gradient of tensor `at`.
 
         Mutates the candidates and the shard's `gradient` array: the values at active entries become, or with
         `add` grow by, the gradient's. may_hold: entries of this tensor may be candidates already.
@@ -87,11 +95,11 @@ class Candidates:
             d3 = heuristic.eps, heuristic.exp
         elif best.score.numel():
             name = active.names[position] if active.names else None
-            score = scores(heuristic, param, param.grad, position, name)
+            score = scores(heuristic, param, grad, position, name, shard.owners[j])
             best = Best.empty(0, shard) if score is None else best
         shard.kernels.collect_(
             param,
-            param.grad,
+            grad,
             score,
             shard.offsets[:, j : j + 2],
             shard.arrays["indices"],
@@ -128,11 +136,12 @@ class Candidates:
         d3 = heuristic.eps, heuristic.exp
         active.shards[i].kernels.collect_(*take, *self.best[i], self._k[i], may_hold, *d3)
 
-    def chosen(
-        self, shards: list[Shard], wanted: Wanted
-    ) -> tuple[list[Entries], list[Tensor], Tensor, Tensor]:
+    def chosen(self, active: ActiveSet, wanted: Wanted) -> tuple[list[Entries], list[Tensor], Tensor, Tensor]:
         """The best entries of each shard and the gradients they were chosen by; their scores, in order of
         place, and how many they are. Does not synchronise with a GPU."""
+        shards = active.shards
+        if not active.ranks.alone:
+            return _chosen_over_ranks(active, self.best, wanted)
         if len(shards) == 1:
             return _chosen_of_one(shards[0], self.best[0], wanted)
         place, score = concatenated([(best.place, best.score) for best in self.best], shards[0].device)
@@ -147,6 +156,28 @@ class Candidates:
             picked.append(Entries(new.offsets, new.indices[:n]))
             values.append(best.grad[order][:n])
         return picked, values, score, (place < NO_PLACE).sum()
+
+
+def _chosen_over_ranks(
+    active: ActiveSet, best: list[Best], wanted: Wanted
+) -> tuple[list[Entries], list[Tensor], Tensor, Tensor]:
+    """The same where other ranks have candidates too."""
+    found = [(torch.where(b.place < 0, NO_PLACE, b.place), b.score) for b in best]
+    place, score, number = best_of_all(active, found, wanted)
+    picked, values = [], []
+    for shard, own in zip(active.shards, best, strict=True):
+        new, _ = entries_at(shard, place)
+        picked.append(new)
+        values.append(_values_at(shard, new, own))
+    return picked, values, score, number
+
+
+def _values_at(shard: Shard, new: Entries, best: Best) -> Tensor:
+    """The gradients of entries that are all among the candidates."""
+    owner = owners(new, new.indices.numel())
+    place, order = best.place.sort()
+    at = torch.searchsorted(place, (shard.position_table[owner] << 32) | new.indices)
+    return best.grad[order][at]
 
 
 def _chosen_of_one(

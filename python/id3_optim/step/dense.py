@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from ..distributed.part import local, local_gradient
 from ..param_groups import numbers_of
 from .scaling import Scaling
 
@@ -31,15 +32,15 @@ def update_dense(state: MutableMapping[Tensor, dict], group: dict[str, Any], sca
     params = [p for p in group["params"] if p.grad is not None]
     if not params:
         return
-    grads = [_scaled(p.grad, scaling.scale, scaling.clip).to(p.dtype) for p in params]
+    grads = [_scaled(local_gradient(p), scaling.scale, scaling.clip).to(p.dtype) for p in params]
     exp_avgs, exp_avg_sqs, steps = (
-        [state[p][key] for p in params] for key in ("exp_avg", "exp_avg_sq", "step")
+        [local(state[p][key]) for p in params] for key in ("exp_avg", "exp_avg_sq", "step")
     )
     device = params[0].device
     (lr, beta1, beta2, eps, weight_decay), tensor_lr = numbers_of(group, device)
     found_inf = scaling.on(device)[1]
     adamw(
-        params,
+        [local(p) for p in params],
         grads,
         exp_avgs,
         exp_avg_sqs,

@@ -22,4 +22,6 @@ class GradScaler(torch.amp.GradScaler):
         for held in scaled_tensors():
             device_found = found.setdefault(held.device, found_inf.to(held.device, copy=True))
             torch._amp_foreach_non_finite_check_and_unscale_([held], device_found, inv_scale.to(held.device))
+        if hasattr(optimizer, "share_overflow"):
+            optimizer.share_overflow(found)
         return found or {found_inf.device: found_inf}

@@ -7,8 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from id3_kernels import checks
+from id3_kernels import checks, reference
+from id3_kernels.entries import owners
 
+from ..distributed.norm import sums_of_squares
+from ..distributed.part import local, local_gradient
 from ..param_groups import members
 from ..state.active_set import ActiveSet
 from ..state.shard import Shard, Slice
@@ -28,6 +31,13 @@ class Whole:
     def squared_norm(self, shard: Shard) -> Tensor:
         """float64 []: the sum of squares at the active entries."""
         return shard.kernels.squared_norm(self.tensors, shard.offsets, shard.arrays["indices"])
+
+    def own_values(self, shard: Shard) -> Tensor:
+        """The gradients of those active entries that this rank speaks for, and zeros."""
+        tensors = [p if g is None else g for p, g in zip(shard.params, self.tensors, strict=True)]
+        gather = shard.kernels.gather if len({t.dtype for t in tensors}) == 1 else reference.gather
+        rows = [gather(tensors, *run) for run in shard.runs()]
+        return _own(shard, rows, self.present())
 
     def update(self, shard: Shard, part: Slice, arguments: tuple) -> None:
         """One AdamW step on the active entries of one param group: one call for all its tensors.
@@ -72,6 +82,12 @@ class Kept:
         everything = torch.arange(values.numel(), dtype=torch.int32, device=shard.device)
         return shard.kernels.squared_norm([values], ends, everything)
 
+    def own_values(self, shard: Shard) -> Tensor:
+        """As `Whole.own_values`."""
+        held = shard.arrays["gradient"]
+        rows = [held[held.numel() - run.indices.numel() :] for run in shard.runs()]
+        return _own(shard, rows, self.present())
+
     def update(self, shard: Shard, part: Slice, arguments: tuple) -> None:
         """As `Whole.update`, with one call for each stretch of neighbours that have a gradient."""
         _, first, last = part
@@ -80,6 +96,17 @@ class Kept:
         edges += [last] if last > first and seen[last - 1] else []
         for i, j in zip(edges[::2], edges[1::2], strict=True):
             _adamw(shard.kernels.adamw_compact_, shard, i, j, values, arguments)
+
+
+def _own(shard: Shard, rows: list[Tensor], present: list[bool]) -> Tensor:
+    """The values of each run of the active entries, 0 for padding and where tensors are missing or another
+    rank speaks for them."""
+    counts, found = shard.mask(present) & shard.blocks.first, []
+    for run, values in zip(shard.runs(), rows, strict=True):
+        owner = owners(run, values.numel()).clamp_(max=counts.numel() - 1)
+        held = torch.arange(values.numel(), device=shard.device) < run.offsets[-1]
+        found.append(torch.where(held & counts[owner], values, 0))
+    return torch.cat(found)
 
 
 def _adamw(op, shard: Shard, first: int, last: int, gradient, arguments: tuple) -> None:
@@ -94,7 +121,7 @@ def _adamw(op, shard: Shard, first: int, last: int, gradient, arguments: tuple) 
         shard.steps[first:last] + 1,  # counted when all groups are done, so that a step that fails is not
         *arguments,
     )
-    torch.autograd.graph.increment_version(shard.params[first:last])
+    torch.autograd.graph.increment_version(shard.owners[first:last])
 
 
 def count(gradients: Whole | Kept, shard: Shard, number: int | Tensor, not_overflowed: Tensor | None) -> None:
@@ -118,20 +145,29 @@ def squared_norms(
     active: ActiveSet, gradients: list[Whole] | list[Kept], groups: list[dict[str, Any]]
 ) -> list[Tensor]:
     """float64 [] for each shard, of its active entries, and for each gradient of a dense group."""
-    squares = [g.squared_norm(shard) for shard, g in zip(active.shards, gradients, strict=True)]
-    if not active.ranks.alone:
-        squares = [active.ranks.total(s) for s in squares]
-    dense = [p.grad for g in groups if g["dense"] for p in g["params"] if p.grad is not None]
-    return squares + [torch.linalg.vector_norm(g, dtype=torch.float64).square() for g in dense]
+    pairs = list(zip(gradients, active.shards, strict=True))
+    dense = [p for g in groups if g["dense"] for p in g["params"] if p.grad is not None]
+    if active.ranks.alone:
+        squares = [g.squared_norm(shard) for g, shard in pairs]
+        norms = [torch.linalg.vector_norm(local_gradient(p), dtype=torch.float64) for p in dense]
+        return squares + [norm.square() for norm in norms]
+    values = [g.own_values(shard) for g, shard in pairs]
+    for p in dense:
+        values.append(local_gradient(p).reshape(-1) if active.ranks.speaks_for(p) else local(p).new_empty(0))
+    return sums_of_squares(active.ranks, values)
 
 
 def of_step(active: ActiveSet, groups: list[dict[str, Any]]) -> list[Whole]:
     """The gradients per shard. Raises ValueError if one, of a dense group too, does not fit its parameter."""
-    whole = [Whole([p.grad for p in shard.params]) for shard in active.shards]
+    whole = []
+    for shard in active.shards:
+        if shard.split:
+            shard.renew()
+        whole.append(Whole([local_gradient(p) if shard.split else p.grad for p in shard.owners]))
     for shard, gradients in zip(active.shards, whole, strict=True):
         if not _plain(shard, gradients.tensors):
-            for j in range(len(shard.params)):
-                check(active, shard, j)
+            for j, gradient in enumerate(gradients.tensors):
+                check(active, shard, j, gradient)
             shard.strides = [p.stride() for p in shard.params]
     if any(group["dense"] for group in groups):
         check_dense(active, groups)
@@ -141,10 +177,10 @@ def of_step(active: ActiveSet, groups: list[dict[str, Any]]) -> list[Whole]:
 def check_dense(active: ActiveSet, groups: list[dict[str, Any]]) -> None:
     """Raises ValueError where the gradient of a parameter in a dense group does not fit it."""
     for position, _, param in members(groups, dense=True):
-        _check_gradient(active.name(position), param)
+        _check_gradient(active.name(position), local(param), local_gradient(param))
 
 
-def check(active: ActiveSet, shard: Shard, j: int) -> None:
+def check(active: ActiveSet, shard: Shard, j: int, gradient: Tensor | None) -> None:
     """Raises ValueError for a gradient of tensor j that the kernels cannot take, and for a parameter whose
     device, dtype or shape has changed since the first step, or whose entries share memory."""
     param, name = shard.params[j], active.name(shard.positions[j])
@@ -155,11 +191,10 @@ def check(active: ActiveSet, shard: Shard, j: int) -> None:
         expected, got = tuple(shard.shapes[j]), tuple(param.shape)
         raise ValueError(f"{name}: expected shape {expected} as at the first step, got {got}")
     check_memory(name, param)
-    _check_gradient(name, param)
+    _check_gradient(name, param, gradient)
 
 
-def _check_gradient(name: str, param: Tensor) -> None:
-    g = param.grad
+def _check_gradient(name: str, param: Tensor, g: Tensor | None) -> None:
     if g is not None and (g.dtype != param.dtype or g.layout != torch.strided):
         checks.gradient(f"gradient of {name}", g, param)
 

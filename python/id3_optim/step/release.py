@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..distributed.part import local_gradient
 from ..heuristics import Heuristic
 from ..param_groups import selectable
 from ..state.active_set import ActiveSet
 from ..state.progress import Wanted
-from ..validation import check_one_process
+from ..validation import check_reduced
 from . import gradients
 from .candidates import Candidates
 from .gradients import Kept
@@ -174,7 +175,7 @@ class Release:
             raise self._in_two_parts(param)
         i, j = at = self._active.locate(param)
         shard, kept = self._active.shards[i], self.kept[i]
-        gradients.check(self._active, shard, j)
+        gradients.check(self._active, shard, j, param.grad)
         seen = kept.seen[j]
         if self.candidates.wanted is None:
             parts.gather(shard, j, seen)
@@ -211,11 +212,11 @@ class Release:
     def _begin_pass(self, unfinished: bool) -> None:
         if unfinished:
             self.clear()
-        check_one_process()
         if self.candidates is None or self._active is None:
             self._prepare(*self._begin()())
         else:  # another micro-batch of the same step
             self._prepare(self._active, self.candidates.wanted)
+        check_reduced(p for shard in self._active.shards for p in shard.owners)
         if self.select_from == "last":
             self.candidates.forget()
 
@@ -223,7 +224,7 @@ class Release:
         """Makes room for all shards; the first call after a step sets how many entries join in the next."""
         self._active = active
         shards = self._active.shards
-        self.attach(p for shard in shards for p in shard.params)
+        self.attach(p for shard in shards for p in shard.owners)
         if self.candidates is None:
             self.candidates = Candidates(wanted)
         self.candidates.cover(shards)
@@ -235,11 +236,14 @@ class Release:
     def _collect(self, param: Tensor) -> None:
         i, j = self._active.locate(param)
         shard, kept = self._active.shards[i], self.kept[i]
-        gradients.check(self._active, shard, j)
+        if shard.split:
+            shard.renew()
+        gradient = local_gradient(param)
+        gradients.check(self._active, shard, j, gradient)
         seen = kept.seen[j]
         # Candidates of earlier passes are forgotten before each pass unless the best of all is chosen.
         repeated = seen and self.select_from == "max"
-        self.candidates.collect(self._active, (i, j), self.heuristic, seen, repeated)
+        self.candidates.collect(self._active, (i, j), gradient, self.heuristic, seen, repeated)
         kept.seen[j] = True
         param.grad = None
 

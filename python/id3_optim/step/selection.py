@@ -14,6 +14,7 @@ from torch import Tensor
 
 from id3_kernels import Entries
 
+from ..distributed.choice import GATHERED, NO_PLACE, best
 from ..heuristics import D3, Heuristic, scores
 from ..state.active_set import ActiveSet
 from ..state.layout import moved
@@ -21,14 +22,13 @@ from ..state.progress import Wanted
 from ..state.shard import Shard
 from .gradients import Whole
 
-NO_PLACE = 1 << 62  # the place of padding: behind every other
-
 
 @dataclass(frozen=True)
 class Selection:
     """What the newest selection did. Every property synchronises with a GPU, so no step reads one.
 
-    padded: [capacity] scores in entry order, of which the first `number` (int64, one element) joined.
+    padded: [capacity] scores in entry order, of which the first `number` (int64, one element) joined. Where
+    ranks have more than 2^14 candidates together, padded holds this rank's scores alone.
     """
 
     at: int | Tensor
@@ -50,7 +50,7 @@ class Selection:
     @property
     def threshold(self) -> float | None:
         """The smallest score, None if nothing joined."""
-        return self.scores.min().item() if self.count else None
+        return self.scores.min().item() if self.scores.numel() else None
 
 
 def select(
@@ -73,17 +73,49 @@ def select(
             found.append(_placed(shard, *_by_d3(shard, whole, heuristic, local, fresh)))
         else:
             found.append(_by_scores(shard, whole, heuristic, local, active.names, fresh))
-    place, score = _best(active.ranks.gather(*concatenated(found, shards[0].device)), wanted)
+    place, score, number = best_of_all(active, found, wanted)
     picked = [entries_at(shard, place)[0] for shard in shards]
-    return picked, no_values, score, (place < NO_PLACE).sum()
+    return picked, no_values, score, number
 
 
-def best_of(place: Tensor, score: Tensor, k: Tensor) -> Tensor:
-    """bool [n]: whether an entry is among the k of largest score above 0; ties go to the lowest place."""
-    by_place = place.argsort()
-    order = by_place[score[by_place].argsort(descending=True, stable=True)]
-    rank = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
-    return (rank < k) & (score > 0)
+def best_of_all(
+    active: ActiveSet, found: Sequence[tuple[Tensor, Tensor]], wanted: Wanted
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The best k of all shards and ranks: places and scores in order of place, padded; how many they are.
+
+    found: for each shard places and scores; padding has NO_PLACE and 0. Over ranks, which all find the same,
+    what comes out are places in whole tensors; where k is large, those of this rank alone.
+    """
+    home, (k, capacity) = active.shards[0].device, wanted[:2]
+    if not active.ranks.alone:
+        rows = [_over_ranks(shard, *own) for shard, own in zip(active.shards, found, strict=True)]
+        columns = ([moved(x, home) for x in column] for column in zip(*rows, strict=True))
+        place, score, offered = map(torch.cat, columns)
+        if capacity * active.ranks.size > GATHERED:
+            return _by_boundary(active, place, score, offered, k)
+        own = best(torch.where(offered, place, NO_PLACE), torch.where(offered, score, 0), k, capacity)
+        found = [active.ranks.gather(*own, capacity)]
+    place, score = best(*concatenated(found, home), k, capacity)
+    return place, score, (place < NO_PLACE).sum()
+
+
+def _by_boundary(
+    active: ActiveSet, place: Tensor, score: Tensor, offered: Tensor, k: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same for a large k, of this rank's entries alone. Synchronises with a GPU."""
+    n_tensors = 1 + max(position for shard in active.shards for position in shard.positions)
+    boundary = active.ranks.boundary(place, torch.where(offered, score, 0), k, n_tensors)
+    own = boundary.chosen(place, score)
+    place, order = place[own].sort()
+    return place, score[own][order], boundary.number
+
+
+def _over_ranks(shard: Shard, place: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(places in the whole tensors, scores, bool: whether no other rank offers the entry)."""
+    owner = torch.searchsorted(shard.position_table, place >> 32).clamp_(max=shard.position_table.numel() - 1)
+    index = shard.blocks.whole_index(owner, place & 0xFFFFFFFF)
+    held = place < NO_PLACE
+    return torch.where(held, (place >> 32 << 32) | index, NO_PLACE), score, held & shard.blocks.first[owner]
 
 
 def concatenated(found: Sequence[tuple[Tensor, Tensor]], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -99,10 +131,15 @@ def entries_at(shard: Shard, place: Tensor) -> tuple[Entries, Tensor]:
     place = moved(place, shard.device)
     positions = shard.position_table
     owner = torch.searchsorted(positions, place >> 32).clamp_(max=positions.numel() - 1)
-    inside = positions[owner] == place >> 32
-    ordered, order = torch.where(inside, (owner << 32) | (place & 0xFFFFFFFF), NO_PLACE).sort()
+    inside, index = positions[owner] == place >> 32, place & 0xFFFFFFFF
+    if shard.blocks is not None:
+        index, held = shard.blocks.local_index(owner, index)
+        inside = inside & held
+    ordered, order = torch.where(inside, (owner << 32) | index, NO_PLACE).sort()
     edges = torch.arange(positions.numel() + 1, device=shard.device) << 32
-    return Entries(torch.searchsorted(ordered, edges), (ordered & 0xFFFFFFFF).to(torch.int32)), order
+    found = Entries(torch.searchsorted(ordered, edges), (ordered & 0xFFFFFFFF).to(torch.int32))
+    # A rank gets a share of the places: its arrays are to grow by no more.
+    return found if shard.blocks is None else found.trimmed(), order
 
 
 def _active(shard: Shard, fresh: bool) -> tuple[Tensor, Tensor]:
@@ -139,9 +176,10 @@ def _by_scores(
 ) -> tuple[Tensor, Tensor]:
     """Tensor by tensor, so that no more than one tensor's scores and O(k) candidates are alive."""
     offsets, indices = _active(shard, fresh)
-    best = torch.zeros(0, dtype=torch.int64, device=shard.device), torch.zeros(0, device=shard.device)
+    kept = torch.zeros(0, dtype=torch.int64, device=shard.device), torch.zeros(0, device=shard.device)
     for j, (param, position) in enumerate(zip(shard.params, shard.positions, strict=True)):
-        score = scores(heuristic, param, gradients.tensors[j], position, names[position] if names else None)
+        name = names[position] if names else None
+        score = scores(heuristic, param, gradients.tensors[j], position, name, shard.owners[j])
         if score is None:
             continue
         ends, index, value = shard.kernels.select_topk_by_score(
@@ -149,13 +187,7 @@ def _by_scores(
         )
         held = torch.arange(index.numel(), device=shard.device) < ends[-1]
         found = torch.where(held, (position << 32) | index.long(), NO_PLACE), torch.where(held, value, 0)
-        best = _best(concatenated([best, found], shard.device), wanted) if best[0].numel() else found
-    return best
-
-
-def _best(found: tuple[Tensor, Tensor], wanted: Wanted) -> tuple[Tensor, Tensor]:
-    """The best k by score, in order of place; NO_PLACE and 0 as padding."""
-    place, score = found
-    taken = best_of(place, score, wanted.k)
-    place, order = torch.where(taken, place, NO_PLACE).sort()
-    return place[: wanted.capacity], torch.where(taken, score, 0)[order][: wanted.capacity]
+        if kept[0].numel():
+            found = best(*concatenated([kept, found], shard.device), *wanted[:2])
+        kept = found
+    return kept
