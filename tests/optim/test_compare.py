@@ -56,14 +56,16 @@ def test_the_table_is_that_of_the_runs(straight, capsys, files, tmp_path):
 
 
 def test_a_run_is_that_of_train(straight, files, tmp_path, capsys):
-    """No second training loop: the same settings give `id3-optim train`'s own numbers."""
+    """No second training loop: the same settings give `id3-optim train`'s own numbers, up to the order of sums,
+    which depends on the number of threads."""
     read = json.loads(straight[1].read_text())
     final = next(r for r in read["runs"] if r["method"] == "id3" and not r["tuning"] and r["seed"] == 1)
     command = f"train --model {files}/bert --train {files}/reviews.csv --eval {files}/reviews.csv --steps 6"
     command += f" --output {tmp_path}/out --report {tmp_path}/t.json --budget 300 --lr {final['lr']} --seed 1"
     command += " --batch-size 8 --log-every 2 --eval-every 3 --cpu"
     assert run(capsys, command.split())[0] == 0
-    assert json.loads((tmp_path / "t.json").read_text())["metrics"] == final["metrics"]
+    measured = json.loads((tmp_path / "t.json").read_text())["metrics"]
+    assert measured == pytest.approx(final["metrics"], rel=1e-5)
 
 
 def test_tuning_measures_on_rows_it_does_not_train_on(files):
