@@ -56,7 +56,7 @@ def test_the_table_is_that_of_the_runs(straight, capsys, files, tmp_path):
 
 
 def test_a_run_is_that_of_train(straight, files, tmp_path, capsys):
-    """No second training loop: the same settings give `id3-optim train`'s own numbers, up to the order of sums,
+    """No second training loop: the same settings give `id3-optim train`'s numbers, up to the order of sums,
     which depends on the number of threads."""
     read = json.loads(straight[1].read_text())
     final = next(r for r in read["runs"] if r["method"] == "id3" and not r["tuning"] and r["seed"] == 1)
