@@ -178,7 +178,7 @@ def compiled(tmp_path_factory):
     pytest.importorskip("triton")
     folder = tmp_path_factory.mktemp("triton")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(folder)
+    environment |= {"TRITON_CACHE_DIR": str(folder), "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(
         [sys.executable, __file__, folder], env=environment, capture_output=True, text=True, timeout=300
     )
