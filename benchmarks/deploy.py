@@ -16,7 +16,7 @@ from torch import nn
 from transformers.models.auto import AutoModel
 
 from benchmarks.deltas import delta_of, same_bits
-from benchmarks.machine import describe, slug
+from benchmarks.machine import describe, results_path
 from benchmarks.release import config_of
 from benchmarks.render import RESULTS, Bar, bar_rows, bars_table
 from id3_optim import DeltaBank, ID3AdamW, WeightReceiver, WeightStream, diff, original_weights
@@ -207,8 +207,6 @@ def main(arguments: list[str]) -> None:
     torch.set_num_threads(options.threads)
     results = measure(options)
     results["bars"] = bar_rows(bars_of(results))
-    options.output.mkdir(parents=True, exist_ok=True)
-    machine = results["machine"]
-    name = slug("cpu", machine["cpu"], f"{machine['cores']} cores")
-    (options.output / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
+    path = results_path(options.output, results["machine"])
+    path.write_text(json.dumps(results, indent=1) + "\n")
     print(bars_table(results["bars"]))

@@ -55,6 +55,13 @@ def describe(threads: int) -> dict[str, object]:
     }
 
 
+def results_path(folder: Path, machine: dict[str, object], ending: str = "") -> Path:
+    """Where the results of a CPU belong, whose `describe` is given. Makes the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    name = slug("cpu", machine["cpu"], f"{machine['cores']} cores")
+    return folder / f"{name}{ending}.json"
+
+
 def slug(*words: object) -> str:
     """`slug("cpu", "AMD EPYC", "2 cores")` is `cpu-amd-epyc-2-cores`: the name of a machine's results."""
     plain = [re.sub(r"\((R|TM|r|tm)\)|\bCPU\b|\bProcessor\b|@.*", " ", str(word)) for word in words]

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.machine import describe, slug
+from benchmarks.machine import describe, results_path
 from benchmarks.memory import EAGER_FREE, forget_peak, resident_bytes
 from benchmarks.render import RESULTS, Bar, bar_rows, bars_table
 from id3_optim.quantized import QuantizedSparse
@@ -110,10 +110,8 @@ def main(arguments: list[str] | None = None) -> None:
     results["bars"] = bar_rows(
         [Bar("peak memory beside 4-bit weights: sparse 0.17 % / LoRA r = 8", 1, ratio)]
     )
-    options.output.mkdir(parents=True, exist_ok=True)
-    machine = results["machine"]
-    name = slug("cpu", machine["cpu"], f"{machine['cores']} cores")
-    (options.output / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
+    path = results_path(options.output, results["machine"])
+    path.write_text(json.dumps(results, indent=1) + "\n")
     print(bars_table(results["bars"]))
 
 

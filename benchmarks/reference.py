@@ -17,7 +17,7 @@ from time import perf_counter
 
 import torch
 
-from benchmarks.machine import describe, slug
+from benchmarks.machine import describe, results_path
 from benchmarks.memory import EAGER_FREE, forget_peak, resident_bytes
 from benchmarks.render import RESULTS, Bar, bar_rows, bars_table
 
@@ -137,10 +137,8 @@ def main(arguments: list[str] | None = None) -> None:
         return
     results = {"machine": describe(options.threads), "size": options.size, **measure(options)}
     results["bars"] = bar_rows(bars_of(results))
-    options.output.mkdir(parents=True, exist_ok=True)
-    machine = results["machine"]
-    name = slug("cpu", machine["cpu"], f"{machine['cores']} cores")
-    (options.output / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
+    path = results_path(options.output, results["machine"])
+    path.write_text(json.dumps(results, indent=1) + "\n")
     print(bars_table(results["bars"]))
 
 

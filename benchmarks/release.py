@@ -19,7 +19,7 @@ import torch
 from transformers import BertConfig, DebertaV2Config, LlamaConfig
 from transformers.models.auto import AutoModel, AutoModelForCausalLM
 
-from benchmarks.machine import describe, slug
+from benchmarks.machine import describe, results_path
 from benchmarks.memory import EAGER_FREE, forget_peak, resident_bytes
 from benchmarks.render import RESULTS, table
 from id3_optim import D3, ID3AdamW
@@ -218,10 +218,7 @@ def main(arguments: list[str] | None = None) -> None:
             results["memory"].append(_fresh(options, f"--model={model}", f"--method={method}"))
         if options.device == "cpu":
             results["times"].append(_fresh(options, f"--model={model}"))
-    options.output.mkdir(parents=True, exist_ok=True)
-    machine = results["machine"]
-    name = slug("cpu", machine["cpu"], f"{machine['cores']} cores")
-    path = options.output / f"{name}.json"
+    path = results_path(options.output, results["machine"])
     path.write_text(json.dumps(results, indent=1) + "\n")
     print(tables(results))
 

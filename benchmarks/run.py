@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.bars import bars_of
-from benchmarks.machine import describe, slug
+from benchmarks.machine import describe, results_path
 from benchmarks.memory import measure_memory, supported
 from benchmarks.pages import READS, medians_table
 from benchmarks.render import RESULTS, ROOT, bars_table, missed
@@ -81,6 +81,5 @@ def run_all(arguments: list[str]) -> None:
     parser.add_argument("--update-pages", action="store_true", help="put the tables into the two pages")
     options = parser.parse_args(arguments)
     results = _measured(options, KINDS, with_memory=True)
-    machine = results["machine"]
-    name = slug("cpu", machine["cpu"], f"{machine['cores']} cores") + "-quick" * options.quick
-    publish(results, options.output / f"{name}.json", options.update_pages)
+    path = results_path(options.output, results["machine"], "-quick" * options.quick)
+    publish(results, path, options.update_pages)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.machine import describe, slug
+from benchmarks.machine import describe, results_path
 from benchmarks.memory import EAGER_FREE, forget_peak, resident_bytes
 from benchmarks.methods import MODELS, Method, batch, built, methods_of, random_model
 from benchmarks.render import RESULTS, bars_table
@@ -132,9 +132,7 @@ def main(arguments: list[str] | None = None) -> None:
 def measure(options: argparse.Namespace) -> Path:
     """Measures every case, and writes the results file after each."""
     machine = describe(options.threads)
-    name = slug("cpu", machine["cpu"], f"{machine['cores']} cores")
-    options.output.mkdir(parents=True, exist_ok=True)
-    path = options.output / f"{name}.json"
+    path = results_path(options.output, machine)
     results: dict[str, object] = {"machine": machine, "times": [], "memory": []}
     models, tokens = options.model or MODELS, options.tokens or (512, 2048)
     for case in (case for case in CASES if case[0] in models and case[2] in tokens):

@@ -75,12 +75,11 @@ def maxima_of(g, theta, eps, exponent, KIND: tl.constexpr):
 
 
 @triton.jit
-def score_again(
-    again, params, grads, owners, tiles, offsets, lengths, active, maxima, eps, exponent,
-    CHUNK: tl.constexpr, ROWS: tl.constexpr, KIND: tl.constexpr, PARAM: tl.constexpr, GRAD: tl.constexpr,
-    FULL: tl.constexpr, EXCLUDE: tl.constexpr,
+def chunk_of(
+    params, grads, owners, tiles, offsets, lengths, CHUNK: tl.constexpr, ROWS: tl.constexpr,
+    PARAM: tl.constexpr, GRAD: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
-    """The iterations of `tile_maxima_kernel` whose bit is set in `again`, by IEEE arithmetic."""
+    """The chunk: pointers, first tile, length; of an iteration the rows, entries and bytes of the mask."""
     c = tl.program_id(0)
     owner = tl.load(owners + c)
     start = tl.multiple_of(tl.load(offsets + c), TILE)
@@ -91,6 +90,19 @@ def score_again(
     row, lane, at = tl.arange(0, ROWS), tl.arange(0, TILE // 8), tl.arange(0, 8)
     within = row[:, None, None] * TILE + lane[None, :, None] * 8 + at[None, None, :]
     byte = tile * (TILE // 8) + row[:, None] * (TILE // 8) + lane[None, :]
+    return param, grad, tile, length, row, within, byte
+
+
+@triton.jit
+def score_again(
+    again, params, grads, owners, tiles, offsets, lengths, active, maxima, eps, exponent,
+    CHUNK: tl.constexpr, ROWS: tl.constexpr, KIND: tl.constexpr, PARAM: tl.constexpr, GRAD: tl.constexpr,
+    FULL: tl.constexpr, EXCLUDE: tl.constexpr,
+):  # fmt: skip
+    """The iterations of `tile_maxima_kernel` whose bit is set in `again`, by IEEE arithmetic."""
+    param, grad, tile, length, row, within, byte = chunk_of(
+        params, grads, owners, tiles, offsets, lengths, CHUNK, ROWS, PARAM, GRAD, FULL
+    )
     i = 0
     while again != 0:
         if again & 1 != 0:
@@ -118,16 +130,9 @@ def tile_maxima_kernel(
     """
     if tl.load(wanted) <= 0:
         return
-    c = tl.program_id(0)
-    owner = tl.load(owners + c)
-    start = tl.multiple_of(tl.load(offsets + c), TILE)
-    param = tl.load(params + owner) + start * (4 if PARAM == 0 else 2)
-    grad = tl.load(grads + owner) + start * (4 if GRAD == 0 else 2)
-    tile = tl.load(tiles + c)
-    length = CHUNK if FULL else tl.load(lengths + c)
-    row, lane, at = tl.arange(0, ROWS), tl.arange(0, TILE // 8), tl.arange(0, 8)
-    within = row[:, None, None] * TILE + lane[None, :, None] * 8 + at[None, None, :]
-    byte = tile * (TILE // 8) + row[:, None] * (TILE // 8) + lane[None, :]
+    param, grad, tile, length, row, within, byte = chunk_of(
+        params, grads, owners, tiles, offsets, lengths, CHUNK, ROWS, PARAM, GRAD, FULL
+    )
     i = 0
     again = 0
     while i < length:

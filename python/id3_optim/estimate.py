@@ -88,6 +88,9 @@ class Dropped:
     def uses(self, param: torch.Tensor) -> bool:
         return True
 
+    def suffices(self, param: torch.Tensor, parts: Parts) -> bool:
+        return parts.complete
+
     def take_parts(self, param: torch.Tensor, parts: Parts) -> None:
         """Makes the largest block of the gradient that `parts` makes, which for tensors without memory needs
         no ids of an embedding: as if all tokens were in one block."""

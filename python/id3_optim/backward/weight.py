@@ -120,7 +120,7 @@ class Weight:
     def _check_kept(self, param: Tensor, parts: Parts, whole: bool) -> None:
         """Raises RuntimeError where the forward pass did not keep what the backward pass needs."""
         release = self._release()
-        if parts.complete or (not whole and release.suffices(param, parts)):
+        if parts.complete if whole else release.suffices(param, parts):
             return
         name = release.name(param) if release else "a weight"
         raise RuntimeError(

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from ..delta import Delta, DeltaError, load_delta
 from ..delta.hub import FILE, is_hub_name, local_file
+from ..extras import require
 from .models import hub_options
 
 
@@ -14,6 +15,7 @@ def delta_path(path: str) -> Path:
     """
     if not is_hub_name(path):
         return _local_delta(path)
+    require("huggingface_hub", extra="hub")  # its absence is no answer of the hub
     try:
         return local_file(path, **hub_options(path))
     except Exception as error:  # the client's

@@ -8,6 +8,7 @@ import torch
 
 from .metrics import IGNORED
 from .reading import Completion, LabelledText, TaggedText, read_completions, read_labelled, read_tagged
+from .settings import Settings
 
 KINDS = ("classification", "regression", "token-classification", "causal-lm")
 _BY_ENDING = {
@@ -90,6 +91,19 @@ def read_task(
         check_classes(train, label_column, labels, len(rows))
     check_known(eval, train, {row.label for row in eval_rows} - set(labels))
     return Task(chosen, rows, eval_rows, labels)
+
+
+def task_of(settings: Settings) -> Task:
+    """`read_task` of the settings of a run."""
+    return read_task(
+        settings.train,
+        settings.eval,
+        kind=settings.task,
+        text_columns=list(settings.text_column),
+        label_column=settings.label_column,
+        encoding=settings.encoding,
+        delimiter=settings.delimiter,
+    )
 
 
 def _read_tagged_task(train: str, eval: str, encoding: str) -> Task:

@@ -233,15 +233,7 @@ def train(settings: Settings) -> tuple[dict, Start, torch.optim.Optimizer]:
     check_settings(settings)
     check_paths(settings)
     checkpoint = newest_checkpoint(settings)
-    task = tasks.read_task(
-        settings.train,
-        settings.eval,
-        kind=settings.task,
-        text_columns=list(settings.text_column),
-        label_column=settings.label_column,
-        encoding=settings.encoding,
-        delimiter=settings.delimiter,
-    )
+    task = tasks.task_of(settings)
     if checkpoint:  # before the model is loaded; `fit` compares the weights too
         check_same_run(checkpoint, run_record(settings, task))
     if task.eval == task.train:

@@ -63,7 +63,9 @@ class Product:
         return self.left is not None and self.right is not None
 
     def suffices(self, shard: Shard, used: bool) -> bool:
-        return self.complete or (self.needed.holds(shard) if self._kept else not used)
+        if not self._kept:
+            return not used
+        return self.needed is None or self.needed.holds(shard)
 
     def gather(self, shard: Shard, j: int, add: bool) -> None:
         if self._kept:

@@ -153,10 +153,8 @@ class Release:
 
     def suffices(self, param: Tensor, parts: Parts) -> bool:
         """Whether `take_parts` can take them, of which the forward pass perhaps kept what it needs alone."""
-        if parts.complete:
-            return True
         if self.selects(has_gradient=True):
-            return False
+            return parts.complete
         i, _ = self._active.locate(param)
         return parts.suffices(self._active.shards[i], self.uses(param))
 

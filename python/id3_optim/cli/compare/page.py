@@ -26,6 +26,11 @@ class Section:
     draw: Callable[[Plan, Results, ActiveOf], go.Figure]
 
 
+def _of_results(draw: Callable[[Plan, Results], go.Figure]) -> Callable[..., go.Figure]:
+    """A drawing that needs no active sets."""
+    return lambda plan, results, active: draw(plan, results)
+
+
 def _logged(name: str, title: str, logarithmic: bool = False) -> Callable[..., go.Figure]:
     return lambda plan, results, active: curves.along_training(plan, results, name, title, logarithmic)
 
@@ -34,12 +39,12 @@ SECTIONS = {
     "score-budget": Section(
         "Score against budget",
         "Mean over seeds; bars: one standard deviation. Methods without a budget are levels.",
-        lambda plan, results, active: curves.score_against_budget(plan, results),
+        _of_results(curves.score_against_budget),
     ),
     "score-entries": Section(
         "Score against entries updated",
         "Along the runs, the mean over seeds (paper, figure 5): what --eval-every measures, and the end.",
-        lambda plan, results, active: curves.score_against_entries(plan, results),
+        _of_results(curves.score_against_entries),
     ),
     "learning-curves": Section(
         "Learning curves",
@@ -49,22 +54,22 @@ SECTIONS = {
     "learning-rates": Section(
         "Learning rates",
         "What tuning saw: one seed, rows kept aside from training. Pale: the shorter rungs.",
-        lambda plan, results, active: curves.learning_rates(plan, results),
+        _of_results(curves.learning_rates),
     ),
     "time": Section(
         "Time of a step",
         "Means of the final runs. On a GPU the phases are not told apart.",
-        lambda plan, results, active: curves.cost(plan, results),
+        _of_results(curves.cost),
     ),
     "memory": Section(
         "Memory",
         "What the optimizer keeps between steps; on a GPU also the run's peak.",
-        lambda plan, results, active: curves.memory(plan, results),
+        _of_results(curves.memory),
     ),
     "allocation": Section(
         "Where the budget went",
         "Per cent of the active entries by role and layer at the end (figure 7), the mean over seeds.",
-        lambda plan, results, active: maps.allocation(plan, results),
+        _of_results(maps.allocation),
     ),
     "tensor-sparsity": Section(
         "Tensor sparsity",
@@ -79,7 +84,7 @@ SECTIONS = {
     "overlap": Section(
         "Shared entries",
         "Per cent of the smaller run's entries that both runs trained, at the largest budget.",
-        lambda plan, results, active: maps.overlap(plan, results, active),
+        maps.overlap,
     ),
     "thresholds": Section(
         "Thresholds",
@@ -89,7 +94,7 @@ SECTIONS = {
     "eps-exp": Section(
         "Effect of ε and exp",
         "Mean score of ID3 with other settings of D3 (figure 4), at the largest budget.",
-        lambda plan, results, active: maps.eps_and_exp(plan, results),
+        _of_results(maps.eps_and_exp),
     ),
 }
 

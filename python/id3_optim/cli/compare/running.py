@@ -33,15 +33,7 @@ _METRICS = {
 
 def plan_of(arguments: argparse.Namespace, settings: Settings, store: Store) -> tuple[Plan, Task]:
     """The grid of the options, and the rows of both files. Raises ValueError where these do not fit."""
-    task = tasks.read_task(
-        settings.train,
-        settings.eval,
-        kind=settings.task,
-        text_columns=list(settings.text_column),
-        label_column=settings.label_column,
-        encoding=settings.encoding,
-        delimiter=settings.delimiter,
-    )
+    task = tasks.task_of(settings)
     check_model(settings.model, task, settings.pooling)
     metrics = _METRICS[task.kind]
     if arguments.metric not in (None, *metrics):
