@@ -49,8 +49,7 @@ def _swaps(active: ActiveSet) -> Iterator[_Swap]:
         if active.layout.repeat:
             runs = [(active.ever[i].entries, active.ever[i].originals)]
         else:
-            held = shard.arrays["originals"]
-            runs = [(run, held[held.numel() - run.indices.numel() :]) for run in shard.runs()]
+            runs = list(zip(shard.runs(), shard.by_run("originals"), strict=True))
         for entries, originals in runs:
             trained = shard.kernels.gather(params, *entries)
             yield _Swap(shard.kernels, params, entries, originals, trained)

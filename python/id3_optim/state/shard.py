@@ -146,6 +146,11 @@ class Shard:
             return [settled]
         return [settled, Entries(self._rows[1], indices[self._begin :])]
 
+    def by_run(self, name: str) -> list[Tensor]:
+        """An array beside the indices of each run of `runs`."""
+        array = self.arrays[name]
+        return [array[array.numel() - run.indices.numel() :] for run in self.runs()]
+
     def parts(self, name: str) -> Sequence[Tensor]:
         """The parts of an array that belong to each tensor, as `column` has them. Settles."""
         self.settle()

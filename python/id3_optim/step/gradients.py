@@ -84,9 +84,7 @@ class Kept:
 
     def own_values(self, shard: Shard) -> Tensor:
         """As `Whole.own_values`."""
-        held = shard.arrays["gradient"]
-        rows = [held[held.numel() - run.indices.numel() :] for run in shard.runs()]
-        return _own(shard, rows, self.present())
+        return _own(shard, shard.by_run("gradient"), self.present())
 
     def update(self, shard: Shard, part: Slice, arguments: tuple) -> None:
         """As `Whole.update`, with one call for each stretch of neighbours that have a gradient."""
