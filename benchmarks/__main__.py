@@ -27,6 +27,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "step": _from("run", "run_kind", "step"),
     "parts": _from("run", "run_kind", "parts"),
     "growth": _from("run", "run_kind", "growth"),
+    "windows": _from("run", "run_kind", "windows"),
     "deltas": _from("run", "run_kind", "deltas"),
     "many": _from("many"),
     "release": _from("release"),

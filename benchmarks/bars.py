@@ -19,7 +19,7 @@ class Results:
         self.rows, self.memory = rows, memory
 
     def row(self, kind: str, model: str, **wanted) -> dict | None:
-        if kind in ("growth", "delta"):
+        if kind in ("growth", "delta", "windows"):
             wanted = {"model": model, **wanted}
         else:
             wanted = {**asdict(Case(model)), **wanted}
@@ -42,6 +42,13 @@ class Results:
         medians = {name: method["median_ms"] for name, method in row["methods"].items()}
         growing = sum(medians[f"{part}_{point}"] for part in parts for point in range(POINTS))
         return growing / POINTS / medians["static"]
+
+    def windows(self, every: int) -> float | None:
+        """Time of the optimizer with `select_every` over that of one that selects in each step."""
+        row = self.row("windows", LARGE) or self.row("windows", SMALL)
+        if row is None:
+            return None
+        return row["methods"][f"every_{every}"]["median_ms"] / row["methods"]["every_1"]["median_ms"]
 
     def delta_ms(self, what: str, dtype: str) -> float | None:
         """Median milliseconds to apply or revert a delta on the large model."""
@@ -112,6 +119,8 @@ def _measured(results: Results) -> list[Bar]:
     bars.append(Bar(f"{five}, |Λ| = B, {LARGE}", 1.0, results.ratio("adamw", LARGE, budget=0.05, active=1.0)))
     bars.append(Bar("increment / static, update alone", 0.55, results.growth(("update",))))
     bars.append(Bar("increment / static, update and join", 0.60, results.growth(("update", "join"))))
+    every = Bar("optimizer's time over a run, select_every 16 / 1", 0.12, results.windows(16))
+    bars += [every] if every.value is not None else []
     for what in ("apply", "revert"):
         for dtype in ("float32", "bfloat16"):
             label = f"{what} a delta of 320K entries, ms, {dtype}, {LARGE}"

@@ -54,7 +54,8 @@ def measure(benchmark, request):
         turns = Interleaved(methods, subject)
         turns.warm_up()
         benchmark.pedantic(methods[subject].run, setup=turns.ready, rounds=rounds)
-        methods[subject].seconds = benchmark.stats.stats.data if benchmark.stats else []
+        runs = benchmark.stats.stats.data if benchmark.stats else []
+        methods[subject].seconds = [seconds / methods[subject].per_run for seconds in runs]
         done = {name: summary(method.seconds) for name, method in methods.items() if method.seconds}
         benchmark.extra_info.update(about, methods=done)
 

@@ -28,7 +28,7 @@ class Ours:
 
     prepare = None
 
-    def __init__(self, inputs: Inputs, start: int, increment: int, exp: float):
+    def __init__(self, inputs: Inputs, start: int, increment: int, exp: float, select_every: int = 1):
         self._starts = inputs.starts
         self.params = [torch.nn.Parameter(weight.clone()) for weight in inputs.weights]
         for param, grad in zip(self.params, inputs.grads, strict=True):
@@ -42,6 +42,7 @@ class Ours:
             total_steps=STEPS,
             heuristic=D3(eps=EPS, exp=exp),
             schedule=ramp,
+            select_every=select_every,
         )
 
     def step(self) -> None:

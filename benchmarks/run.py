@@ -17,7 +17,7 @@ from benchmarks.shapes import MODELS
 
 HERE = Path(__file__).parent
 # Kinds of cases, each a file of pytest cases.
-KINDS = ("step", "parts", "growth", "deltas")
+KINDS = ("step", "parts", "growth", "windows", "deltas")
 
 
 def _parser(name: str) -> argparse.ArgumentParser:
@@ -65,10 +65,15 @@ def _add_ratios(row: dict) -> None:
 
 
 def run_kind(kind: str, arguments: list[str]) -> None:
-    """Measure one kind of cases, print the medians and the bars that they decide; no results file."""
-    options = _parser(kind).parse_args(arguments)
+    """Measure one kind of cases, print the medians and the bars that they decide."""
+    parser = _parser(kind)
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="also write a results file there")
+    options = parser.parse_args(arguments)
     results = _measured(options, (kind,), with_memory=False)
     print(medians_table(results["rows"]))
+    if options.output is not None:
+        path = results_path(options.output, results["machine"], "-quick" * options.quick)
+        path.write_text(json.dumps(results, indent=1) + "\n")
     bars = [bar for bar in results["bars"] if bar["value"] is not None]
     if bars:
         print(bars_table(bars), missed(bars), sep="\n\n")

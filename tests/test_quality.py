@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from tiny_models import save_bert
 
-from benchmarks.quality import parts, report, run, tasks
+from benchmarks.quality import causal_table, parts, report, run, tasks
+from benchmarks.quality.base import corpus, make_base
 from benchmarks.quality.parts import PARTS
 from benchmarks.render import README, block
 from id3_optim.cli.main import parser
@@ -126,7 +127,7 @@ def test_an_untuned_method_has_a_default_inside_its_tuned_range():
 def parser_rates(method, tuned):
     from id3_optim.cli.compare.methods import read_method
 
-    return read_method(parts.with_rates(method, tuned)).rates
+    return read_method(parts.with_rates(method, PARTS["main" if tuned else "untuned"])).rates
 
 
 def write_data(folder: Path) -> Path:
@@ -136,6 +137,9 @@ def write_data(folder: Path) -> Path:
     lines = [f'the "film {i} was {word}\t{label}' for i in range(8) for word, label in telling.items()]
     for name in ("train.tsv", "dev.tsv"):
         (folder / "CoLA" / name).write_text("\n".join(["sentence1\tlabel", *lines, ""]))
+    (folder / "math").mkdir()
+    rows = [{"question": f"What is {i} and {i}?", "answer": f"#### {2 * i}"} for i in range(520)]
+    (folder / "math" / "gsm8k.train.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return folder
 
 
@@ -166,8 +170,44 @@ def test_a_grid_runs_goes_on_and_is_exported(tmp_path):
     (path,) = (tmp_path / "json").glob("*.json")
     made = json.loads(path.read_text())
     assert (made["part"], made["task"]) == ("untuned", "cola") and len(made["runs"]) == 4
-    assert {row["method"]: len(row["scores"]) for row in made["rows"]} == {"id3": 2, "head": 2}
+    scores = {row["method"]: len(row["scores"]) for row in made["rows"]}
+    assert scores == dict.fromkeys(PARTS["untuned"].methods, 0) | {"id3": 2, "head": 2}
     path.unlink()
     assert run.main([*words, "--export"]) == 0 and json.loads(path.read_text()) == made
     reports = report.read(path.parent)
     assert "id3 on cola at 0.17 %" in list(report.empty(reports, "untuned")), "two of five seeds"
+    assert "fish on cola at 0.17 %" in list(report.empty(reports, "untuned")), "left out by --method"
+
+
+def test_a_causal_model_is_made_tuned_and_measured_on_what_it_knew(tmp_path, monkeypatch):
+    texts = [f"The function number {i} returns the sum of {i} and its argument." for i in range(400)]
+    about = json.loads((make_base(tmp_path / "runs" / "base", 2, texts) / "base.json").read_text())
+    assert about["texts"] == 400 and 0 < about["loss"] < 9
+    words = ["--data", write_data(tmp_path / "data"), "--runs", tmp_path / "runs", "--output", tmp_path]
+    words += ["--model", "unused", "--part", "causal", "--method", "id3", "--seeds", "2", "--steps", "2"]
+    assert run.main([*map(str, words), "--cpu", "--no-pages"]) == 0
+    made = json.loads((tmp_path / "causal-gsm8k.json").read_text())
+    row = next(row for row in made["rows"] if row["method"] == "id3")
+    lost = causal_table.forgotten(made, row)
+    assert len(row["scores"]) == len(lost) == 2 and all(abs(loss) < 1 for loss in lost)
+    page = report.page({("causal", "gsm8k"): made})
+    assert "| id3 |" in page and f"{about['loss']:.3f}. The base has" in page
+    assert "every method on gsm8k at 1 %" in page, "two of three seeds, and no run"
+
+
+def test_the_documentation_of_python_is_a_corpus():
+    texts = corpus()
+    assert len(texts) > 1000 and sum(map(len, texts)) > 1_000_000 and texts == corpus()
+
+
+def test_another_machine_goes_on_from_the_json(tmp_path, monkeypatch):
+    save_bert(tmp_path / "bert")
+    words = ["--model", tmp_path / "bert", "--data", write_data(tmp_path / "data"), "--output", tmp_path]
+    words += ["--part", "untuned", "--task", "cola", "--method", "id3", "--seeds", "1", "--steps", "4"]
+    words = [*map(str, words), "--cpu", "--no-pages"]
+    assert run.main([*words, "--runs", str(tmp_path / "one")]) == 0
+    path = tmp_path / "untuned-cola.json"
+    made = path.read_text()
+    monkeypatch.setattr("id3_optim.cli.compare.workers.run_trial", lambda *_: pytest.fail("has been run"))
+    assert run.main([*words, "--runs", str(tmp_path / "two")]) == 0
+    assert path.read_text() == made

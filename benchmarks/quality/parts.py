@@ -16,6 +16,8 @@ _RATES = {
     "sparse": "5e-4:3.2e-2",
     "random": "1e-3:6.4e-2",
 }
+# A small model that was trained with a large rate.
+_CAUSAL_RATES = _RATES | {"full": "5e-5:3.2e-3"}
 # One for each kind, which no task has tuned: the defaults of the docs, or of the method's own papers.
 _DEFAULTS = {"full": "2e-5", "whole": "1e-3", "sparse": "2e-3", "random": "1e-2"}
 _KINDS = {"full": "full", "head": "random", "lora": "whole", "adalora": "whole", "adapter": "whole"}
@@ -63,6 +65,7 @@ class Part:
     budgets: tuple[str, ...] = (MAIN_BUDGET,)
     seeds: int = 5
     tuned: bool = True
+    causal: bool = False
 
 
 _ALL = ("cola", "mrpc", "sst2", "banking77")
@@ -73,12 +76,20 @@ PARTS = {
     "rivals": Part("Rivals at equal counts of trained entries", RIVALS, _ALL),
     "pools": Part("LoRA and adapters as pools", ON_A_POOL, ("cola", "mrpc")),
     "why": Part("Schedules, bias correction, windows, embeddings", WHY, ("cola", "mrpc")),
+    "causal": Part(
+        "A causal model: the loss on GSM8K, and what it forgets",
+        ("id3", "full", "random", "fish", "lora"),
+        ("gsm8k",),
+        ("1%",),
+        seeds=3,
+        causal=True,
+    ),
     "eps-exp": Part("ε and exp", EPS_AND_EXP, ("cola", "mrpc"), seeds=3),
 }
 
 
-def with_rates(method: str, tuned: bool) -> str:
+def with_rates(method: str, part: Part) -> str:
     """The method as `--methods` takes it, with its learning rates."""
     kind = _KINDS.get(method.partition(":")[0], "sparse")
-    rates = (_RATES if tuned else _DEFAULTS)[kind]
+    rates = (_DEFAULTS if not part.tuned else _CAUSAL_RATES if part.causal else _RATES)[kind]
     return f"{method}{',' if ':' in method else ':'}lr={rates}"

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from statistics import fmean
 
+from benchmarks.quality.causal_table import causal_table
 from benchmarks.quality.parts import PARTS
-from benchmarks.quality.tasks import TASKS
 from benchmarks.render import README, RESULTS, ROOT, Markers, replace_block, table
 from id3_optim.cli import budget
 from id3_optim.cli.compare.statistics import Paired, paired
@@ -167,8 +167,9 @@ python -m benchmarks quality --model MINILM --data FOLDER
 python -m benchmarks quality --export
 ```
 
-The folder has CoLA, MRPC and SST-2 as GLUE's files; banking77 is part of this project. Stop the first command
-at any moment: it goes on where it was. The second writes what has ended so far.
+The folder has CoLA, MRPC and SST-2 as GLUE's files and `math/gsm8k.train.jsonl`; banking77 is part of this
+project. Stop the first command at any moment: it goes on where it was, on another machine from the committed
+JSON. The second writes what has ended so far.
 
 **How.** All methods run through [`id3-optim compare`](guide/command-line.md#compare): the same batches, steps
 and schedule of the learning rate, mean pooling, and as many learning rates for each. Successive halving
@@ -184,7 +185,10 @@ def _part(reports: Reports, part: str) -> str:
     present = [task for task in PARTS[part].tasks if (part, task) in reports]
     if part == "main":
         lines += [_rooms(reports)]
-    if present:
+    if present and PARTS[part].causal:
+        lines += [causal_table(reports[part, task]) for task in present]
+        lines += [_how(reports, part, present)]
+    elif present:
         for budget in budgets_of(part):
             lines += [f"{100 * budget:.3g} % of the entries:", part_table(reports, part, budget)]
         lines += [_how(reports, part, present)]
@@ -192,7 +196,7 @@ def _part(reports: Reports, part: str) -> str:
 
 
 def _rooms(reports: Reports) -> str:
-    rooms = {task: room(reports, task) for task in TASKS}
+    rooms = {task: room(reports, task) for task in PARTS["main"].tasks}
     shown = {t: "not known" if r is None else f"{100 * r:+.1f} points" for t, r in rooms.items()}
     return "Room, full fine-tuning against the head alone: " + ", ".join(
         f"{task} {text}{'' if rooms[task] is None or rooms[task] >= ROOM else ' (does not count)'}"

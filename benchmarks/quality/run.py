@@ -1,10 +1,11 @@
-"""Runs the grids, each resumable from its file in `runs/quality`, and writes their results as JSON.
+"""Runs the grids and writes their results as JSON.
 
     python -m benchmarks quality --model DIR --data FOLDER
     python -m benchmarks quality --model DIR --part main --task banking77
     python -m benchmarks quality --export
 
-Stop it at any moment; the same command goes on. `--export` writes what has ended so far.
+Stop it at any moment; the same command goes on, on another machine from the JSON files. All parts on a task
+share their runs. `--export` writes what has ended so far.
 """
 
 from __future__ import annotations
@@ -12,13 +13,21 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+from benchmarks.quality.base import make_base
 from benchmarks.quality.parts import PARTS, Part, with_rates
 from benchmarks.quality.report import QUALITY_RESULTS, write_pages
-from benchmarks.quality.tasks import TASKS, prepare
+from benchmarks.quality.tasks import TASKS, Task, prepare
 from benchmarks.render import ROOT
+from id3_optim.cli import budget
 from id3_optim.cli import main as id3_optim_main
+from id3_optim.cli.compare.grid import Plan, relevant
+from id3_optim.cli.compare.methods import read_method
+from id3_optim.cli.compare.store import Store
+from id3_optim.cli.compare.summary import exported
 
 RUNS = ROOT / "runs" / "quality"
 
@@ -27,15 +36,24 @@ def command(options: argparse.Namespace, name: str, task_name: str, files: tuple
     """The words of `id3-optim compare` for a part on a task."""
     part, task = PARTS[name], TASKS[task_name]
     steps = options.steps or task.steps
-    given = ["compare", "--model", options.model, "--pooling", "mean", "--task", "classification"]
-    given += ["--train", files[0], "--eval", files[1], "--text-column", *task.text]
-    given += ["--label-column", task.label, "--max-length", task.length, "--batch-size", task.batch]
-    given += ["--results", options.runs / f"{name}-{task_name}.sqlite", "--metric", task.metric]
-    given += ["--methods", *(with_rates(method, part.tuned) for method in methods_of(options, part))]
+    given = ["compare", *model_and_rows(options, task, files), "--task", task.kind]
+    given += ["--max-length", task.length, "--batch-size", task.batch]
+    given += ["--results", options.runs / f"{task_name}.sqlite", "--metric", task.metric]
+    given += ["--methods", *(with_rates(method, part) for method in methods_of(options, part))]
     given += ["--budgets", *part.budgets, "--seeds", *range(options.seeds or part.seeds)]
     given += ["--steps", steps, "--tune-steps", max(1, steps // 2), "--eval-every", max(1, steps // 10)]
     given += ["--log-every", max(1, steps // 50), "--jobs", options.jobs]
     return [*map(str, given), *(["--cpu"] if options.cpu else [])]
+
+
+def model_and_rows(options: argparse.Namespace, task: Task, files: tuple[Path, Path]) -> list[object]:
+    """The options that differ between classifiers and the causal model, which `make_base` has made."""
+    given = ["--train", files[0], "--eval", files[1]]
+    if task.kind == "causal-lm":
+        base = options.runs / "base"
+        return ["--model", base, *given, "--also-eval", base / "kept.jsonl"]
+    given += ["--text-column", *task.text, "--label-column", task.label]
+    return ["--model", options.model, "--pooling", "mean", *given]
 
 
 def methods_of(options: argparse.Namespace, part: Part) -> tuple[str, ...]:
@@ -49,25 +67,48 @@ def grids(options: argparse.Namespace) -> Iterator[tuple[str, str]]:
             yield from ((name, task) for task in part.tasks if not options.task or task in options.task)
 
 
-def export(options: argparse.Namespace, name: str, task: str) -> Path | None:
-    """Writes the JSON of a grid, whole or not; None where it has no results."""
-    from id3_optim.cli.compare.grid import relevant
-    from id3_optim.cli.compare.store import Store
-    from id3_optim.cli.compare.summary import exported
+def restore(options: argparse.Namespace, task: str) -> None:
+    """Takes the runs of a task's JSON files into its file of results."""
+    with Store(options.runs / f"{task}.sqlite") as store:
+        for path in sorted(options.output.glob(f"*-{task}.json")):
+            store.restore(json.loads(path.read_text())["runs"])
 
-    source = options.runs / f"{name}-{task}.sqlite"
+
+def whole(plan: Plan, part: Part) -> Plan:
+    """The grid of a whole part, from any grid on the same task."""
+    methods = tuple(read_method(with_rates(method, part)) for method in part.methods)
+    budgets, seeds = tuple(map(budget, part.budgets)), tuple(range(part.seeds))
+    return replace(plan, methods=methods, budgets=budgets, seeds=seeds, against=methods[0].name)
+
+
+def export(options: argparse.Namespace, name: str, task: str) -> Path | None:
+    """Writes the JSON of a part on a task, whole or not; None where it has no results."""
+    source = options.runs / f"{task}.sqlite"
     if not source.is_file():
         return None
     with Store(source, create=False) as store:
-        plan = store.plan()
+        plan = whole(store.plan(), PARTS[name])
         results = store.results(plan)
-        used = relevant(plan, results)
-        report = exported(plan, {trial: results[trial] for trial in used})
-    report = {"part": name, "task": task, "rows_subset": TASKS[task].rows, **report}
+    used = {trial: results[trial] for trial in relevant(plan, results)}
+    if not used:
+        return None
+    report = {"part": name, "task": task, "rows_subset": TASKS[task].rows, **exported(plan, used)}
+    if PARTS[name].causal:
+        report["base"] = json.loads((options.runs / "base" / "base.json").read_text())
     path = options.output / f"{name}-{task}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=1) + "\n")
+    path.write_text(text_of(report))
     return path
+
+
+def text_of(report: dict[str, Any]) -> str:
+    """JSON with a line for each row and run."""
+    lists = ("rows", "runs")
+    fields = [f"{json.dumps(name)}: {json.dumps(report[name])}" for name in report if name not in lists]
+    for name in lists:
+        items = ",\n".join(json.dumps(item) for item in report[name])
+        fields.append(f"{json.dumps(name)}: [\n{items}\n]")
+    return "{" + ",\n".join(fields) + "}\n"
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -98,6 +139,9 @@ def main(arguments: list[str] | None = None) -> int:
     for name, task in grids(options):
         if not options.export:
             files = prepare(task, options.data, options.runs / "data")
+            restore(options, task)
+            if PARTS[name].causal:
+                make_base(options.runs / "base")
             print(f"{name}, {task}: {PARTS[name].about}", flush=True)
             if status := id3_optim_main(command(options, name, task, files)):
                 return status

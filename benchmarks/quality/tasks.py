@@ -1,12 +1,14 @@
 """The tasks of the grids, and their files from a folder of data in the formats of GLUE and PolyAI.
 
-The folder has `CoLA`, `MRPC`, `SST-2` (train.tsv and dev.tsv, tab-separated without quoting) and `banking77`
-(train.csv and test.csv). Only banking77 is part of this project; the other data has terms of its own.
+The folder has `CoLA`, `MRPC`, `SST-2` (train.tsv and dev.tsv, tab-separated without quoting), `banking77`
+(train.csv and test.csv) and `math` (gsm8k.train.jsonl). Only banking77 is part of this project; the other
+data has terms of its own.
 """
 
 from __future__ import annotations
 
 import csv
+import json
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +20,8 @@ from benchmarks.render import ROOT
 class Task:
     """folder, train, eval: of the data; text, label: its columns; rows: a fixed subset of the training rows.
 
-    steps, batch, length: of a run. A text column has the same name in the files that are written.
+    steps, batch, length: of a run. A text column has the same name in the files that are written. One of kind
+    causal-lm has questions and answers in a single file, whose last `KEPT_ROWS` are measured on.
     """
 
     folder: str
@@ -31,13 +34,26 @@ class Task:
     steps: int = 1000
     batch: int = 16
     length: int = 64
+    kind: str = "classification"
 
 
+KEPT_ROWS = 500
 TASKS = {
     "cola": Task("CoLA", "train.tsv", "dev.tsv", ("sentence1",), "label", "matthews"),
     "mrpc": Task("MRPC", "train.tsv", "dev.tsv", ("sentence1", "sentence2"), "label", "accuracy", length=96),
     "sst2": Task("SST-2", "train.tsv", "dev.tsv", ("sentence1",), "label", "accuracy", rows=16000),
     "banking77": Task("banking77", "train.csv", "test.csv", ("text",), "category", "accuracy", batch=32),
+    "gsm8k": Task(
+        "math",
+        "gsm8k.train.jsonl",
+        "gsm8k.train.jsonl",
+        ("question",),
+        "answer",
+        "token_loss",
+        batch=8,
+        length=256,
+        kind="causal-lm",
+    ),
 }
 
 
@@ -49,7 +65,7 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 
 
 def prepare(name: str, data: Path | None, target: Path) -> tuple[Path, Path]:
-    """Writes a task's two files as CSV, which `id3-optim` reads; returns their paths.
+    """Writes a task's two files as CSV or JSONL, which `id3-optim` reads; returns their paths.
 
     data: the folder of all data; None: banking77 of this project. Raises FileNotFoundError for a task whose
     data is not there.
@@ -61,6 +77,8 @@ def prepare(name: str, data: Path | None, target: Path) -> tuple[Path, Path]:
         source = inside / task.folder / file
         if not source.is_file():
             raise FileNotFoundError(f"--data: expected {source}, got none: the task {name} needs it")
+        if task.kind == "causal-lm":
+            return _write_completions(task, source, target, name)
         rows = read_rows(source)
         if part == "train" and task.rows is not None and task.rows < len(rows):
             rows = [rows[i] for i in sorted(random.Random(0).sample(range(len(rows)), task.rows))]
@@ -75,3 +93,13 @@ def _write(path: Path, rows: list[dict[str, str]], columns: list[str]) -> Path:
         writer.writeheader()
         writer.writerows(row for row in rows if all(row[column].strip() for column in columns))
     return path
+
+
+def _write_completions(task: Task, source: Path, target: Path, name: str) -> tuple[Path, Path]:
+    rows = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()]
+    written = [{"prompt": f"Q: {row[task.text[0]]}\nA: ", "completion": row[task.label]} for row in rows]
+    target.mkdir(parents=True, exist_ok=True)
+    paths = target / f"{name}.train.jsonl", target / f"{name}.eval.jsonl"
+    for path, part in zip(paths, (written[:-KEPT_ROWS], written[-KEPT_ROWS:]), strict=True):
+        path.write_text("".join(json.dumps(row) + "\n" for row in part), encoding="utf-8")
+    return paths

@@ -169,6 +169,15 @@ def test_token_loss_is_the_mean_over_the_tokens_of_all_batches(causal):
     assert report["metrics"]["eval_token_loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
 
 
+def test_a_second_file_is_measured_at_the_end(causal, tmp_path):
+    other = tmp_path / "other.jsonl"
+    other.write_text(Path(causal.train).read_text().splitlines()[0])
+    report, _, _ = train(replace(causal, steps=3, also_eval=str(other)))
+    alone, _, _ = train(replace(causal, steps=3, eval=str(other), overwrite=True))
+    found = report["metrics"]
+    assert found["also_token_loss"] == alone["metrics"]["eval_token_loss"] != found["eval_token_loss"]
+
+
 @pytest.mark.parametrize("bf16", [False, True])
 def test_a_delta_on_its_base_is_the_tuned_model(settings, bf16):
     tuned = replace(settings, delta_only=True, bf16=bf16, steps=8)

@@ -36,7 +36,7 @@ _WHAT_IS_WRITTEN = {
     "keep",
     "save_at",
 }
-_WHAT_IS_WRITTEN |= {"eval", "report", "report_to", "save_plots", "memory_report", "log_every"}
+_WHAT_IS_WRITTEN |= {"eval", "also_eval", "report", "report_to", "save_plots", "memory_report", "log_every"}
 _THE_MACHINE = {"cpu", "backend", "release_gradients", "sparse_backward"}
 _HASHES = {"texts": "--train", "labels": "--train", "weights": "--model"}  # and the option of each
 MAY_DIFFER = _COMPARED_BY_CONTENT | _WHAT_IS_WRITTEN | _THE_MACHINE

@@ -52,6 +52,7 @@ def add_data(group) -> None:
         "--train", required=True, metavar="FILE", help="CSV or TSV (classification), JSONL (causal-lm), CoNLL"
     )
     add("--eval", required=True, metavar="FILE", help="the same, to measure on")
+    add("--also-eval", metavar="FILE", help="the same, to measure on at the end: what not to forget")
     add(
         "--task",
         choices=("classification", "regression", "token-classification", "causal-lm"),

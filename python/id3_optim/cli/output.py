@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from .. import atomic
-from .settings import Settings
+from .settings import Settings, option
 
 UNFINISHED = "unfinished"  # in the output directory: the checkpoint that is being written
 # Of an earlier run: what a result of another kind would leave behind, and what the first step removes.
@@ -34,9 +34,10 @@ def check_paths(settings: Settings) -> None:
         report = Path(settings.report)
         if report.is_dir():
             raise ValueError(f"--report: expected a file name, got the folder {report}")
-        for name in ("train", "eval"):
-            if _same(report, Path(getattr(settings, name))):
-                raise ValueError(f"--report: expected another file than --{name}, got {report}")
+        for name in ("train", "eval", "also_eval"):
+            path = getattr(settings, name)
+            if path is not None and _same(report, Path(path)):
+                raise ValueError(f"--report: expected another file than {option(name)}, got {report}")
         _check_writable("--report", report.parent)
 
 

@@ -38,6 +38,7 @@ class Settings:
     train: str
     eval: str
     output: str
+    also_eval: str | None = None
     task: str | None = None
     text_column: tuple[str, ...] = ("text",)
     label_column: str = "label"
@@ -240,7 +241,7 @@ def _check_data(settings: Settings) -> None:
     delimiter = settings.delimiter
     if delimiter is not None and (len(delimiter) != 1 or delimiter in '"\r\n \0'):
         raise ValueError(f"--delimiter: expected one character, such as ';' or tab, got {delimiter!r}")
-    for name in ("train", "eval"):
+    for name in ("train", "eval", "also_eval"):
         path = getattr(settings, name)
-        if not Path(path).is_file():
+        if path is not None and not Path(path).is_file():
             raise FileNotFoundError(f"{option(name)}: expected a file, got {path}, which is none")

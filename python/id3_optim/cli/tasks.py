@@ -1,7 +1,7 @@
 """The tasks of `id3-optim train`: the rows of both files, tokenising and padding."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -22,12 +22,16 @@ FEW_CLASSES = 20  # so many labels are classes, however few rows there are
 
 @dataclass(frozen=True)
 class Task:
-    """`kind` is one of `KINDS`; `labels` (of texts or tokens) orders the classes."""
+    """`kind` is one of `KINDS`; `labels` (of texts or tokens) orders the classes.
+
+    also: rows to measure on at the end, apart from `eval`.
+    """
 
     kind: str
     train: list[LabelledText] | list[TaggedText] | list[Completion]
     eval: list[LabelledText] | list[TaggedText] | list[Completion]
     labels: list[str]
+    also: list[LabelledText] | list[TaggedText] | list[Completion] = field(default_factory=list)
 
 
 def texts_of(row: LabelledText | TaggedText | Completion) -> tuple[str, ...]:
@@ -95,9 +99,16 @@ def read_task(
 
 def task_of(settings: Settings) -> Task:
     """`read_task` of the settings of a run."""
+    task = _read_with(settings, settings.eval)
+    if settings.also_eval is None:
+        return task
+    return replace(task, also=_read_with(settings, settings.also_eval).eval)
+
+
+def _read_with(settings: Settings, eval: str) -> Task:
     return read_task(
         settings.train,
-        settings.eval,
+        eval,
         kind=settings.task,
         text_columns=list(settings.text_column),
         label_column=settings.label_column,

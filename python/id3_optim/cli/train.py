@@ -176,9 +176,11 @@ def fit(
         raise KeyboardInterrupt
     measured = trainer.evaluate()
     watch.check_end(start.model, trainer.state.global_step, measured["eval_loss"])
+    if task.also:
+        measured |= trainer.evaluate(encoded(task.also, start, task, settings), metric_key_prefix="also")
     checkpoints.remove_old()
     remove(Path(settings.output) / UNFINISHED)
-    found = (f"eval_{name}" for name in metrics.NAMES)
+    found = (f"{prefix}_{name}" for prefix in ("eval", "also") for name in metrics.NAMES)
     measured = {name: float(measured[name]) for name in found if name in measured}
     return Run(measured, trainer.state.log_history, clock)
 
@@ -197,16 +199,14 @@ def run_trainer(trainer: WatchedTrainer, checkpoint: Path | None) -> None:
 def make_trainer(start, task, optimizer, settings, callbacks, watch) -> WatchedTrainer:
     """The Trainer of `fit`, with the encoded rows of both files."""
     length = min(settings.max_length, longest_input(start))
-    train, eval = (tasks.encode(rows, task, start.tokenizer, length) for rows in (task.train, task.eval))
-    check_tokens(settings.model, start.model, [*train, *eval])
-    # Rows of similar length share a batch, which halves the padding; no metric depends on their order.
-    eval = sorted(eval, key=lambda row: len(row["input_ids"]))
+    train = tasks.encode(task.train, task, start.tokenizer, length)
+    check_tokens(settings.model, start.model, train)
     trainer = WatchedTrainer(
         watch,
         model=start.model,
         args=trainer_arguments(settings),
         train_dataset=train,
-        eval_dataset=eval,
+        eval_dataset=encoded(task.eval, start, task, settings),
         data_collator=partial(tasks.collate, pad_token_id=tasks.padding_token(start.tokenizer)),
         optimizers=(optimizer, None),
         callbacks=callbacks,
@@ -215,6 +215,14 @@ def make_trainer(start, task, optimizer, settings, callbacks, watch) -> WatchedT
     )
     trainer.remove_callback(transformers.PrinterCallback)
     return trainer
+
+
+def encoded(rows: list, start: Start, task: Task, settings: Settings) -> list[dict]:
+    """Rows to measure on. Those of similar length share a batch, which halves the padding; no metric depends
+    on their order."""
+    encoded = tasks.encode(rows, task, start.tokenizer, min(settings.max_length, longest_input(start)))
+    check_tokens(settings.model, start.model, encoded)
+    return sorted(encoded, key=lambda row: len(row["input_ids"]))
 
 
 def write_model(settings: Settings, start: Start, optimizer) -> None:

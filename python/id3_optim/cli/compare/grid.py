@@ -98,7 +98,17 @@ def key(plan: Plan, trial: Trial) -> str:
 
 
 # `facts` has the contents; or they change nothing.
-_IN_FACTS = {"model", "train", "eval", "task", "text_column", "label_column", "encoding", "delimiter"}
+_IN_FACTS = {
+    "model",
+    "train",
+    "eval",
+    "also_eval",
+    "task",
+    "text_column",
+    "label_column",
+    "encoding",
+    "delimiter",
+}
 _IN_FACTS |= {"output", "overwrite", "resume", "report", "save_plots", "epochs", "cpu"}
 
 Results = Mapping[Trial, Mapping[str, Any]]

@@ -23,6 +23,7 @@ _NOT_IN_A_METHOD = {
     "model",
     "train",
     "eval",
+    "also_eval",
     "task",
     "output",
     "seed",

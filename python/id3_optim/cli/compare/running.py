@@ -62,11 +62,13 @@ def _facts(settings: Settings, task: Task) -> dict[str, Any]:
     """Hashes of what the runs read, and the kind of device: results of other ones are not taken."""
     record = run_record(settings, task)
     flipped = run_record(settings, replace(task, train=task.eval))
+    also = run_record(settings, replace(task, train=task.also)) if task.also else {}
     on_cpu = settings.cpu or not torch.accelerator.is_available()
     device = "cpu" if on_cpu else torch.accelerator.current_accelerator().type
     return {
         **{name: record[name] for name in ("texts", "labels")},
         **{f"eval_{name}": flipped[name] for name in ("texts", "labels")},
+        **{f"also_{name}": also[name] for name in ("texts", "labels") if also},
         "model": _model_hash(settings.model),
         "device": device,
     }

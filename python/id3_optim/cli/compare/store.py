@@ -6,7 +6,7 @@ import contextlib
 import json
 import sqlite3
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -79,6 +79,16 @@ class Store:
         row = (key, json.dumps(trial), json.dumps(plain(report)), packed)
         with self._reading(), self._file:
             self._file.execute("insert or replace into runs values (?, ?, ?, ?)", row)
+
+    def restore(self, runs: Iterable[Mapping[str, Any]]) -> None:
+        """Adds runs of `summary.exported` that the file lacks: all but whole logs and active sets."""
+        rows = []
+        for run in runs:
+            trial = Trial(*(run[name] for name in Trial._fields))
+            report = {name: value for name, value in run.items() if name not in ("key", *Trial._fields)}
+            rows.append((run["key"], json.dumps(trial), json.dumps(report)))
+        with self._reading(), self._file:
+            self._file.executemany("insert or ignore into runs (key, trial, report) values (?, ?, ?)", rows)
 
     def results(self, plan: Plan) -> dict[Trial, dict[str, Any]]:
         """The reports of the runs of a grid that have ended."""

@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from ..settings import Settings
-from .grid import Cell, Plan, Results, Trial, cells, chosen_rate, finals, score
+from .grid import Cell, Plan, Results, Trial, cells, chosen_rate, finals, key, score
 from .statistics import Paired, Spread, paired, spread
 
 
@@ -136,10 +136,13 @@ def notes(plan: Plan, results: Results) -> list[str]:
 
 
 def exported(plan: Plan, results: Results) -> dict[str, Any]:
-    """The table and every run of the grid as plain values: what a report of several tasks is made from."""
+    """The table and every run of the grid as plain values: what a report of several tasks is made from.
+
+    `Store.restore` takes the runs into a file of results, so that another machine can go on.
+    """
     lines = rows(plan, results)
     runs = [
-        {**trial._asdict(), **{name: report.get(name) for name in _EXPORTED}}
+        {"key": key(plan, trial), **trial._asdict(), **_plain_run(plan, report)}
         for trial, report in sorted(results.items(), key=lambda item: repr(item[0]))
     ]
     return {
@@ -156,7 +159,20 @@ def exported(plan: Plan, results: Results) -> dict[str, Any]:
     }
 
 
-_EXPORTED = ("metrics", "trained", "optimizer_bytes", "step_ms", "diverged", "versions")
+def _plain_run(plan: Plan, report: Mapping[str, Any]) -> dict[str, Any]:
+    """What the table and most figures need of a run; of its log the measurements alone."""
+    metric = f"eval_{plan.metric}"
+    active = {log["step"]: log["n_active"] for log in report["history"] if "n_active" in log}
+    measured = [
+        {"step": log["step"], metric: log[metric]}
+        | ({"n_active": active[log["step"]]} if log["step"] in active else {})
+        for log in report["history"]
+        if metric in log
+    ]
+    return {name: report[name] for name in _EXPORTED if name in report} | {"history": measured}
+
+
+_EXPORTED = ("metrics", "trained", "optimizer_bytes", "step_ms", "diverged", "versions", "allocation")
 
 
 def _plain_row(row: Row) -> dict[str, Any]:
@@ -184,4 +200,4 @@ def shared_settings(plan: Plan) -> dict[str, Any]:
     return {name: value for name, value in shared.items() if name not in _PATHS}
 
 
-_PATHS = ("model", "train", "eval", "output")
+_PATHS = ("model", "train", "eval", "also_eval", "output")

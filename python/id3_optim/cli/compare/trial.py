@@ -56,7 +56,7 @@ def held_out(task: Task, share: float) -> Task:
     if not 0 < n < len(order):
         raise ValueError(f"--held-out: expected a share that splits {len(order)} rows, got {share}")
     aside, kept = sorted(order[:n]), sorted(order[n:])
-    return replace(task, train=[task.train[i] for i in kept], eval=[task.train[i] for i in aside])
+    return replace(task, train=[task.train[i] for i in kept], eval=[task.train[i] for i in aside], also=[])
 
 
 def run_trial(settings: Settings, task: Task, threads: int, on_step: Callable[[], None]) -> Outcome:

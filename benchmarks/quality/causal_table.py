@@ -1,0 +1,36 @@
+"""The table of a causal model: its loss on the new task, and how much worse it got on what it knew."""
+
+from __future__ import annotations
+
+from statistics import fmean, stdev
+
+from benchmarks.render import table
+
+_ABOUT = """`loss`: nats a token on rows of the new task kept aside, mean ± standard deviation over seeds;
+`forgotten`: by how much the loss on texts of the kind that the base was trained on has grown from the base's
+{loss:.3f}. The base has {entries:,} entries and {steps:,} steps behind it. \\*: the best learning rate is at
+the edge of its grid."""
+
+
+def causal_table(report: dict) -> str:
+    """Smaller is better in both columns."""
+    lines = []
+    for row in report["rows"]:
+        losses, kept = list(row["scores"].values()), forgotten(report, row)
+        star = "*" if row["at_edge"] else ""
+        diverged = f" ({row['diverged']} diverged)" if row["diverged"] else ""
+        lines.append([row["method"], f"{_spread(losses)}{star}{diverged}", _spread(kept)])
+    return "\n\n".join([table(["method", "loss", "forgotten"], lines), _ABOUT.format(**report["base"])])
+
+
+def forgotten(report: dict, row: dict) -> list[float]:
+    """By seed, of the runs that made the row's scores."""
+    runs = (run for run in report["runs"] if not run["tuning"] and run["lr"] == row["lr"])
+    own = (run["metrics"] for run in runs if (run["method"], run["budget"]) == (row["method"], row["budget"]))
+    return [metrics["also_token_loss"] - report["base"]["loss"] for metrics in own if metrics]
+
+
+def _spread(values: list[float]) -> str:
+    if not values:
+        return "–"
+    return f"{fmean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
