@@ -114,9 +114,12 @@ def prepare(
 
 
 def _mask_of_a_run(settings: Settings, task: Task, progress: ProgressBar | None) -> dict[str, torch.Tensor]:
-    """The entries that a whole run has trained, by name. Nothing of it is written."""
+    """The entries that a whole run has trained, by name. Nothing of it is written.
+
+    It measures along the way as `settings` say, since that moves torch's generator, and so dropout.
+    """
     with tempfile.TemporaryDirectory(prefix="id3-first-run-") as folder:
-        settings = replace(settings, output=folder, reuse_mask=False, eval_every=None, report_to=())
+        settings = replace(settings, output=folder, reuse_mask=False, report_to=())
         start, optimizer, callbacks = prepare(settings, task)
         fit(start, task, optimizer, settings, callbacks, progress=progress)
     return trained_entries(start.model, optimizer)
