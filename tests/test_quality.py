@@ -5,13 +5,15 @@ import json
 from pathlib import Path
 
 import pytest
-from tiny_models import save_bert
+from tiny_models import save_bert, write_reviews
 
 from benchmarks.quality import causal_table, parts, report, run, tasks
 from benchmarks.quality.base import corpus, make_base
 from benchmarks.quality.parts import PARTS
 from benchmarks.render import README, block
+from id3_optim.cli.compare.methods import read_method
 from id3_optim.cli.main import parser
+from id3_optim.cli.settings import Settings, check_settings
 
 BUDGET = report.budgets_of("main")[0]
 SCORES = {"id3": 0.60, "full": 0.65, "head": 0.40, "fish": 0.58}
@@ -115,6 +117,15 @@ def test_every_grid_is_a_command_that_parses(name, tmp_path):
         arguments = parser().parse_args(run.command(options, name, task, (tmp_path / "a", tmp_path / "b")))
         assert [method.name for method in arguments.methods] == list(PARTS[name].methods)
         assert {len(method.rates) for method in arguments.methods} == {7 if PARTS[name].tuned else 1}
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_every_method_of_a_grid_has_settings_that_can_run(name, tmp_path):
+    write_reviews(tmp_path / "rows.csv")
+    path = str(tmp_path / "rows.csv")
+    for method in PARTS[name].methods:
+        changes = {**dict(read_method(method).changes), "budget": 0.0017}
+        check_settings(Settings("model", path, path, str(tmp_path / "out"), **changes))
 
 
 def test_an_untuned_method_has_a_default_inside_its_tuned_range():

@@ -51,6 +51,15 @@ WHY = (
     *(f"id3:schedule={schedule}" for schedule in _SCHEDULES),
     *(f"id3:select_every={every}" for every in (4, 16, 64)),
     "id3:leave_out=embeddings",
+    "id3:tensor_cap=0.1",
+    "id3:reuse_mask=true",
+    "id3:entry_warmup=100",
+    "id3:entry_warmup=100,bias_correction=entry",
+    "id3:prune=100",
+    "id3:heuristic=d3-relative",
+    *(f"id3-sum:select_every={every}" for every in (4, 16, 64)),
+    "id3-mean",
+    "id3-adam",
 )
 EPS_AND_EXP = ("id3", *(f"id3:eps={eps},exp={exp}" for eps in (0.5, 1.0) for exp in (-1.0, 0.0, 1.0)))
 
@@ -75,7 +84,9 @@ PARTS = {
     "budgets": Part("Other budgets", ("id3", "fish", "lora"), _ALL, ("0.05%", "1%")),
     "rivals": Part("Rivals at equal counts of trained entries", RIVALS, _ALL),
     "pools": Part("LoRA and adapters as pools", ON_A_POOL, ("cola", "mrpc")),
-    "why": Part("Schedules, bias correction, windows, embeddings", WHY, ("cola", "mrpc")),
+    "why": Part(
+        "Where the gain comes from: mask, schedule, windows, scores, warm-up, pruning", WHY, ("cola", "mrpc")
+    ),
     "causal": Part(
         "A causal model: the loss on GSM8K, and what it forgets",
         ("id3", "full", "random", "fish", "lora"),

@@ -13,6 +13,7 @@ from .delta.stream import WeightPatch, weight_patches
 from .delta.toolkit import load_toolkit_summary
 from .delta.update import WeightUpdate, load_update
 from .heuristics import D3, Bias, Fisher, Magnitude, Random, fisher_scores
+from .method import Prune
 from .optimizer import ID3AdamW
 from .originals import ReferenceModel, dense_copies, original_weights
 from .step.grad_scaler import GradScaler
@@ -28,6 +29,7 @@ __all__ = [
     "GradScaler",
     "ID3AdamW",
     "Magnitude",
+    "Prune",
     "Random",
     "ReferenceModel",
     "ResendNeeded",

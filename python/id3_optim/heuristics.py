@@ -147,8 +147,8 @@ def scores(
 def describe(heuristic: Heuristic) -> dict[str, Any]:
     """The heuristic's name and numbers as plain values; equal dicts mean equal heuristics on resume.
 
-    A function is described by its qualified name, `Fisher` by a checksum of its scores, which reads all of
-    them.
+    A function is described by its qualified name, and by what its own `describe()` returns if it has one;
+    `Fisher` by a checksum of its scores, which reads all of them, or by their own `describe()`.
     Raises TypeError for a value that is not a heuristic.
     """
     match heuristic:
@@ -161,12 +161,15 @@ def describe(heuristic: Heuristic) -> dict[str, Any]:
         case Bias():
             return {"name": "bias"}
         case Fisher(given):
+            if hasattr(given, "describe"):
+                return {"name": "fisher", **given.describe()}
             tensors = list(given.values()) if isinstance(given, Mapping) else list(given)
             return {"name": "fisher", "tensors": len(tensors), "checksum": sum(map(_checksum, tensors))}
     if isinstance(heuristic, type) or not callable(heuristic):
         kinds = "D3(), Magnitude(), Fisher(), Random(), Bias() or a function f(param, grad) -> tensor"
         raise TypeError(f"heuristic: expected {kinds}, got {heuristic!r}")
-    return {"name": _title(heuristic)}
+    own = heuristic.describe() if hasattr(heuristic, "describe") else {}
+    return {"name": _title(heuristic), **own}
 
 
 def fisher_scores(

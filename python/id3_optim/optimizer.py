@@ -10,14 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import validation
+from . import compatibility, validation
 from .heuristics import D3, Heuristic
-from .method import Method
+from .method import Method, Prune
 from .param_groups import selectable
 from .schedules import Schedule, uniform
 from .state import checkpoint, flat
 from .state.active_set import ActiveSet, Touched
-from .state.layout import Layout
 from .state.memory import memory_report
 from .state.progress import Wanted
 from .step.release import Release
@@ -49,17 +48,18 @@ class ID3AdamW(torch.optim.Optimizer):
     max_grad_norm: clip by the norm over everything that this step updates: the active entries, the new
         ones included, and dense groups. (`clip_grad_norm_` outside clips by the dense gradients' norm.)
     keep_originals: remember each active entry's first value, so that a saved delta can be checked and undone.
+    entry_warmup: W: an entry's learning rate rises linearly over its first W updates, to the group's.
+    tensor_cap: the largest part of the budget that one tensor gets.
+    prune: `Prune(every, share)`: entries that have moved least give their place to new ones.
     backend: "cpu", "cuda", "triton" or "reference"; None: the best for each parameter's device.
     release_gradients: hooks take what a step needs of each gradient during the backward pass and set `.grad`
         to None, tensor by tensor; the entries chosen and their values keep their bits.
     select_from: which micro-batch's scores choose with released gradients: "last", or "max" over all.
     capturable: `step()` may be captured in a CUDA graph after a step outside of it, and replayed with new
-        gradients in the same tensors: everything that changes lies on the device, a one-element tensor as lr
-        too. `steps_done` and `n_active` then synchronise. Needs all parameters on one device and goes with
-        neither "repeat" nor `release_gradients`. A state that is loaded makes earlier captures void.
+        gradients in the same tensors; everything that changes lies on the device. Needs all parameters on one
+        device. A state that is loaded makes earlier captures void.
 
     On a GPU `step()` does not synchronise with the device, but for the cases in the page "On a GPU".
-
     Raises ValueError or TypeError for anything out of range, before anything changes.
     """
 
@@ -87,20 +87,20 @@ class ID3AdamW(torch.optim.Optimizer):
         release_gradients: bool = False,
         select_from: str = "last",
         capturable: bool = False,
+        entry_warmup: int = 0,
+        tensor_cap: float | None = None,
+        prune: Prune | None = None,
         **not_applicable: Any,
     ):
         validation.refuse_not_applicable(not_applicable)
-        validation.check_method(strategy, bias_correction, heuristic, select_every)
-        validation.check_options(strategy, release_gradients, select_from, capturable)
-        rest = bias_correction, validation.plain_norm(max_grad_norm), keep_originals, int(select_every)
-        method = Method(validation.plain_budget(budget), strategy, heuristic, schedule, *rest)
-        backend, age = validation.usable_backend(backend), bias_correction == "entry"
-        layout = Layout(keep_originals, age, strategy == "repeat", backend, release_gradients, capturable)
+        chosen = strategy, heuristic, schedule, bias_correction, max_grad_norm, keep_originals
+        method = Method(budget, *chosen, select_every, entry_warmup, tensor_cap, prune)
+        compatibility.check_options(method, release_gradients, select_from, capturable)
+        layout = method.layout(validation.usable_backend(backend), release_gradients, capturable)
         self._unmasking = Unmasking(method, layout)
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(validation.check_iterable(params), defaults | {"maximize": maximize, "dense": False})
         self.state[checkpoint.MARKER] = dict(checkpoint.MARKED)
-        validation.check_names(heuristic, self.param_groups[0])
         if total_steps is not None:
             self.set_total_steps(total_steps)
         if release_gradients:
@@ -210,7 +210,6 @@ class ID3AdamW(torch.optim.Optimizer):
 
     @max_grad_norm.setter
     def max_grad_norm(self, norm: float | None) -> None:
-        norm = validation.plain_norm(norm)
         self._unmasking.method = replace(self._unmasking.method, max_grad_norm=norm)
 
     def touched(self) -> Iterator[Touched]:
@@ -222,7 +221,7 @@ class ID3AdamW(torch.optim.Optimizer):
 
         A superset of the changed bits: the active entries of each tensor that had a gradient since (with
         "repeat" all that were ever active), then dense groups whole. After a state is loaded, all count as
-        updated by its last step. Raises ValueError for a step that is not done yet.
+        updated by its last step. Raises ValueError for a step that is not done yet, and with `prune`.
         """
         return self._unmasking.changed_since(step, self.param_groups, self.state)
 
@@ -231,11 +230,8 @@ class ID3AdamW(torch.optim.Optimizer):
         return self._unmasking.settings()
 
     def memory_report(self) -> dict[str, int]:
-        """Allocated bytes by kind, `total` last.
-
-        `select_tiles` (one score maximum per 256 entries) and `select_mask` (the bit per entry that the
-        Triton backend keeps to leave active entries out) live only while a step selects.
-        """
+        """Allocated bytes by kind, `total` last. `select_tiles` (one score maximum per 256 entries) and
+        `select_mask` (a bit per entry, of the Triton backend) live only while a step selects."""
         release = self._unmasking.release
         candidates = () if release is None else release.tensors()
         return memory_report(self._unmasking.active, self.state.values(), candidates)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -9,9 +10,11 @@ from torch import Tensor
 
 from id3_kernels import d3_score
 
+from . import heuristics
 from .heuristics import D3
 
 KINDS = ("sum", "mean", "adam")
+KEY = "running"  # of the saved state
 
 
 class Running:
@@ -23,9 +26,9 @@ class Running:
     d3: the denominator.
 
     Call `watch(optimizer)` once; before every step the heuristic then reads all gradients. It keeps one
-    float32 (for "adam" two) for each entry of the parameters, which no state dict holds: a resumed run begins
-    anew with them. Does not apply to released gradients or a GradScaler, whose steps it would read scaled.
-    Raises ValueError for another kind.
+    float32 (for "adam" two) for each entry of the parameters. The optimizer's state dict holds these too, so
+    that a resumed run goes on bit for bit. Does not apply to released gradients or a GradScaler, whose steps
+    it would read scaled. Raises ValueError for another kind.
     """
 
     def __init__(self, kind: str, d3: D3 = D3(), betas: tuple[float, float] = (0.9, 0.999)):  # noqa: B008
@@ -35,8 +38,29 @@ class Running:
         self._kept: dict[Tensor, tuple[Tensor, Tensor, int]] = {}  # first and second moment, steps
 
     def watch(self, optimizer: torch.optim.Optimizer) -> None:
-        """Reads the gradients before each of the optimizer's steps, of dense groups too."""
+        """Reads the gradients before each of the optimizer's steps, and joins its state dict."""
         optimizer.register_step_pre_hook(self._read)
+        optimizer.register_state_dict_post_hook(self._save)
+        optimizer.register_load_state_dict_post_hook(self._load)
+
+    def describe(self) -> dict[str, Any]:
+        """Plain values, which a resumed run must share."""
+        return {"kind": self.kind, "d3": heuristics.describe(self.d3), "betas": list(self.betas)}
+
+    def _save(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+        """Adds copies under a key that is no parameter's: torch would cast those to the parameter's dtype."""
+        state["state"][KEY] = saved = {}
+        for position, p in enumerate(_params(optimizer)):
+            if p in self._kept:
+                first, second, steps = self._kept[p]
+                saved[position] = {"first": first.clone(), "second": second.clone(), "steps": steps}
+
+    def _load(self, optimizer: torch.optim.Optimizer) -> None:
+        saved, self._kept = optimizer.state.pop(KEY, {}), {}
+        for position, p in enumerate(_params(optimizer)):
+            if position in saved:
+                first, second, steps = saved[position].values()
+                self._kept[p] = first.to(p.device, copy=True), second.to(p.device, copy=True), steps
 
     @torch.no_grad()
     def _read(self, optimizer: torch.optim.Optimizer, *call: Any) -> None:
@@ -69,3 +93,7 @@ class Running:
         if self.kind == "sum":
             first.zero_()
         return score
+
+
+def _params(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
+    return (p for group in optimizer.param_groups for p in group["params"])

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import schedules, validation
+from . import compatibility, schedules, validation
 from .distributed.agreement import check_agreement
 from .distributed.many_ranks import ranks_of
-from .method import Method
+from .method import Method, Prune
 from .param_groups import members, named_parameters, parameter_names, selectable, trainable_entries
 from .state.active_set import ActiveSet, Touched
 from .state.checkpoint import Restored
@@ -23,6 +23,7 @@ from .state.layout import Layout
 from .state.parameter_state import fill
 from .state.progress import Progress, Wanted
 from .step import gradients
+from .step.pruning import prune
 from .step.release import Begin, Release
 from .step.scaling import Scaling
 from .step.selection import Selection, select
@@ -68,8 +69,8 @@ class Unmasking:
             return self.release
         select_from = select_from or "last"
         capturable = self.active.layout.capturable
-        validation.check_options(self.method.strategy, True, select_from, capturable)
-        validation.check_reduced(selectable(groups))
+        compatibility.check_options(self.method, True, select_from, capturable)
+        compatibility.check_reduced(selectable(groups))
         self.active.keep_gradients()
         self.release = Release(begin, self.method.heuristic, select_from)
         self.release.attach(selectable(groups))
@@ -80,8 +81,9 @@ class Unmasking:
         i, active = len(groups) - 1, self.active
         group = groups[i]
         validation.check_group(group, i)
+        validation.check_names(self.method.heuristic, groups[0])
         held = (p for shard in active.shards for p in shard.owners)
-        validation.check_devices(active.layout, chain(held, group["params"]), group["dense"])
+        compatibility.check_devices(active.layout, chain(held, group["params"]), group["dense"])
         names = parameter_names(groups)
         if self.n_entries is not None and not group["dense"]:
             validation.check_countable(groups, names)
@@ -156,7 +158,7 @@ class Unmasking:
             active = ActiveSet(self.active.layout, self.active.names)
             active.split_over(ranks_of(named_parameters(groups)))
             active.adopt(members(groups, dense=False))
-            validation.check_devices(active.layout, selectable(groups))
+            compatibility.check_devices(active.layout, selectable(groups))
             active.reserve(self.budget)
             self.active = active
         if not self.progress.targets and self.total_steps is not None and self.active.shards:
@@ -172,13 +174,14 @@ class Unmasking:
                 "total_steps: expected the number of steps of the run (set_total_steps), got None"
             )
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-            validation.check_capture(self.active.layout.capturable, bool(self.active.shards))
+            compatibility.check_capture(self.active.layout.capturable, bool(self.active.shards))
         self.begin(groups)
         return self.active, self.progress.wanted(self.active)
 
     def _agree(self, groups: Groups) -> None:
         """Before all else, since a rank that fails alone leaves the other ranks waiting."""
         ranks = ranks_of(named_parameters(groups))
+        compatibility.check_ranks(self.method, ranks.alone)
         if not ranks.alone:
             check_agreement(ranks, self.settings(), groups)
         self.agreed = True
@@ -193,11 +196,14 @@ class Unmasking:
         else:
             grads = self.release.gradients(groups, active, wanted)
         started, joined = time.perf_counter(), []
+        if self.method.prune is not None:
+            wanted = self._pruned(active, self.method.prune, wanted)
         if wanted is not None:
             if scaling.not_overflowed is not None:
                 wanted = wanted._replace(k=wanted.k * scaling.not_overflowed)
             if self.release is None:
-                picked, values, score, number = select(active, grads, self.method.heuristic, wanted)
+                cap = self.method.tensor_cap and max(1, int(self.method.tensor_cap * self.budget + 1e-6))
+                picked, values, score, number = select(active, grads, self.method.heuristic, wanted, cap)
             else:
                 picked, values, score, number = self.release.candidates.chosen(active, wanted)
             if active.layout.repeat:
@@ -206,12 +212,19 @@ class Unmasking:
                 joined = active.join(picked, values, wanted.target)
             self.last_selection = Selection(wanted.step, score, number)
         selected = time.perf_counter()
-        update(active, grads, groups, dense_state, scaling, self.progress.done + 1, joined)
+        nth, entry_warmup = self.progress.done + 1, self.method.entry_warmup
+        update(active, grads, groups, dense_state, scaling, nth, joined, entry_warmup)
         if wanted is not None and active.count is not None:
             active.count_up(number)
         self.phase_seconds["select"] += selected - started
         self.phase_seconds["update"] += time.perf_counter() - selected
         self.progress.advance(scaling.not_overflowed)
+
+    def _pruned(self, active: ActiveSet, rule: Prune, wanted: Wanted | None) -> Wanted | None:
+        """Prunes the active set where the step is to; what is wanted then, with the places that are free."""
+        if not active.shards or not rule.due(self.progress.done, self.total_steps):
+            return wanted
+        return self.progress.wanted(active, freed=prune(active, rule))
 
     # --- what has changed, and what is saved -------------------------------------------------------------
 
@@ -223,6 +236,8 @@ class Unmasking:
         self, step: int, groups: Groups, dense_state: MutableMapping[Tensor, dict]
     ) -> Iterator[Touched]:
         """See `ID3AdamW.changed_since`."""
+        if self.method.prune is not None:
+            raise ValueError("changed_since: does not apply to prune: entries that left are not remembered")
         done = self.progress.steps_done
         if not isinstance(step, numbers.Integral) or not 0 <= step <= done:
             raise ValueError(f"step: expected 0 to {done} (steps_done), got {step}")

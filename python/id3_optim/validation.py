@@ -1,4 +1,4 @@
-"""What ID3AdamW refuses, before anything changes."""
+"""Which arguments, param groups and parameters ID3AdamW refuses, before anything changes."""
 
 from __future__ import annotations
 
@@ -14,15 +14,11 @@ from id3_kernels import backend, checks
 
 from . import schedules
 from .distributed.part import check_part, is_split, local
-from .heuristics import Bias, Heuristic, Random
+from .heuristics import Bias, Heuristic
 from .method import Method
 from .param_groups import members
-from .ranks import check_builder, check_whole, world_size
-from .state.layout import Layout
+from .ranks import check_whole
 
-STRATEGIES = ("increment", "static", "repeat")
-SELECT_FROM = ("last", "max")
-BIAS_CORRECTIONS = ("tensor", "entry")
 _NOT_APPLICABLE = {
     "amsgrad": "a maximum over moments that start at different steps has no meaning",
     "foreach": "one call already updates all tensors",
@@ -34,6 +30,7 @@ _NOT_APPLICABLE = {
 OPTIONS_OF_A_RUN = (
     *("budget", "total_steps", "heuristic", "strategy", "schedule", "select_every", "bias_correction"),
     *("max_grad_norm", "keep_originals", "backend", "release_gradients", "select_from", "capturable"),
+    *("entry_warmup", "tensor_cap", "prune"),
 )
 
 
@@ -55,23 +52,6 @@ def check_iterable(params: Iterable) -> Iterable:
     return params
 
 
-def check_method(strategy: str, bias_correction: str, heuristic: Heuristic, select_every: int) -> None:
-    if strategy not in STRATEGIES:
-        raise ValueError(f"strategy: expected one of {', '.join(STRATEGIES)}, got {strategy!r}")
-    if bias_correction not in BIAS_CORRECTIONS:
-        raise ValueError(
-            f"bias_correction: expected one of {', '.join(BIAS_CORRECTIONS)}, got {bias_correction!r}"
-        )
-    whole = isinstance(select_every, numbers.Integral) and not isinstance(select_every, bool)
-    if not whole or select_every < 1:
-        raise ValueError(f"select_every: expected an int of at least 1, got {select_every!r}")
-    if strategy == "repeat" and isinstance(heuristic, Random | Bias):
-        kind = type(heuristic).__name__
-        raise ValueError(
-            f"strategy: expected 'static' with {kind}, whose scores are the same at every step, got 'repeat'"
-        )
-
-
 def warn_one_selection(method: Method, total_steps: int) -> None:
     """Warns where a run selects once although its schedule spreads the budget over the steps."""
     spreads = method.strategy == "increment" and method.schedule is not schedules.one_shot
@@ -80,79 +60,6 @@ def warn_one_selection(method: Method, total_steps: int) -> None:
             f"select_every: expected less than total_steps, {total_steps}, got {method.select_every}: the "
             "first step selects the whole budget, and no later one selects",
             stacklevel=4,
-        )
-
-
-def check_options(strategy: str, release_gradients: bool, select_from: str, capturable: bool) -> None:
-    """Refuses ZeroRedundancyOptimizer, and released gradients and capturable steps where they cannot work."""
-    check_builder()
-    _check_release(release_gradients, select_from, strategy)
-    _check_capturable(capturable, strategy, release_gradients)
-
-
-def _check_release(release_gradients: bool, select_from: str, strategy: str) -> None:
-    if select_from not in SELECT_FROM:
-        raise ValueError(f"select_from: expected one of {', '.join(SELECT_FROM)}, got {select_from!r}")
-    if not release_gradients:
-        if select_from != "last":
-            raise ValueError(f"select_from: {select_from!r} needs release_gradients=True")
-        return
-    if strategy == "repeat":
-        raise ValueError(
-            "release_gradients: does not apply to strategy 'repeat': entries that come back would need "
-            "gradients that are gone"
-        )
-
-
-def _check_capturable(capturable: bool, strategy: str, release_gradients: bool) -> None:
-    if capturable and strategy == "repeat":
-        raise ValueError(
-            "capturable: does not apply to strategy 'repeat': the host has to know how many entries stay"
-        )
-    if capturable and release_gradients:
-        raise ValueError("capturable: does not apply to release_gradients: no graph replays its hooks")
-
-
-def check_devices(layout: Layout, tensors: Iterable[torch.Tensor], dense: bool = False) -> None:
-    """Refuses, where the step is to be captured, tensors that no graph can hold. dense: torch trains them."""
-    if not layout.capturable:
-        return
-    tensors = list(tensors)
-    if any(map(is_split, tensors)):
-        raise ValueError(
-            "capturable: does not apply to DTensor parameters: the host has to know how many entries each "
-            "rank gets"
-        )
-    devices = sorted({str(t.device) for t in tensors})
-    if len(devices) > 1:
-        raise ValueError(f"capturable: expected all parameters on one device, got {', '.join(devices)}")
-    on_gpu = any(t.device.type != "cpu" for t in tensors)
-    if on_gpu and layout.backend == "reference":
-        raise ValueError("capturable: expected a backend with GPU kernels, got 'reference'")
-    if on_gpu and not dense and any(t.dtype == torch.float64 for t in tensors):
-        raise ValueError(
-            "capturable: expected float32, bfloat16 or float16 parameters, got float64, which GPUs leave to "
-            "the reference kernels"
-        )
-
-
-def check_capture(capturable: bool, begun: bool) -> None:
-    """To be called under a CUDA graph capture: raises RuntimeError for one that could not be replayed."""
-    if not capturable:
-        raise RuntimeError("step: expected capturable=True under CUDA graph capture, got False")
-    if not begun:
-        raise RuntimeError(
-            "step: expected a step before the CUDA graph capture (it makes the state), got none"
-        )
-
-
-def check_reduced(params: Iterable[torch.Tensor]) -> None:
-    """Refuses hooks on gradients that are not yet those of all processes: a DTensor's are."""
-    if world_size() > 1 and not all(map(is_split, params)):
-        raise ValueError(
-            "release_gradients: expected one process, or parameters of FSDP2, got "
-            f"{world_size()} processes: a hook sees the gradients of its own process alone; use "
-            "release_gradients=False under DistributedDataParallel, or fully_shard"
         )
 
 
@@ -274,16 +181,3 @@ def usable_backend(name: str | None) -> str | None:
     if name is not None:
         backend.require(name)
     return name
-
-
-def plain_budget(budget: int | float) -> int | float:
-    """The budget as a plain number, numpy's too: it goes into states and delta files, as JSON."""
-    schedules.check_budget(budget)
-    return int(budget) if isinstance(budget, numbers.Integral) else float(budget)
-
-
-def plain_norm(max_grad_norm: float | None) -> float | None:
-    """Likewise."""
-    if max_grad_norm is not None and not 0 < max_grad_norm < math.inf:
-        raise ValueError(f"max_grad_norm: expected a finite number above 0, or None, got {max_grad_norm}")
-    return None if max_grad_norm is None else float(max_grad_norm)

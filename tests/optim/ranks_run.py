@@ -16,6 +16,7 @@ from id3_optim import (
     Fisher,
     ID3AdamW,
     Magnitude,
+    Prune,
     Random,
     diff,
     load_delta,
@@ -52,6 +53,7 @@ def strategies(split):
     bits(split, strategy="static")
     bits(split, strategy="repeat", budget=60)
     bits(split, select_every=3, bias_correction="entry")
+    bits(split, torch.bfloat16, entry_warmup=4)
     bits(split, torch.bfloat16)
     bits(split, torch.float64)
     bits(split, keep_originals=False, budget=1.0)
@@ -241,6 +243,9 @@ def refused(split):
     expect(
         ValueError, "capturable: does not apply to DTensor", lambda: step([overlapping[0]], capturable=True)
     )
+    for option in ({"tensor_cap": 0.5}, {"prune": Prune(2)}):
+        message = f"{next(iter(option))}: does not apply to DTensor"
+        expect(ValueError, message, lambda option=option: step([overlapping[0]], **option))
     expect(
         ValueError,
         "0.weight: expected a whole parameter with sparse",

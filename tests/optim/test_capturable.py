@@ -57,6 +57,8 @@ VARIANTS = {
     "every third": {"select_every": 3},
     "static": {"strategy": "static"},
     "by entry": {"bias_correction": "entry"},
+    "warm-up": {"entry_warmup": 4, "dtype": torch.bfloat16},
+    "cap": {"tensor_cap": 0.5},
     "exponent": {"heuristic": D3(eps=1e-3, exp=0.5)},
     "magnitude": {"heuristic": Magnitude()},
     "random": {"heuristic": Random(5)},

@@ -68,6 +68,29 @@ def test_a_run_is_that_of_train(straight, files, tmp_path, capsys):
     assert measured == pytest.approx(final["metrics"], rel=1e-5)
 
 
+def test_options_that_explain_are_options_of_a_method(files, tmp_path, capsys):
+    options = ("reuse_mask=true", "prune=2,entry_warmup=3", "tensor_cap=0.1", "heuristic=d3-relative")
+    methods = ["id3", *(f"id3:{option}" for option in options), "id3-sum:select_every=2"]
+    command = words(files, tmp_path / "r.sqlite", "--methods", *methods, "--lr", "4e-3", "--seeds", "0")
+    code, _, error = run(capsys, command)
+    assert code == 0, error
+    with Store(tmp_path / "r.sqlite", create=False) as store:
+        plan = store.plan()
+        finals = [trial for trial in store.results(plan) if not trial.tuning]
+        active = {trial.method: store.active(plan, trial).tolist() for trial in finals}
+    assert active.keys() == set(methods) and {len(places) for places in active.values()} == {300}
+    assert active["id3"] == active["id3:reuse_mask=true"]
+    for option in (*options[1:], "sum"):
+        (name,) = (name for name in methods if option in name)
+        assert active[name] != active["id3"]
+    positions = [place >> 32 for place in active["id3:tensor_cap=0.1"]]
+    assert (
+        max(map(positions.count, positions))
+        <= 30
+        < max([place >> 32 for place in active["id3"]].count(position) for position in range(50))
+    )
+
+
 def test_tuning_measures_on_rows_it_does_not_train_on(files):
     from id3_optim.cli.tasks import read_task
 

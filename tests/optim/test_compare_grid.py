@@ -44,7 +44,10 @@ def test_a_method_has_settings_of_train():
     assert dict(method.changes) == changes and method.rates == (1e-3, 2e-3, 4e-3)
     assert method.name == "id3:eps=0.5,select-every=16,sparse_backward=true,schedule=cosine"
     assert dict(read_method("fish").changes) == {"method": "fish"}
-    assert dict(read_method("id3:leave_out=embed+pooler").changes) == {"leave_out": ("embed", "pooler")}
+    left_out = {"leave_out": ("embed", "pooler"), "method": "id3"}
+    assert dict(read_method("id3:leave_out=embed+pooler").changes) == left_out
+    changes = {"prune": 100, "reuse_mask": True, "tensor_cap": 0.1}
+    assert dict(read_method("id3:tensor_cap=0.1,prune=100,reuse_mask=true").changes) == changes
     assert not read_method("full").has_budget and read_method("random").has_budget
 
 

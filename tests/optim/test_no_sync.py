@@ -56,6 +56,8 @@ VARIANTS = {
     "plain": {},
     "clipped": {"max_grad_norm": 1.0},
     "by entry": {"bias_correction": "entry"},
+    "warm-up": {"entry_warmup": 4},
+    "cap": {"tensor_cap": 0.5},
     "static": {"strategy": "static"},
     "exponent": {"heuristic": D3(eps=1e-3, exp=0.7)},
     "magnitude": {"heuristic": Magnitude()},

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from test_resume import same, through_a_file
 
 from id3_kernels import d3_score
 from id3_optim import D3, ID3AdamW
@@ -56,6 +57,38 @@ def test_after_one_step_the_sum_is_the_gradient():
         for optimizer in optimizers:
             optimizer.step()
         assert torch.equal(param, twin)
+
+
+@pytest.mark.parametrize("kind", ["sum", "mean", "adam"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_resume_at_every_step_is_bit_exact(model, make, train, kind, dtype):
+    """The sums are float32 whatever the parameters are: torch's loader would round them."""
+
+    def begun(parent):
+        twin, optimizer = make(parent, dtype, total_steps=8, select_every=4, heuristic=Running(kind))
+        optimizer.heuristic.watch(optimizer)
+        return twin, optimizer
+
+    straight, optimizer = begun(model)
+    train(straight, optimizer, 0, 9)
+    for stop in range(9):
+        half, first = begun(model)
+        train(half, first, 0, stop)
+        state = through_a_file(first.state_dict())
+        resumed, second = begun(half)
+        second.load_state_dict(state)
+        train(half, first, stop, 9)  # what was saved is a copy
+        train(resumed, second, stop, 9)
+        assert same(second.state_dict(), optimizer.state_dict())
+        assert all(map(torch.equal, resumed.parameters(), straight.parameters()))
+
+
+def test_a_state_of_another_kind_is_refused(model, make, train):
+    begun, first = make(model, heuristic=Running("mean"))
+    first.heuristic.watch(first)
+    train(begun, first, 0, 2)
+    with pytest.raises(ValueError, match=r"heuristic: expected .*'kind': 'adam'.*, got .*'kind': 'mean'"):
+        make(begun, heuristic=Running("adam"))[1].load_state_dict(first.state_dict())
 
 
 def test_what_is_refused():

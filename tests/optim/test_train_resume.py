@@ -44,6 +44,28 @@ def same_result(files, folder):
     return all((folder / name).read_bytes() == (files / "straight" / name).read_bytes() for name in names)
 
 
+@pytest.mark.parametrize(
+    "more", [["--method", "id3-adam"], ["--prune", "2", "--prune-share", "0.3", "--entry-warmup", "3"]]
+)
+def test_sums_ages_and_pruning_go_on(files, tmp_path, capsys, more):
+    straight, stopped = tmp_path / "straight", tmp_path / "run"
+    assert run(capsys, words(files, straight, *OPTIONS, *more))[0] == 0
+    shutil.copytree(straight / "checkpoint-4", stopped / "checkpoint-4")
+    assert run(capsys, resume(files, stopped, *more))[0] == 0
+    for name in ("delta.safetensors", "checkpoint-6/model.safetensors"):
+        assert (stopped / name).read_bytes() == (straight / name).read_bytes()
+
+
+def test_a_checkpoint_of_a_version_with_fewer_settings(files, stopped, capsys):
+    record = stopped / "checkpoint-4" / "run.json"
+    saved = json.loads(record.read_text())
+    del saved["settings"]["entry_warmup"]
+    record.write_text(json.dumps(saved))
+    code, _, error = run(capsys, resume(files, stopped, "--entry-warmup", "2"))
+    assert code == 2 and "--entry-warmup: expected 0 as in checkpoint-4, got 2" in error
+    assert run(capsys, resume(files, stopped))[0] == 0 and same_result(files, stopped)
+
+
 def test_a_stopped_run_ends_at_the_same_bytes(files, stopped, capsys):
     code, printed, _ = run(capsys, resume(files, stopped))
     assert code == 0 and "not whole" not in printed

@@ -5,11 +5,11 @@ from functools import partial
 
 import transformers
 
-from .. import methods, schedules
+from .. import methods
 from ..heuristics import D3
 from ..methods import Prepared
 from . import tasks
-from .settings import Settings
+from .settings import Settings, optimizer_options
 from .start import Start, longest_input
 from .tasks import Task
 
@@ -28,15 +28,7 @@ def prepare_method(
     settings: Settings, task: Task, start: Start, arguments: transformers.TrainingArguments
 ) -> Prepared:
     """Makes `start.model` trainable by the method, in place."""
-    options = {
-        "weight_decay": settings.weight_decay,
-        "schedule": schedules.from_name(settings.schedule),
-        "select_every": settings.select_every,
-        "bias_correction": settings.bias_correction,
-        "max_grad_norm": settings.max_grad_norm or None,
-        "backend": settings.backend,
-        "release_gradients": settings.release_gradients,
-    }
+    options = optimizer_options(settings)
     if settings.method.partition("+")[0] in ("id3", "repeat-d3", "static-d3"):
         options["heuristic"] = D3(settings.eps, settings.exp)
     return methods.prepare(

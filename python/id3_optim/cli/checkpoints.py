@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import re
-from dataclasses import asdict
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,8 @@ _WHAT_IS_WRITTEN = {
 }
 _WHAT_IS_WRITTEN |= {"eval", "also_eval", "report", "report_to", "save_plots", "memory_report", "log_every"}
 _THE_MACHINE = {"cpu", "backend", "release_gradients", "sparse_backward"}
+# A setting that came after the checkpoint was written was at its default.
+_DEFAULTS = {field.name: field.default for field in fields(Settings) if field.default is not MISSING}
 _HASHES = {"texts": "--train", "labels": "--train", "weights": "--model"}  # and the option of each
 MAY_DIFFER = _COMPARED_BY_CONTENT | _WHAT_IS_WRITTEN | _THE_MACHINE
 
@@ -72,11 +74,11 @@ def check_same_run(checkpoint: Path, record: dict[str, Any]) -> None:
     A hash that `record` lacks is not compared.
     """
     saved = json.loads((checkpoint / RECORD).read_text())
-    there, here = saved["settings"], record["settings"]
+    there, here = _DEFAULTS | saved["settings"], record["settings"]
     differences = [
-        f"{option(name)}: expected {there.get(name)} as in {checkpoint.name}, got {here[name]}"
+        f"{option(name)}: expected {there[name]} as in {checkpoint.name}, got {here[name]}"
         for name in here
-        if json.dumps(there.get(name)) != json.dumps(here[name])
+        if json.dumps(there[name]) != json.dumps(here[name])
     ]
     for name, given in _HASHES.items():
         if name in record and saved[name] != record[name]:

@@ -3,6 +3,8 @@
 import argparse
 from collections.abc import Callable
 
+from .settings import HEURISTICS
+
 
 def budget(text: str) -> int | float:
     """Reads a budget: `320000` counts entries; `0.5%` and `0.005` are shares of the model.
@@ -146,9 +148,9 @@ def add_selection(group) -> None:
     add("--budget", type=budget, default="0.5%", help="entries (320000) or a share of the model (0.5%%)")
     add(
         "--heuristic",
-        choices=("d3", "magnitude", "random", "bias"),
+        choices=HEURISTICS,
         default="d3",
-        help="which entries are selected first",
+        help="which entries are selected first; d3-relative: D3 over its mean in each tensor",
     )
     add("--eps", type=float, default=1.0, help="D3's ε")
     add("--exp", type=float, default=2.0, help="D3's exponent: 0 is the gradient alone")
@@ -170,7 +172,22 @@ def add_selection(group) -> None:
         default="tensor",
         help="whether Adam counts the steps of a tensor or of each entry",
     )
+    add_variants(add)
     add("--backend", help="kernels to use: reference, cpu, triton, cuda (default: the best for the device)")
+
+
+def add_variants(add: Callable[..., None]) -> None:
+    add("--entry-warmup", type=int, default=0, metavar="STEPS", help="each entry's own, from its joining")
+    add("--tensor-cap", type=float, metavar="SHARE", help="the most of the budget that one tensor gets")
+    add(
+        "--prune",
+        type=int,
+        metavar="STEPS",
+        help="in every such step the entries that moved least give their place to new ones",
+    )
+    add("--prune-share", type=float, default=0.1, metavar="SHARE", help="of the active entries, with --prune")
+    add("--mask", metavar="DELTA", help="train the entries of this delta, from the first step on")
+    add("--reuse-mask", action="store_true", help="train twice: anew with the first run's entries at once")
 
 
 def add_schedule(group) -> None:

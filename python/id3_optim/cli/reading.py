@@ -39,6 +39,30 @@ class Completion(NamedTuple):
     completion: str
 
 
+def check_columns(texts: tuple[str, ...], label: str) -> None:
+    """Raises ValueError unless these are one or two text columns, and the label another one."""
+    if len(texts) not in (1, 2):
+        raise ValueError(f"--text-column: expected one or two columns, got {len(texts)}")
+    if len({*texts, label}) < len(texts) + 1:
+        given = ", ".join(map(repr, texts))
+        raise ValueError(
+            f"--text-column: expected each column once and not --label-column, {label!r}, got {given}"
+        )
+
+
+def check_format(encoding: str, delimiter: str | None) -> None:
+    """Raises ValueError for an encoding that is none of text, or a delimiter that is no single character."""
+    try:
+        codecs.lookup(encoding)
+        "".encode(encoding)  # refuses codecs that are no encodings of text, such as hex
+    except LookupError:
+        raise ValueError(
+            f"--encoding: expected a name such as utf-8, utf-16 or latin-1, got {encoding!r}"
+        ) from None
+    if delimiter is not None and (len(delimiter) != 1 or delimiter in '"\r\n \0'):
+        raise ValueError(f"--delimiter: expected one character, such as ';' or tab, got {delimiter!r}")
+
+
 def read_text(path: str, encoding: str = "utf-8") -> str:
     """The file's text without a byte order mark; line ends as they are."""
     data = Path(path).read_bytes()

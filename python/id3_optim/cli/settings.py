@@ -1,32 +1,33 @@
 """The settings of `id3-optim train`, and the checks that need neither the model nor transformers."""
 
-import codecs
 import contextlib
 import importlib.util
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from id3_kernels import backend
 
-from .. import methods, schedules
+from .. import compatibility, methods, schedules
 from ..heuristics import D3
+from ..masks import Mask, indices_of
+from ..method import Method, Prune, share_of
+from . import reading
 
 T = TypeVar("T")
 # Setting: its least value.
 _LEAST = {"steps": 1, "batch_size": 1, "accumulate": 1, "log_every": 1, "max_length": 2, "warmup": 0}
-_LEAST |= {
-    "save_every": 1,
-    "keep": 1,
-    "select_every": 1,
-    "eval_every": 1,
-    "weight_decay": 0,
-    "max_grad_norm": 0,
-    "seed": 0,
-}
+_LEAST |= {"save_every": 1, "keep": 1, "eval_every": 1, "weight_decay": 0, "max_grad_norm": 0, "seed": 0}
+_LEAST |= {"select_every": 1, "entry_warmup": 0, "prune": 1}
 _POSITIVE = ("epochs", "lr", "head_lr")
+HEURISTICS = ("d3", "d3-relative", "magnitude", "random", "bias")
+_NOT_WITH_A_MASK = {
+    "method": "it chooses entries too",
+    "save_at": "all entries join at once",
+    "save_every": "a run that is resumed would train twice again",
+}
 _SEEDS = 2**32  # numpy's generator takes no larger ones
 
 
@@ -47,6 +48,8 @@ class Settings:
     optimizer: str = "id3"
     method: str | None = None
     leave_out: tuple[str, ...] = ()
+    mask: str | None = None
+    reuse_mask: bool = False
     budget: int | float = 0.005
     heuristic: str = "d3"
     eps: float = 1.0
@@ -55,6 +58,10 @@ class Settings:
     schedule: str = "uniform"
     select_every: int = 1
     bias_correction: str = "tensor"
+    entry_warmup: int = 0
+    tensor_cap: float | None = None
+    prune: int | None = None
+    prune_share: float = 0.1
     epochs: float = 3.0
     steps: int | None = None
     lr: float = 1e-3
@@ -116,15 +123,30 @@ def check_settings(settings: Settings) -> None:
     _check_alone("schedule", lambda: schedules.from_name(settings.schedule))
     _check_alone("budget", lambda: schedules.check_budget(settings.budget))
     _check_d3(settings)
+    if settings.heuristic not in HEURISTICS:
+        raise ValueError(f"--heuristic: expected one of {', '.join(HEURISTICS)}, got {settings.heuristic!r}")
     if settings.backend is not None:
         _check_alone("backend", lambda: backend.require(settings.backend))
+    for name in ("tensor_cap", "prune_share"):
+        if (share := getattr(settings, name)) is not None:
+            share_of(option(name), share)
     _check_pairs(settings)
+    _check_mask(settings)
     _check_method(settings)
+    _check_selection(settings)
     _check_save_at(settings)
-    _check_data(settings)
+    reading.check_columns(settings.text_column, settings.label_column)
+    reading.check_format(settings.encoding, settings.delimiter)
+    for name in ("train", "eval"):
+        _check_file(name, getattr(settings, name))
     for name in settings.report_to:
         if importlib.util.find_spec(name) is None:
             raise ImportError(f"--report-to: expected {name} to be installed, got none; pip install {name}")
+
+
+def _check_file(name: str, path: str) -> None:
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{option(name)}: expected a file, got {path}, which is none")
 
 
 def _check_alone(name: str, check: Callable[[], T], argument: str | None = None) -> T:
@@ -189,6 +211,62 @@ def _check_pairs(settings: Settings) -> None:
         raise ValueError("--overwrite: does not apply to --resume: the run goes on with what is there")
 
 
+def optimizer_options(settings: Settings) -> dict[str, Any]:
+    """The arguments of ID3AdamW that no method decides."""
+    return {
+        "weight_decay": settings.weight_decay,
+        "max_grad_norm": settings.max_grad_norm or None,
+        "backend": settings.backend,
+        "release_gradients": settings.release_gradients,
+        **_of_selection(settings),
+    }
+
+
+def _of_selection(settings: Settings) -> dict[str, Any]:
+    names = ("select_every", "bias_correction", "entry_warmup", "tensor_cap")
+    prune = None if settings.prune is None else Prune(settings.prune, settings.prune_share)
+    own = {"schedule": schedules.from_name(settings.schedule), "prune": prune}
+    return own | {name: getattr(settings, name) for name in names}
+
+
+def _check_selection(settings: Settings) -> None:
+    """Raises ValueError for options of the optimizer that do not go together."""
+    if settings.optimizer == "id3":
+        chosen = {"budget_given": settings.budget, "strategy": settings.strategy, "heuristic": D3()}
+        released = settings.release_gradients or settings.sparse_backward
+        with naming_options("prune", "tensor_cap", "release_gradients"):
+            method = Method(**chosen, max_grad_norm=None, keep_originals=True, **_of_selection(settings))
+            compatibility.check_options(method, released, "last", capturable=False)
+
+
+def _check_mask(settings: Settings) -> None:
+    """Raises ValueError or FileNotFoundError for a mask beside what would choose entries too."""
+    given = [name for name in ("mask", "reuse_mask") if getattr(settings, name)]
+    if not given:
+        return
+    if len(given) > 1:
+        raise ValueError("--reuse-mask: does not apply to --mask: it is a mask too")
+    name = option(given[0])
+    for unfit, why in _NOT_WITH_A_MASK.items():
+        if getattr(settings, unfit) and (settings.reuse_mask or unfit != "save_every"):
+            raise ValueError(f"{name}: does not apply to {option(unfit)}: {why}")
+    if settings.optimizer != "id3":
+        raise ValueError(f"--optimizer: expected id3 with {name}, got {settings.optimizer}")
+    defaults = Settings.__dataclass_fields__
+    for decided in ("heuristic", "strategy", "schedule"):
+        if settings.mask and getattr(settings, decided) != defaults[decided].default:
+            raise ValueError(f"{option(decided)}: does not apply to --mask: the mask decides it")
+    if settings.mask:
+        _check_file("mask", settings.mask)
+
+
+def check_mask(mask: Mask, budget: int) -> None:
+    """Raises ValueError for a mask of more entries than the budget."""
+    entries = sum(indices.numel() for indices in indices_of(mask).values())
+    if entries > budget:
+        raise ValueError(f"--budget: expected at least the {entries} entries of the mask, got {budget}")
+
+
 def _check_method(settings: Settings) -> None:
     """Raises ValueError for options that a method decides itself, or that its pool excludes."""
     name = settings.method
@@ -218,30 +296,3 @@ def _check_save_at(settings: Settings) -> None:
     if settings.save_at and settings.strategy != "increment":
         raise ValueError(f"--strategy: expected increment with --save-at, got {settings.strategy}, which has "
                          "the whole budget from the first step on")  # fmt: skip
-
-
-def _check_data(settings: Settings) -> None:
-    """Raises ValueError or FileNotFoundError for files and columns that cannot be read."""
-    columns = settings.text_column
-    if len(columns) not in (1, 2):
-        raise ValueError(f"--text-column: expected one or two columns, got {len(columns)}")
-    if len({*columns, settings.label_column}) < len(columns) + 1:
-        given = ", ".join(map(repr, columns))
-        raise ValueError(
-            f"--text-column: expected each column once and not --label-column, {settings.label_column!r}, "
-            f"got {given}"
-        )
-    try:
-        codecs.lookup(settings.encoding)
-        "".encode(settings.encoding)  # refuses codecs that are no encodings of text, such as hex
-    except LookupError:
-        raise ValueError(
-            f"--encoding: expected a name such as utf-8, utf-16 or latin-1, got {settings.encoding!r}"
-        ) from None
-    delimiter = settings.delimiter
-    if delimiter is not None and (len(delimiter) != 1 or delimiter in '"\r\n \0'):
-        raise ValueError(f"--delimiter: expected one character, such as ';' or tab, got {delimiter!r}")
-    for name in ("train", "eval", "also_eval"):
-        path = getattr(settings, name)
-        if path is not None and not Path(path).is_file():
-            raise FileNotFoundError(f"{option(name)}: expected a file, got {path}, which is none")

@@ -1,24 +1,25 @@
 """The training run behind `id3-optim train`: a pre-trained transformer, a budget, `transformers.Trainer`."""
 
 import contextlib
+import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import safetensors
 import torch
 import transformers
 
-from .. import schedules
 from ..backward.handle import sparse_backward
-from ..delta import save_delta
+from ..delta import load_delta, save_delta
 from ..delta.series import DeltaSeries
 from ..estimate import MemoryWatch
 from ..heuristics import D3, Bias, Magnitude, Random
 from ..integrations.groups import parameter_groups
 from ..integrations.huggingface import DELTA_NAME, ID3Callback, StepClock
+from ..masks import Mask, mask_of, trained_entries
 from ..optimizer import ID3AdamW
+from ..relative import Relative
 from . import metrics, tasks
 from .by_method import AfterStep, prepare_method
 from .checkpoints import (
@@ -29,16 +30,17 @@ from .checkpoints import (
     run_record,
     weights_hash,
 )
-from .divergence import Diverged, FiniteLoss, WatchedTrainer
+from .divergence import Diverged, FiniteLoss
 from .estimate import predicted_memory
 from .failures import first_line, lacks_memory
 from .interrupt import Interrupt
 from .output import UNFINISHED, begin, check_paths, publishing, remove
 from .progress import ProgressBar, reporters
 from .report import summarise
-from .settings import Settings, check_settings, notes, resolved_budget
-from .start import Start, check_tokens, load_start, longest_input
+from .settings import Settings, check_mask, check_settings, notes, optimizer_options, resolved_budget
+from .start import Start, load_start
 from .tasks import Task
+from .trainer import make_trainer, run_trainer, trainer_arguments
 
 _LESS_MEMORY = "less is needed with a smaller --batch-size or --max-length, --bf16 or --release-gradients"
 
@@ -52,89 +54,56 @@ class Run:
     clock: StepClock
 
 
-def trainer_arguments(settings: Settings) -> transformers.TrainingArguments:
-    """The Trainer's arguments: linear decay after a short warm-up, no clipping under ID3AdamW.
+def build_optimizer(settings: Settings, start: Start, mask: Mask | None = None) -> torch.optim.Optimizer:
+    """ID3AdamW with the fresh parameters as a dense group, or torch's AdamW on all parameters.
 
-    The Trainer would clip by the norm of all N gradients; ID3AdamW clips by the norm of the active entries'
-    (`max_grad_norm`). Even at 0 the Trainer measures the norm of all gradients for its log; the report
-    counts that time as forward and backward. A machine without an accelerator trains on the CPU.
-
-    Raises ValueError for bfloat16 on a GPU that lacks it.
+    mask: the entries to train from the first step on, in place of a choice.
     """
-    cpu = settings.cpu or not torch.accelerator.is_available()
-    if settings.bf16 and not cpu and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
-        raise ValueError(
-            f"--bf16: expected a GPU with bfloat16, or --cpu, got {torch.cuda.get_device_name()}"
-        )
-    return transformers.TrainingArguments(
-        output_dir=str(Path(settings.output) / UNFINISHED),
-        num_train_epochs=settings.epochs,
-        max_steps=settings.steps or -1,
-        per_device_train_batch_size=settings.batch_size,
-        per_device_eval_batch_size=4 * settings.batch_size,
-        gradient_accumulation_steps=settings.accumulate,
-        learning_rate=settings.lr,
-        lr_scheduler_type="linear",
-        warmup_steps=settings.warmup,
-        max_grad_norm=0.0 if settings.optimizer == "id3" else settings.max_grad_norm,
-        bf16=settings.bf16,
-        use_cpu=cpu,
-        seed=settings.seed,
-        logging_steps=settings.log_every,
-        save_strategy="no" if settings.save_every is None else "steps",
-        save_steps=settings.save_every or 500,
-        eval_strategy="no" if settings.eval_every is None else "steps",
-        eval_steps=settings.eval_every,
-        report_to="none",
-        disable_tqdm=True,
-        dataloader_pin_memory=torch.cuda.is_available() and not cpu,
-        remove_unused_columns=False,
-    )
-
-
-def build_optimizer(settings: Settings, start: Start) -> torch.optim.Optimizer:
-    """ID3AdamW with the fresh parameters as a dense group, or torch's AdamW on all parameters."""
     if settings.optimizer == "adamw":
         return torch.optim.AdamW(
             [p for p in start.model.parameters() if p.requires_grad],
             lr=settings.lr,
             weight_decay=settings.weight_decay,
         )
+    d3 = D3(eps=settings.eps, exp=settings.exp)
     heuristics = {
-        "d3": D3(eps=settings.eps, exp=settings.exp),
+        "d3": d3,
+        "d3-relative": Relative(d3),
         "magnitude": Magnitude(),
         "random": Random(settings.seed),
         "bias": Bias(),
     }
     head_options = {} if settings.head_lr is None else {"lr": settings.head_lr}
     groups = parameter_groups(start.model, start.fresh, **head_options)
-    entries = sum(parameter.numel() for _, parameter in groups[0]["params"])
+    budget = resolved_budget(settings, sum(parameter.numel() for _, parameter in groups[0]["params"]))
+    if mask is not None:
+        check_mask(mask, budget)
     return ID3AdamW(
         groups,
         lr=settings.lr,
-        weight_decay=settings.weight_decay,
         # Resolved before the first step, so that a budget out of range is refused before the training.
-        budget=resolved_budget(settings, entries),
-        heuristic=heuristics[settings.heuristic],
-        strategy=settings.strategy,
-        schedule=schedules.from_name(settings.schedule),
-        select_every=settings.select_every,
-        bias_correction=settings.bias_correction,
-        max_grad_norm=settings.max_grad_norm or None,
-        backend=settings.backend,
-        release_gradients=settings.release_gradients,
+        budget=budget,
+        heuristic=heuristics[settings.heuristic] if mask is None else mask_of(mask, start.model),
+        strategy=settings.strategy if mask is None else "static",
+        **optimizer_options(settings),
     )
 
 
 def prepare(
-    settings: Settings, task: Task
+    settings: Settings, task: Task, progress: ProgressBar | None = None
 ) -> tuple[Start, torch.optim.Optimizer, list[transformers.TrainerCallback]]:
-    """The model before training, its optimizer, and the callbacks that `fit` needs for them."""
+    """The model before training, its optimizer, and the callbacks that `fit` needs for them.
+
+    With `reuse_mask` a first run, which `progress` watches, gives the entries to train; with `mask` a delta.
+    """
     arguments = trainer_arguments(settings)
+    mask = load_delta(settings.mask) if settings.mask else None
+    if settings.reuse_mask:
+        mask = _mask_of_a_run(settings, task, progress)
     start = load_start(settings, task, arguments.device)
     callbacks = [ID3Callback(originals=settings.originals)] if settings.optimizer == "id3" else []
     if settings.method is None:
-        optimizer = build_optimizer(settings, start)
+        optimizer = build_optimizer(settings, start, mask)
     else:
         ready = prepare_method(settings, task, start, arguments)
         optimizer, start.merge = ready.optimizer, ready.merge
@@ -142,6 +111,18 @@ def prepare(
     if settings.sparse_backward:
         sparse_backward(start.model, optimizer)
     return start, optimizer, callbacks
+
+
+def _mask_of_a_run(settings: Settings, task: Task, progress: ProgressBar | None) -> dict[str, torch.Tensor]:
+    """The entries that a whole run has trained, by name. Nothing of it is written.
+
+    It measures along the way as `settings` say, since that moves torch's generator, and so dropout.
+    """
+    with tempfile.TemporaryDirectory(prefix="id3-first-run-") as folder:
+        settings = replace(settings, output=folder, reuse_mask=False, report_to=())
+        start, optimizer, callbacks = prepare(settings, task)
+        fit(start, task, optimizer, settings, callbacks, progress=progress)
+    return trained_entries(start.model, optimizer)
 
 
 def fit(
@@ -183,46 +164,6 @@ def fit(
     found = (f"{prefix}_{name}" for prefix in ("eval", "also") for name in metrics.NAMES)
     measured = {name: float(measured[name]) for name in found if name in measured}
     return Run(measured, trainer.state.log_history, clock)
-
-
-def run_trainer(trainer: WatchedTrainer, checkpoint: Path | None) -> None:
-    """Trains, from a checkpoint where one is given. Raises ValueError for one that does not load."""
-    try:
-        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
-    except Exception as error:  # each kind of file has its own kinds of errors
-        if checkpoint is None or trainer.watch.begun:
-            raise
-        reason = first_line(error).partition(". ")[0]  # torch goes on with how to load unsafe files
-        raise ValueError(f"--resume: expected {checkpoint} to load, got {reason}") from error
-
-
-def make_trainer(start, task, optimizer, settings, callbacks, watch) -> WatchedTrainer:
-    """The Trainer of `fit`, with the encoded rows of both files."""
-    length = min(settings.max_length, longest_input(start))
-    train = tasks.encode(task.train, task, start.tokenizer, length)
-    check_tokens(settings.model, start.model, train)
-    trainer = WatchedTrainer(
-        watch,
-        model=start.model,
-        args=trainer_arguments(settings),
-        train_dataset=train,
-        eval_dataset=encoded(task.eval, start, task, settings),
-        data_collator=partial(tasks.collate, pad_token_id=tasks.padding_token(start.tokenizer)),
-        optimizers=(optimizer, None),
-        callbacks=callbacks,
-        preprocess_logits_for_metrics=metrics.reduce_logits(task.kind),
-        compute_metrics=metrics.metrics(task.kind, task.labels),
-    )
-    trainer.remove_callback(transformers.PrinterCallback)
-    return trainer
-
-
-def encoded(rows: list, start: Start, task: Task, settings: Settings) -> list[dict]:
-    """Rows to measure on. Those of similar length share a batch, which halves the padding; no metric depends
-    on their order."""
-    encoded = tasks.encode(rows, task, start.tokenizer, min(settings.max_length, longest_input(start)))
-    check_tokens(settings.model, start.model, encoded)
-    return sorted(encoded, key=lambda row: len(row["input_ids"]))
 
 
 def write_model(settings: Settings, start: Start, optimizer) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import schedules, validation
 from ..distributed.part import as_split
-from ..method import Method
+from ..method import DEFAULTS, Method
 from ..param_groups import members, trainable_entries
 from . import flat
 from .active_set import ActiveSet
@@ -160,7 +160,7 @@ def _by_position(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_settings(own: dict[str, Any], saved: dict[str, Any]) -> None:
-    own, saved = ({"select_every": 1, **settings} for settings in (own, saved))  # left out where it is 1
+    own, saved = ({**DEFAULTS, **settings} for settings in (own, saved))  # defaults are left out
     for key in _MUST_AGREE:
         unset = key == "total_steps" and None in (own[key], saved[key])
         if own[key] != saved[key] and not unset:

@@ -15,11 +15,12 @@ class Layout:
     """Which arrays stand beside the indices and the moments of every active entry."""
 
     originals: bool  # the value that an entry had before it joined
-    age: bool  # steps since it joined, for bias_correction="entry"
+    age: bool  # how often it was updated since it joined
     repeat: bool  # entries may leave: every entry that was ever active is remembered
     backend: str | None  # the requested backend
     release: bool = False  # room for the gradients that hooks gather at the active entries
     capturable: bool = False  # a replayed CUDA graph changes the counts without running any Python
+    age_corrects: bool = True  # bias_correction="entry": the update op counts the ages and corrects by them
 
     def columns(self, dtype: torch.dtype) -> dict[str, torch.dtype]:
         """The arrays that are saved for parameters of `dtype`: name -> dtype, `indices` first."""

@@ -110,10 +110,11 @@ class Progress:
         # A tensor is changed in place: a captured graph holds its address.
         self.done += 1 if not_overflowed is None else not_overflowed
 
-    def wanted(self, active: ActiveSet) -> Wanted | None:
+    def wanted(self, active: ActiveSet, freed: int = 0) -> Wanted | None:
         """The schedule's increment, and what earlier steps could not give; None where that is known to be 0,
         and between two selections. With the strategy "repeat" the whole budget, at every step.
 
+        freed: how many entries this step has taken out of the active set.
         On the CPU the number is at hand and the capacity exact. The number of active entries is not read from
         a GPU: what it reported of earlier steps is a lower bound, since the active set only grows.
         """
@@ -135,12 +136,14 @@ class Progress:
             k *= self.done % self.select_every == 0
             return Wanted(k, self._most_at_once, self.done.clone(), self.targets[-1])
         target = self.targets[min(self.done, last)]
+        if freed:  # reports of earlier steps are no bound any more
+            self._n_known, self._report = 0, Report()
         if home.type == "cuda":
             self._n_known = self._report.newest(self._n_known)
             self._report.send(n_active)
         elif home.type == "cpu":
             self._n_known = int(n_active)
-        capacity = min(target - self._n_known, self._most_at_once)
+        capacity = min(target - self._n_known, self._most_at_once + freed)
         if capacity <= 0:
             return None
         return Wanted((target - n_active).clamp_(0, capacity), capacity, self.done, target)

@@ -151,6 +151,17 @@ class Shard:
         array = self.arrays[name]
         return [array[array.numel() - run.indices.numel() :] for run in self.runs()]
 
+    def weights(self) -> list[Tensor]:
+        """The weights of each run's entries, as AdamW reads them, in the moments' dtype: copies.
+
+        Of a low-precision parameter these are the masters, but where it is no longer its master's rounding.
+        """
+        stored = [self.kernels.gather(self.params, *run) for run in self.runs()]
+        if "master" not in self.arrays:
+            return stored
+        pairs = zip(stored, self.by_run("master"), strict=True)
+        return [torch.where(s == master.to(s.dtype), master, s.to(master.dtype)) for s, master in pairs]
+
     def parts(self, name: str) -> Sequence[Tensor]:
         """The parts of an array that belong to each tensor, as `column` has them. Settles."""
         self.settle()

@@ -16,6 +16,7 @@ from ..param_groups import members
 from ..state.active_set import ActiveSet
 from ..state.shard import Shard, Slice
 from ..validation import check_memory
+from .warmup import count_ages
 
 
 class Whole:
@@ -109,7 +110,8 @@ def _own(shard: Shard, rows: list[Tensor], present: list[bool]) -> Tensor:
 
 def _adamw(op, shard: Shard, first: int, last: int, gradient, arguments: tuple) -> None:
     """One call of an AdamW op for the tensors first:last of a shard."""
-    state = [shard.arrays.get(name) for name in ("exp_avg", "exp_avg_sq", "master", "age")]
+    names = ("exp_avg", "exp_avg_sq", "master", "age" if shard.layout.age_corrects else None)
+    state = [shard.arrays.get(name) for name in names]
     op(
         shard.params[first:last],
         gradient,
@@ -122,15 +124,22 @@ def _adamw(op, shard: Shard, first: int, last: int, gradient, arguments: tuple) 
     torch.autograd.graph.increment_version(shard.owners[first:last])
 
 
-def count(gradients: Whole | Kept, shard: Shard, number: int | Tensor, not_overflowed: Tensor | None) -> None:
-    """Counts the optimizer's step `number` (the first is 1) for every tensor of the shard with a gradient.
+def counted(gradients: Whole | Kept, shard: Shard, not_overflowed: Tensor | None) -> Tensor | None:
+    """bool [M] or [1]: which tensors of the shard a step updates, those with a gradient; None for all.
 
     not_overflowed: bool [1], False where an overflow stops the step; None for no overflow.
     """
     present = gradients.present()
-    counted = None if all(present) else shard.mask(present)
-    if not_overflowed is not None:
-        counted = not_overflowed if counted is None else counted & not_overflowed
+    if all(present):
+        return not_overflowed
+    return shard.mask(present) if not_overflowed is None else shard.mask(present) & not_overflowed
+
+
+def count(shard: Shard, number: int | Tensor, counted: Tensor | None) -> None:
+    """Counts the optimizer's step `number` (the first is 1) for the tensors that `counted` names, and the
+    ages of their entries unless the op has."""
+    if shard.layout.age and not shard.layout.age_corrects:
+        count_ages(shard, counted)
     if counted is None:
         shard.steps += 1
         shard.updated_at.copy_(number) if isinstance(number, Tensor) else shard.updated_at.fill_(number)

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..compatibility import check_reduced
 from ..distributed.part import local_gradient
 from ..heuristics import Heuristic
 from ..param_groups import selectable
 from ..state.active_set import ActiveSet
 from ..state.progress import Wanted
-from ..validation import check_reduced
 from . import gradients
 from .candidates import Candidates
 from .gradients import Kept

@@ -54,25 +54,32 @@ class Selection:
 
 
 def select(
-    active: ActiveSet, gradients: list[Whole], heuristic: Heuristic, wanted: Wanted
+    active: ActiveSet,
+    gradients: list[Whole],
+    heuristic: Heuristic,
+    wanted: Wanted,
+    per_tensor: int | None = None,
 ) -> tuple[list[Entries], list[None], Tensor, Tensor]:
     """The best entries outside the active set, with the strategy "repeat" of all entries.
 
+    per_tensor: the most entries of one tensor that may be active; None for no limit.
     Returns them as one Entries per shard, no gradients beside them (the shards' gradients are whole), their
     scores in entry order, and how many they are. Ties go to the lowest place.
     """
     shards, fresh = active.shards, active.layout.repeat
     no_values = [None for _ in shards]
-    if isinstance(heuristic, D3) and len(shards) == 1 and active.ranks.alone:
+    at_once = isinstance(heuristic, D3) and per_tensor is None
+    if at_once and len(shards) == 1 and active.ranks.alone:
         offsets, indices, score = _by_d3(shards[0], gradients[0], heuristic, wanted, fresh)
         return [Entries(offsets, indices)], no_values, score, offsets[-1]
     found = []
     for shard, whole in zip(shards, gradients, strict=True):
         local = wanted._replace(k=moved(wanted.k, shard.device))
-        if isinstance(heuristic, D3):
+        if at_once:
             found.append(_placed(shard, *_by_d3(shard, whole, heuristic, local, fresh)))
         else:
-            found.append(_by_scores(shard, whole, heuristic, local, active.names, fresh))
+            names = active.names or [None] * (1 + max(shard.positions))
+            found.append(_by_tensor(shard, whole, heuristic, local, names, fresh, per_tensor))
     place, score, number = best_of_all(active, found, wanted)
     picked = [entries_at(shard, place)[0] for shard in shards]
     return picked, no_values, score, number
@@ -171,20 +178,34 @@ def _placed(shard: Shard, offsets: Tensor, indices: Tensor, score: Tensor) -> tu
     return place, torch.where(held, score, 0)
 
 
-def _by_scores(
-    shard: Shard, gradients: Whole, heuristic: Heuristic, wanted: Wanted, names: list[str] | None, fresh: bool
+def _by_tensor(
+    shard: Shard,
+    gradients: Whole,
+    heuristic: Heuristic,
+    wanted: Wanted,
+    names: list[str | None],
+    fresh: bool,
+    per_tensor: int | None,
 ) -> tuple[Tensor, Tensor]:
     """Tensor by tensor, so that no more than one tensor's scores and O(k) candidates are alive."""
     offsets, indices = _active(shard, fresh)
     kept = torch.zeros(0, dtype=torch.int64, device=shard.device), torch.zeros(0, device=shard.device)
     for j, (param, position) in enumerate(zip(shard.params, shard.positions, strict=True)):
-        name = names[position] if names else None
-        score = scores(heuristic, param, gradients.tensors[j], position, name, shard.owners[j])
-        if score is None:
+        own, grad, k, capacity = offsets[..., j : j + 2], gradients.tensors[j], *wanted[:2]
+        if per_tensor is not None:
+            held = (own[..., 1] - own[..., 0]).sum()
+            k, capacity = torch.minimum(k, (per_tensor - held).clamp(min=0)), min(capacity, per_tensor)
+        room = k, min(capacity, param.numel())
+        if grad is None:
             continue
-        ends, index, value = shard.kernels.select_topk_by_score(
-            [score], offsets[..., j : j + 2], indices, wanted.k, min(wanted.capacity, param.numel())
-        )
+        if isinstance(heuristic, D3):
+            numbers = heuristic.eps, heuristic.exp
+            ends, index, value = shard.kernels.select_topk([param], [grad], own, indices, *room, *numbers)
+        else:
+            score = scores(heuristic, param, grad, position, names[position], shard.owners[j])
+            if score is None:
+                continue
+            ends, index, value = shard.kernels.select_topk_by_score([score], own, indices, *room)
         held = torch.arange(index.numel(), device=shard.device) < ends[-1]
         found = torch.where(held, (position << 32) | index.long(), NO_PLACE), torch.where(held, value, 0)
         if kept[0].numel():

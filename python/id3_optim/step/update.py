@@ -10,8 +10,9 @@ from torch import Tensor
 from ..param_groups import numbers_of
 from ..state.active_set import ActiveSet, Joined
 from .dense import make_moments, update_dense
-from .gradients import Kept, Whole, count, squared_norms
+from .gradients import Kept, Whole, count, counted, squared_norms
 from .scaling import Scaling
+from .warmup import Warmup
 
 
 def update(
@@ -22,14 +23,15 @@ def update(
     scaling: Scaling,
     number: int | Tensor,
     joined: Joined,
+    entry_warmup: int,
 ) -> None:
-    """One AdamW step, the optimizer's step `number` (the first is 1).
+    """One AdamW step, the optimizer's step `number` (the first is 1). entry_warmup: see `ID3AdamW`.
 
     If it fails before anything is written, out of memory as a rule, `joined` is undone. Mutates the
     parameters at active entries, the state beside these, and the parameters and `dense_state` of dense
     groups.
     """
-    written, dense = False, [group for group in groups if group["dense"]]
+    written, updated, dense = False, [], [group for group in groups if group["dense"]]
     try:
         for group in dense:
             make_moments(dense_state, group)
@@ -42,6 +44,9 @@ def update(
                 group = groups[part.group]
                 numbers, lr = numbers_of(group, shard.device)
                 calls.append((gradient, shard, part, (*numbers, group["maximize"], *scalars, lr)))
+            updated.append(counted(gradient, shard, scaling.not_overflowed))
+        pairs = zip(active.shards, updated, strict=True)
+        warmups = [Warmup(*pair, entry_warmup) for pair in pairs] if entry_warmup else []
         for gradient, *arguments in calls:
             gradient.update(*arguments)
             written = True
@@ -49,7 +54,9 @@ def update(
         if not written:
             active.leave(joined)
         raise
+    for warmup in warmups:
+        warmup.take_back()
     for group in dense:
         update_dense(dense_state, group, scaling)
-    for shard, gradient in zip(active.shards, gradients, strict=True):
-        count(gradient, shard, number, scaling.not_overflowed)
+    for shard, of_tensors in zip(active.shards, updated, strict=True):
+        count(shard, number, of_tensors)

@@ -34,7 +34,7 @@ _NOT_IN_A_METHOD = {
     "method",
 }
 _NOT_IN_A_METHOD |= {
-    "method",
+    "mask",  # a file; `reuse_mask` has the mask of each seed
     "save_every",
     "save_at",
     "report",
@@ -92,6 +92,8 @@ def read_method(text: str) -> Method:
             rates = read_rates(value)
         else:
             changes[setting] = _value(setting, value, text)
+    if "leave_out" in changes and name in methods.names():  # a plain run of train leaves nothing out
+        changes["method"] = name
     shown = ",".join(part for part in parts if not part.strip().startswith("lr="))
     return Method(f"{name}:{shown}" if shown else name, tuple(sorted(changes.items())), rates)
 

@@ -66,10 +66,10 @@ def run_trial(settings: Settings, task: Task, threads: int, on_step: Callable[[]
     """
     with _threads(threads), tempfile.TemporaryDirectory(prefix="id3-compare-") as folder:
         settings = replace(settings, output=folder)
-        start, optimizer, callbacks = prepare(settings, task)
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
         try:
+            start, optimizer, callbacks = prepare(settings, task, Steps(on_step))
+            if torch.cuda.is_available():
+                torch.cuda.reset_peak_memory_stats()
             run = fit(start, task, optimizer, settings, callbacks, progress=Steps(on_step))
         except Diverged as error:
             return Outcome({"metrics": {}, "diverged": str(error), "history": []}, None)

@@ -1,0 +1,88 @@
+"""The `transformers.Trainer` of a training run: its arguments, its rows, and its loop."""
+
+from functools import partial
+from pathlib import Path
+
+import torch
+import transformers
+
+from . import metrics, tasks
+from .divergence import WatchedTrainer
+from .failures import first_line
+from .output import UNFINISHED
+from .settings import Settings
+from .start import check_tokens, longest_input
+
+
+def trainer_arguments(settings: Settings) -> transformers.TrainingArguments:
+    """The Trainer's arguments: linear decay after a short warm-up, no clipping under ID3AdamW.
+
+    The Trainer would clip by the norm of all N gradients; ID3AdamW clips by the norm of the active entries'
+    (`max_grad_norm`). Even at 0 the Trainer measures the norm of all gradients for its log; the report
+    counts that time as forward and backward. A machine without an accelerator trains on the CPU.
+
+    Raises ValueError for bfloat16 on a GPU that lacks it.
+    """
+    cpu = settings.cpu or not torch.accelerator.is_available()
+    if settings.bf16 and not cpu and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
+        raise ValueError(
+            f"--bf16: expected a GPU with bfloat16, or --cpu, got {torch.cuda.get_device_name()}"
+        )
+    return transformers.TrainingArguments(
+        output_dir=str(Path(settings.output) / UNFINISHED),
+        num_train_epochs=settings.epochs,
+        max_steps=settings.steps or -1,
+        per_device_train_batch_size=settings.batch_size,
+        per_device_eval_batch_size=4 * settings.batch_size,
+        gradient_accumulation_steps=settings.accumulate,
+        learning_rate=settings.lr,
+        lr_scheduler_type="linear",
+        warmup_steps=settings.warmup,
+        max_grad_norm=0.0 if settings.optimizer == "id3" else settings.max_grad_norm,
+        bf16=settings.bf16,
+        use_cpu=cpu,
+        seed=settings.seed,
+        logging_steps=settings.log_every,
+        save_strategy="no" if settings.save_every is None else "steps",
+        save_steps=settings.save_every or 500,
+        eval_strategy="no" if settings.eval_every is None else "steps",
+        eval_steps=settings.eval_every,
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_pin_memory=torch.cuda.is_available() and not cpu,
+        remove_unused_columns=False,
+    )
+
+
+def run_trainer(trainer: WatchedTrainer, checkpoint: Path | None) -> None:
+    """Trains, from a checkpoint where one is given. Raises ValueError for one that does not load."""
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+    except Exception as error:  # each kind of file has its own kinds of errors
+        if checkpoint is None or trainer.watch.begun:
+            raise
+        reason = first_line(error).partition(". ")[0]  # torch goes on with how to load unsafe files
+        raise ValueError(f"--resume: expected {checkpoint} to load, got {reason}") from error
+
+
+def make_trainer(start, task, optimizer, settings, callbacks, watch) -> WatchedTrainer:
+    """The Trainer of `fit`, with the encoded rows of both files."""
+    length = min(settings.max_length, longest_input(start))
+    train, eval = (tasks.encode(rows, task, start.tokenizer, length) for rows in (task.train, task.eval))
+    check_tokens(settings.model, start.model, [*train, *eval])
+    # Rows of similar length share a batch, which halves the padding; no metric depends on their order.
+    eval = sorted(eval, key=lambda row: len(row["input_ids"]))
+    trainer = WatchedTrainer(
+        watch,
+        model=start.model,
+        args=trainer_arguments(settings),
+        train_dataset=train,
+        eval_dataset=eval,
+        data_collator=partial(tasks.collate, pad_token_id=tasks.padding_token(start.tokenizer)),
+        optimizers=(optimizer, None),
+        callbacks=callbacks,
+        preprocess_logits_for_metrics=metrics.reduce_logits(task.kind),
+        compute_metrics=metrics.metrics(task.kind, task.labels),
+    )
+    trainer.remove_callback(transformers.PrinterCallback)
+    return trainer
