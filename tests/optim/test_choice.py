@@ -68,7 +68,14 @@ def case(seed):
     return ranks, draw.choice([0, 1, n // 3, n, n + 7])
 
 
-@pytest.mark.parametrize("seeds", [range(first, first + 40) for first in (0, 40, 80)])
+def pytest_generate_tests(metafunc):
+    if "seeds" in metafunc.fixturenames:
+        n = metafunc.config.getoption("--choice-cases")
+        metafunc.parametrize(
+            "seeds", [range(first, min(first + 40, n)) for first in range(0, n, 40)], ids=str
+        )
+
+
 def test_ranks_choose_what_one_sort_chooses(seeds):
     for seed in seeds:
         ranks, k = case(seed)

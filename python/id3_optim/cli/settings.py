@@ -4,6 +4,7 @@ import codecs
 import contextlib
 import importlib.util
 import math
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from id3_kernels import backend
 
 from .. import methods, schedules
 from ..heuristics import D3
+from ..ranks import launched
 
 T = TypeVar("T")
 # Setting: its least value.
@@ -67,6 +69,7 @@ class Settings:
     bf16: bool = False
     release_gradients: bool = False
     sparse_backward: bool = False
+    fsdp: bool = False
     memory_report: bool = False
     backend: str | None = None
     cpu: bool = False
@@ -119,6 +122,7 @@ def check_settings(settings: Settings) -> None:
         _check_alone("backend", lambda: backend.require(settings.backend))
     _check_pairs(settings)
     _check_method(settings)
+    _check_processes(settings)
     _check_save_at(settings)
     _check_data(settings)
     for name in settings.report_to:
@@ -205,6 +209,28 @@ def _check_method(settings: Settings) -> None:
         if pool and getattr(settings, unfit):
             raise ValueError(f"{option(unfit)}: does not apply to --method {name}: it trains whole tensors "
                              "or an adapter")  # fmt: skip
+
+
+def _check_processes(settings: Settings) -> None:
+    """Raises ValueError for options that several processes exclude, and for `fsdp` outside a launcher."""
+    if not settings.fsdp:
+        if settings.release_gradients and launched()[1] > 1:
+            raise ValueError("--release-gradients: needs --fsdp with several processes: without it each of "
+                             "them averages whole gradients")  # fmt: skip
+        return
+    if "WORLD_SIZE" not in os.environ:
+        raise ValueError(
+            "--fsdp: expected the processes of a launcher, got none; start the command by "
+            "`torchrun --nproc-per-node GPUS -m id3_optim.cli train …`"
+        )
+    reasons = {
+        "method": "it trains what --optimizer, --heuristic and --strategy say",
+        "sparse_backward": "it needs whole weights",
+        "memory_report": "the prediction is that of one process",
+    }
+    for name, reason in reasons.items():
+        if getattr(settings, name):
+            raise ValueError(f"{option(name)}: does not apply to --fsdp: {reason}")
 
 
 def _check_save_at(settings: Settings) -> None:

@@ -1,12 +1,11 @@
 """The training run behind `id3-optim train`: a pre-trained transformer, a budget, `transformers.Trainer`."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import safetensors
 import torch
 import transformers
 
@@ -19,28 +18,27 @@ from ..heuristics import D3, Bias, Magnitude, Random
 from ..integrations.groups import parameter_groups
 from ..integrations.huggingface import DELTA_NAME, ID3Callback, StepClock
 from ..optimizer import ID3AdamW
-from . import metrics, tasks
+from ..ranks import writes_files
+from . import fsdp, metrics, tasks
 from .by_method import AfterStep, prepare_method
 from .checkpoints import (
     Checkpoints,
     check_same_run,
-    how_to_go_on,
     newest_checkpoint,
     run_record,
     weights_hash,
 )
-from .divergence import Diverged, FiniteLoss, WatchedTrainer
+from .divergence import FiniteLoss, WatchedTrainer
 from .estimate import predicted_memory
-from .failures import first_line, lacks_memory
+from .failures import first_line
 from .interrupt import Interrupt
-from .output import UNFINISHED, begin, check_paths, publishing, remove
+from .output import UNFINISHED, begin, check_paths, publishing, remove_unfinished
 from .progress import ProgressBar, reporters
 from .report import summarise
 from .settings import Settings, check_settings, notes, resolved_budget
 from .start import Start, check_tokens, load_start, longest_input
+from .stopping import stopping
 from .tasks import Task
-
-_LESS_MEMORY = "less is needed with a smaller --batch-size or --max-length, --bf16 or --release-gradients"
 
 
 @dataclass
@@ -95,11 +93,11 @@ def trainer_arguments(settings: Settings) -> transformers.TrainingArguments:
 def build_optimizer(settings: Settings, start: Start) -> torch.optim.Optimizer:
     """ID3AdamW with the fresh parameters as a dense group, or torch's AdamW on all parameters."""
     if settings.optimizer == "adamw":
-        return torch.optim.AdamW(
-            [p for p in start.model.parameters() if p.requires_grad],
-            lr=settings.lr,
-            weight_decay=settings.weight_decay,
-        )
+        params = [p for p in start.model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(params, lr=settings.lr, weight_decay=settings.weight_decay)
+        if settings.fsdp:  # ID3AdamW takes over whole states by itself
+            optimizer.register_load_state_dict_pre_hook(fsdp.split_moments)
+        return optimizer
     heuristics = {
         "d3": D3(eps=settings.eps, exp=settings.exp),
         "magnitude": Magnitude(),
@@ -131,7 +129,9 @@ def prepare(
 ) -> tuple[Start, torch.optim.Optimizer, list[transformers.TrainerCallback]]:
     """The model before training, its optimizer, and the callbacks that `fit` needs for them."""
     arguments = trainer_arguments(settings)
-    start = load_start(settings, task, arguments.device)
+    start = load_start(settings, task, "cpu" if settings.fsdp else arguments.device)
+    if settings.fsdp:
+        fsdp.shard(start.model, arguments.device)
     callbacks = [ID3Callback(originals=settings.originals)] if settings.optimizer == "id3" else []
     if settings.method is None:
         optimizer = build_optimizer(settings, start)
@@ -177,7 +177,7 @@ def fit(
     measured = trainer.evaluate()
     watch.check_end(start.model, trainer.state.global_step, measured["eval_loss"])
     checkpoints.remove_old()
-    remove(Path(settings.output) / UNFINISHED)
+    remove_unfinished(Path(settings.output))
     found = (f"eval_{name}" for name in metrics.NAMES)
     measured = {name: float(measured[name]) for name in found if name in measured}
     return Run(measured, trainer.state.log_history, clock)
@@ -201,7 +201,8 @@ def make_trainer(start, task, optimizer, settings, callbacks, watch) -> WatchedT
     check_tokens(settings.model, start.model, [*train, *eval])
     # Rows of similar length share a batch, which halves the padding; no metric depends on their order.
     eval = sorted(eval, key=lambda row: len(row["input_ids"]))
-    trainer = WatchedTrainer(
+    kind = fsdp.ShardedTrainer if settings.fsdp else WatchedTrainer
+    trainer = kind(
         watch,
         model=start.model,
         args=trainer_arguments(settings),
@@ -218,11 +219,20 @@ def make_trainer(start, task, optimizer, settings, callbacks, watch) -> WatchedT
 
 
 def write_model(settings: Settings, start: Start, optimizer) -> None:
-    """Writes the tuned model, or its delta beside the configuration that `id3-optim apply` reads."""
+    """Writes the tuned model, or its delta beside the configuration that `id3-optim apply` reads.
+
+    The first process writes; where parameters are split, the other ones give their parts.
+    """
+    gathers = settings.fsdp and not settings.delta_only
+    whole = {"state_dict": fsdp.whole_weights(start.model)} if gathers else {}
+    if not writes_files():
+        if settings.fsdp and settings.delta_only:
+            save_delta(Path(settings.output) / DELTA_NAME, start.model, optimizer, settings.originals)
+        return
     with publishing(Path(settings.output)) as folder:
         start.tokenizer.save_pretrained(folder)
         if not settings.delta_only:
-            start.model.save_pretrained(folder)
+            start.model.save_pretrained(folder, **whole)
             return
         start.model.config.save_pretrained(folder)
         save_delta(folder / DELTA_NAME, start.model, optimizer, settings.originals)
@@ -259,29 +269,3 @@ def train(settings: Settings) -> tuple[dict, Start, torch.optim.Optimizer]:
     if watch:
         report["memory"] = {"predicted": predicted, "measured": watch.measured}
     return report, start, optimizer
-
-
-@contextlib.contextmanager
-def stopping(output: Path) -> Iterator[None]:
-    """Ends a run that stops early: says how to go on, and removes what it was writing.
-
-    Raises Diverged, KeyboardInterrupt, MemoryError that says what needs less, and OSError for whatever went
-    wrong while files were written.
-    """
-    try:
-        yield
-    except Diverged as error:
-        raise Diverged(f"{error}; nothing is written, and {how_to_go_on(output)}") from None
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(how_to_go_on(output)) from None
-    except (OSError, RuntimeError, MemoryError, safetensors.SafetensorError) as error:
-        if lacks_memory(error):
-            raise MemoryError(f"{first_line(error).rstrip('.')}; {_LESS_MEMORY}") from error
-        # torch reports a full disk as RuntimeError, which also has many other causes.
-        if isinstance(error, RuntimeError) and not any((output / UNFINISHED).glob("*")):
-            raise
-        raise OSError(
-            f"--output: expected to write into {output}, got {first_line(error)}; {how_to_go_on(output)}"
-        ) from error
-    finally:
-        remove(output / UNFINISHED)
