@@ -16,10 +16,8 @@ from id3_optim.integrations.lightning import ID3Callback
 
 
 class Classifier(L.LightningModule):
-    model: nn.Sequential | None = None
-
     def configure_model(self):
-        if self.model is not None:
+        if hasattr(self, "model"):
             return
         torch.manual_seed(0)
         self.model = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.LayerNorm(64), nn.Linear(64, 8))

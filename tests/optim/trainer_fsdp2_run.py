@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from trainer_run import HEAD, arguments, id3, rows, same_bits, tiny_bert
 
@@ -21,8 +21,10 @@ from id3_optim.wrappers import unwrapped
 
 
 def told(accelerator, kind):
-    accelerator.state.distributed_type = DistributedType.FSDP
-    options = {"auto_wrap_policy": "transformer_based_wrap", "state_dict_type": kind}
+    accelerator.state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
+    # Without a name Accelerate 1.15 splits the embeddings twice, which torch refuses.
+    options = {"auto_wrap_policy": "transformer_based_wrap", "transformer_cls_names_to_wrap": ["BertLayer"]}
+    options["state_dict_type"] = kind
     accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2, **options)
 
 
