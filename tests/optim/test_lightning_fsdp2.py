@@ -33,10 +33,12 @@ def trained_alone():
     options = {"lr": 1e-2, "budget": 0.05, "total_steps": STEPS, "max_grad_norm": 1.0}
     optimizer = ID3AdamW(model.named_parameters(), **options)
     rows = torch.randn(16 * STEPS, 32, generator=torch.Generator().manual_seed(1))
+    samplers = [torch.utils.data.DistributedSampler(rows, 2, rank) for rank in range(2)]  # as Lightning's
     for step in range(STEPS):
-        for rank in range(2):  # a distributed sampler deals the rows out in turn
-            first = 16 * (step % (STEPS // 2))  # two epochs
-            x = rows[rank::2][first : first + 16]
+        epoch, batch = divmod(step, STEPS // 2)
+        for sampler in samplers:
+            sampler.set_epoch(epoch)
+            x = rows[list(sampler)[16 * batch : 16 * batch + 16]]
             (nn.functional.cross_entropy(model(x), x[:, :8].argmax(1)) / 2).backward()
         optimizer.step()
         optimizer.zero_grad()
