@@ -182,6 +182,26 @@ def test_a_rank_without_memory_ends_both(ran, files):
     assert not (files / "no memory/unfinished").exists()
 
 
+def test_a_killed_rank_leaves_the_older_checkpoint(ran, files):
+    """Both processes end; the run goes on from the last checkpoint that is whole, to the same delta."""
+    script, resumed = Path(__file__).parent / "train_ranks_run.py", {}
+    for name, ending in {"killed 0": "optimizer.pt", "killed 1": "rng_state_1.pth"}.items():
+        folder = files / f"{name} of"
+        folder.mkdir()
+        command = words(files, files / name, *map(str, DELTA), "--fsdp", **LLAMA)
+        (folder / "commands.json").write_text(json.dumps({name: ["kill", ending, *command]}))
+        done = launch(script, folder)
+        assert done.returncode != 0 and "SIGKILL" in done.stderr, done.stderr[-3000:]
+        assert [path.name for path in files.glob(f"{name}/checkpoint-*")] == ["checkpoint-2"]
+        resumed[name] = [*command, "--resume"]
+    (folder / "commands.json").write_text(json.dumps(resumed))
+    done = launch(script, folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name in resumed:
+        assert delta_of(files, name) == delta_of(files, "fsdp")
+        assert not (files / name / "unfinished").exists()
+
+
 def test_another_number_of_processes_is_refused(ran, files, capsys):
     before = snapshot(files / "fsdp")
     command = words(files, files / "fsdp", *DELTA, "--resume", **LLAMA)
