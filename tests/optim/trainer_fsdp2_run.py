@@ -1,10 +1,13 @@
 """What each process runs for `test_trainer_fsdp2.py`: Accelerate's FSDP2 in the Trainer and in a plain loop.
 
+Arguments: a folder; or `example`, a path and its arguments, which runs with Accelerate told so.
+
 Accelerate takes up FSDP2 on accelerators alone. `told` sets, on the CPU, what it would set on a GPU; what
 follows, from the split to the checkpoints, is Accelerate's and the Trainer's own code.
 """
 
 import gc
+import runpy
 import sys
 from pathlib import Path
 
@@ -20,10 +23,10 @@ from id3_optim.integrations.huggingface import ID3Callback, id3_optimizer
 from id3_optim.wrappers import unwrapped
 
 
-def told(accelerator, kind):
+def told(accelerator, kind, layer="BertLayer"):
     accelerator.state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
     # Without a name Accelerate 1.15 splits the embeddings twice, which torch refuses.
-    options = {"auto_wrap_policy": "transformer_based_wrap", "transformer_cls_names_to_wrap": ["BertLayer"]}
+    options = {"auto_wrap_policy": "transformer_based_wrap", "transformer_cls_names_to_wrap": [layer]}
     options["state_dict_type"] = kind
     accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2, **options)
 
@@ -94,8 +97,28 @@ def loop(folder):
         assert same_bits(dict(base.named_parameters()), straight)
 
 
+def example(path):
+    """The program at the path; its Trainer finds an accelerator's FSDP2."""
+    create = transformers.Trainer.create_accelerator_and_postprocess
+
+    def created(self):
+        create(self)
+        told(self.accelerator, "FULL_STATE_DICT", "LlamaDecoderLayer")
+        self.is_fsdp_enabled = True
+
+    transformers.Trainer.create_accelerator_and_postprocess = created
+    sys.path.insert(0, str(Path(path).parent))
+    ended = runpy.run_path(path, run_name="__main__")
+    assert any(is_split(p) for p in ended["trainer"].model.parameters())
+
+
 if __name__ == "__main__":
-    trainer(Path(sys.argv[1]))
-    loop(Path(sys.argv[1]))
+    if sys.argv[1] == "example":
+        _, _, path, *arguments = sys.argv
+        sys.argv = [path, *arguments]
+        example(path)
+    else:
+        trainer(Path(sys.argv[1]))
+        loop(Path(sys.argv[1]))
     gc.collect()
     torch.distributed.destroy_process_group()
