@@ -1,6 +1,7 @@
 """`id3-optim train` in two processes of torchrun, whole (DistributedDataParallel) and split (`--fsdp`)."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,12 +14,20 @@ pytest.importorskip("transformers", reason="`train` comes with the extra `hf`")
 from safetensors.torch import load_file
 from tiny_models import write_reviews
 from train_command import run, save_train_files, snapshot, words
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from id3_optim import load_delta
 from id3_optim.cli import main, metrics, tasks
 
 LLAMA = {"model": "llama", "data": "facts.jsonl"}
+TIED = {**LLAMA, "model": "tied-llama"}
+REPEAT = ["--strategy", "repeat"]
 HALF = ["--batch-size", 4, "--save-every", 2]
 DELTA = [*HALF, "--delta-only", "--originals"]
 
@@ -40,8 +49,15 @@ def commands(files):
         **go_on("fsdp again", "fsdp", *DELTA, "--fsdp", **LLAMA),
         **go_on("fsdp after ddp", "ddp", *DELTA, "--fsdp", **LLAMA),
         **go_on("ddp after fsdp", "fsdp", *DELTA, **LLAMA),
-        "released": of("released", *DELTA, "--fsdp", "--release-gradients", **LLAMA),
-        "series": of("series", *DELTA, "--fsdp", "--save-at", 100, **LLAMA),
+        "released": of("released", *DELTA, "--fsdp", "--release-gradients", "--keep", 1, **LLAMA),
+        "series": of("series", *DELTA, "--fsdp", "--save-at", 100, "--eval-every", 2, **LLAMA),
+        "repeat": of("repeat", *DELTA, *REPEAT, "--fsdp", **LLAMA),
+        **go_on("repeat again", "repeat", *DELTA, *REPEAT, "--fsdp", **LLAMA),
+        "repeat whole": of("repeat whole", *DELTA, *REPEAT, **LLAMA),
+        "tied": of("tied", *HALF, "--fsdp", **TIED),
+        **go_on("tied again", "tied", *HALF, "--fsdp", **TIED),
+        "tied whole": of("tied whole", *HALF, **TIED),
+        "mean": of("mean", *HALF, "--fsdp", "--pooling", "mean", "--accumulate", 2),
         "tuned": of("tuned", *HALF, "--fsdp", *report, "--save-plots", "--lr", "0.01", **LLAMA),
         "head": of("head", *HALF, "--fsdp", "--bf16", "--eval", files / "odd.csv"),
         **go_on("head again", "head", *HALF, "--fsdp", "--bf16", "--eval", files / "odd.csv"),
@@ -67,6 +83,10 @@ def launch(*command, timeout=280):
 def files(tmp_path_factory):
     folder = save_train_files(tmp_path_factory.mktemp("files"))
     write_reviews(folder / "odd.csv", 41)
+    shutil.copytree(folder / "llama", folder / "tied-llama")
+    tied = LlamaConfig.from_pretrained(folder / "llama", tie_word_embeddings=True)
+    torch.manual_seed(0)
+    LlamaForCausalLM(tied).save_pretrained(folder / "tied-llama")
     return folder
 
 
@@ -99,6 +119,16 @@ def test_split_or_whole_or_resumed_the_delta_is_the_same(ran, files, name):
     last = [files / run / "checkpoint-4/model.safetensors" for run in ("fsdp", name)]
     one, other = map(load_file, last)
     assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_repeated_choices_and_tied_weights(ran, files):
+    assert len({delta_of(files, name) for name in ("repeat", "repeat again", "repeat whole")}) == 1
+    names = "tied", "tied again", "tied whole"
+    split, resumed, whole = (load_file(files / name / "model.safetensors") for name in names)
+    assert split.keys() == resumed.keys() == whole.keys() and "lm_head.weight" not in whole
+    assert all(x.equal(whole[name]) and x.equal(resumed[name]) for name, x in split.items())
+    model = AutoModelForSequenceClassification.from_pretrained(files / "mean", trust_remote_code=True)
+    assert type(model).__name__ == "MeanPoolingClassifier"
 
 
 def test_two_processes_train_what_one_does_with_twice_the_batch(ran, files, tmp_path):

@@ -74,10 +74,14 @@ def _alike(value: Any, param: torch.Tensor) -> bool:
 def whole_weights(model: nn.Module) -> dict[str, torch.Tensor]:
     """The model's state dict of whole tensors on the CPU for the first process, {} for the other ones.
 
-    Every process has to call this where parameters are split.
+    Tied parameters are one tensor. Every process has to call this where parameters are split.
     """
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    return get_model_state_dict(model, options=options)
+    state, first = get_model_state_dict(model, options=options), {}
+    for name, param in model.named_parameters(remove_duplicate=False):
+        if name in state:
+            state[name] = state[first.setdefault(id(param), name)]
+    return state
 
 
 def whole_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
