@@ -5,12 +5,11 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import fully_shard
 
 from id3_optim import ID3AdamW, save_delta
+from id3_optim.distributed.checkpoint import load, save
 
 
 def build(steps):
@@ -38,15 +37,13 @@ def main():
     parser.add_argument("--steps", type=int, default=20)
     arguments = parser.parse_args()
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    half = arguments.output / f"step-{arguments.steps // 2}"
     model, optimizer = build(arguments.steps)
     train(model, optimizer, 0, arguments.steps // 2)
-    parts = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
-    dcp.save(parts, checkpoint_id=arguments.output / "half")
+    save(half, model, optimizer)
 
     model, optimizer = build(arguments.steps)  # as a new run would, with any number of ranks
-    parts = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
-    dcp.load(parts, checkpoint_id=arguments.output / "half")
-    set_state_dict(model, optimizer, model_state_dict=parts["model"], optim_state_dict=parts["optimizer"])
+    load(half, model, optimizer)
     train(model, optimizer, arguments.steps // 2, arguments.steps)
     save_delta(arguments.output / "delta.safetensors", model, optimizer)
     if dist.get_rank() == 0:

@@ -37,7 +37,7 @@ def write(path: str | os.PathLike, content: bytes, what: str) -> None:
     finally:
         with contextlib.suppress(OSError):
             os.unlink(partial)
-    _sync_directory(target.parent)
+    sync_directory(target.parent)
     _remove_stale(target.parent, f".{target.name}.")
 
 
@@ -67,7 +67,7 @@ def directory(path: str | os.PathLike, last: str) -> Iterator[Path]:
         if made:
             with contextlib.suppress(OSError):  # not empty: the block succeeded
                 target.rmdir()
-    _sync_directory(target)
+    sync_directory(target)
     _remove_stale(target, ".")
 
 
@@ -85,7 +85,7 @@ def _sync(path: Path, flags: int) -> None:
         os.close(handle)
 
 
-def _sync_directory(directory: Path) -> None:
+def sync_directory(directory: Path) -> None:
     """Makes renames durable where the file system supports it; some network file systems do not."""
     if os.name == "posix":
         with contextlib.suppress(OSError):

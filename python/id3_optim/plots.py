@@ -10,6 +10,7 @@ import torch
 
 from . import atomic
 from .analysis import Allocation, allocation
+from .ranks import writes_files
 
 
 def loss_curve(history: list[dict]) -> tuple[list[int], list[float]]:
@@ -65,7 +66,12 @@ def plot_spread(axes, history: list[dict]) -> None:
 
 
 def _save(figure, path: Path) -> None:
-    """Writes the figure in the format of the file's ending, atomically. Makes the directory."""
+    """Writes the figure in the format of the file's ending, atomically, on the first of several processes.
+
+    Makes the directory.
+    """
+    if not writes_files():
+        return
     path = path if path.suffix else path.with_suffix(".png")
     drawn = io.BytesIO()
     figure.savefig(drawn, format=path.suffix[1:])

@@ -5,6 +5,7 @@ A DTensor's part can be: `distributed` has what its ranks tell each other.
 
 from __future__ import annotations
 
+import os
 import sys
 
 import torch
@@ -84,6 +85,27 @@ def writes_files() -> bool:
 def world_size() -> int:
     """The number of processes of the default group, 1 where there is none."""
     return torch.distributed.get_world_size() if _distributed() else 1
+
+
+def launched() -> tuple[int, int]:
+    """(rank, number of processes) by the environment that torchrun makes, (0, 1) where there is none.
+
+    It is known before the processes form a group.
+    """
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def meet() -> None:
+    """Waits for all processes of the default group, where there is one."""
+    if _distributed():
+        torch.distributed.barrier()
+
+
+def largest(flags: Tensor) -> Tensor:
+    """The elementwise largest over all processes of the default group. Mutates flags, int32 [n]."""
+    if _distributed():
+        torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
+    return flags
 
 
 def _distributed() -> bool:

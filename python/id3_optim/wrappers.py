@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .distributed.part import reshard
 from .ranks import check_module
 
 
@@ -15,6 +16,7 @@ def plain_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     Raises ValueError if two parameters have one plain name, or if FullyShardedDataParallel wraps a module.
     """
     model = unwrapped_model(model)
+    reshard(model)
     found: dict[str, nn.Parameter] = {}
     for name, param in model.named_parameters(remove_duplicate=False):
         check_module(name)

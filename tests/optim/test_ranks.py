@@ -20,6 +20,7 @@ CHECKS = {
             "large",
             "clipping",
             "missing",
+            "not_finite",
             "loss_scale",
             "accumulation",
             "traffic",

@@ -1,15 +1,18 @@
 """What each process runs for `test_weather.py`: ranks that differ, and a rank that fails alone."""
 
+import resource
+import sys
 import time
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 from split_models import SPLITS, expect, main, tiny
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from id3_optim import ID3AdamW, Random
-from id3_optim.distributed import agreement
+from id3_optim import D3, ID3AdamW, Random
+from id3_optim.distributed import agreement, checkpoint
 from id3_optim.state.shard import Shard
 
 DIFFERENT = {
@@ -77,6 +80,52 @@ def out_of_memory(split):
         optimizer.step()
         expect(RuntimeError, "the choice of entries: expected an answer of every rank", optimizer.step)
     assert time.monotonic() - begun < 20
+
+
+def no_memory_left(split):
+    """The system refuses memory to one rank inside `step()`, at the first large tensor."""
+    group = torch.distributed.new_group(timeout=timedelta(seconds=5))
+    model = torch.nn.Sequential(torch.nn.Linear(4000, 4000))
+    model = fully_shard(model, mesh=init_device_mesh("cpu", (2,)).from_group(group, "cpu"))
+    optimizer = optimizer_of(model, heuristic=D3(), budget=10**6)
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    begun = time.monotonic()
+    if torch.distributed.get_rank() == 1:
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 2**20, before[1]))
+        expect(RuntimeError, ".*can't allocate memory", optimizer.step)
+        resource.setrlimit(resource.RLIMIT_AS, before)
+    else:
+        expect(RuntimeError, "[a-z ]+: expected an answer of every rank", optimizer.step)
+    assert optimizer.steps_done == 0 and time.monotonic() - begun < 30
+
+
+def folders(split):
+    """What a killed run left is removed, nothing is saved over a checkpoint, and a part of one is refused."""
+    model = SPLITS[split](tiny())
+    optimizer = optimizer_of(model)
+    optimizer.step()
+    folder = Path(sys.argv[1]) / "runs" / "step-1"
+    left = folder.with_name("step-1.unfinished")
+    if torch.distributed.get_rank() == 0:
+        left.mkdir(parents=True)
+        (left / "__9_0.distcp").write_bytes(b"half")
+    torch.distributed.barrier()
+    expect(ValueError, "folder: expected a whole checkpoint", lambda: checkpoint.load(left, model, optimizer))
+    whole = torch.nn.Linear(2, 2)
+    alone = torch.optim.AdamW(whole.parameters())
+    expect(ValueError, "optimizer: expected split", lambda: checkpoint.save(folder, whole, alone))
+    checkpoint.save(folder, model, optimizer)
+    assert [path.name for path in folder.parent.iterdir()] == ["step-1"]
+    names = sorted(path.name for path in folder.iterdir())
+    assert names == [".metadata", "__0_0.distcp", "__1_0.distcp"]
+    expect(FileExistsError, "folder: expected a new one", lambda: checkpoint.save(folder, model, optimizer))
+    again = SPLITS[split](tiny())
+    other = optimizer_of(again)
+    checkpoint.load(folder, again, other)
+    assert other.steps_done == 1
+    for p, q in zip(model.parameters(), again.parameters(), strict=True):
+        assert torch.equal(p.to_local(), q.to_local())
 
 
 def fail(*arguments):

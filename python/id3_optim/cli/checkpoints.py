@@ -16,7 +16,8 @@ from typing import Any
 import torch
 import transformers
 
-from ..ranks import writes_files
+from ..distributed.part import full
+from ..ranks import launched, meet, writes_files
 from .divergence import FiniteLoss
 from .output import UNFINISHED, remove
 from .settings import Settings, option
@@ -37,7 +38,7 @@ _WHAT_IS_WRITTEN = {
     "save_at",
 }
 _WHAT_IS_WRITTEN |= {"eval", "also_eval", "report", "report_to", "save_plots", "memory_report", "log_every"}
-_THE_MACHINE = {"cpu", "backend", "release_gradients", "sparse_backward"}
+_THE_MACHINE = {"cpu", "backend", "release_gradients", "sparse_backward", "fsdp"}
 # A setting that came after the checkpoint was written was at its default.
 _DEFAULTS = {field.name: field.default for field in fields(Settings) if field.default is not MISSING}
 _HASHES = {"texts": "--train", "labels": "--train", "weights": "--model"}  # and the option of each
@@ -45,12 +46,13 @@ MAY_DIFFER = _COMPARED_BY_CONTENT | _WHAT_IS_WRITTEN | _THE_MACHINE
 
 
 def run_record(settings: Settings, task: Task) -> dict[str, Any]:
-    """What defines a run, as JSON: settings, and hashes of the texts it trains on and of their labels."""
+    """What defines a run, as JSON: settings, processes, hashes of the texts it trains on and their labels."""
     defining = {name: value for name, value in asdict(settings).items() if name not in MAY_DIFFER}
     texts, labels = task.train, []
     if task.kind in ("classification", "regression"):
         texts, labels = [row.texts for row in task.train], [row.label for row in task.train]
-    return {"settings": defining, "texts": _hash([task.kind, texts]), "labels": _hash(labels)}
+    hashes = {"texts": _hash([task.kind, texts]), "labels": _hash(labels)}
+    return {"settings": defining, "processes": launched()[1], **hashes}
 
 
 def _hash(value: Any) -> str:
@@ -58,11 +60,11 @@ def _hash(value: Any) -> str:
 
 
 def weights_hash(model: torch.nn.Module, without: set[str]) -> str:
-    """A hash of the bits of all parameters but those named in `without`."""
+    """A hash of the bits of all parameters but those named in `without`, the same however they are split."""
     digest = hashlib.sha256()
     for name, param in model.named_parameters():
         if name not in without:
-            bits = param.detach().cpu().contiguous().flatten().view(torch.uint8)
+            bits = full(param.detach()).cpu().contiguous().flatten().view(torch.uint8)
             digest.update(f"{name} {tuple(param.shape)} {param.dtype}".encode())
             digest.update(memoryview(bits.numpy()))
     return digest.hexdigest()
@@ -80,6 +82,10 @@ def check_same_run(checkpoint: Path, record: dict[str, Any]) -> None:
         for name in here
         if json.dumps(there[name]) != json.dumps(here[name])
     ]
+    processes = saved.get("processes", 1)  # older records do not say
+    if processes != record["processes"]:
+        expected = f"{processes}, as in {checkpoint.name}"
+        differences.append(f"processes: expected {expected}, got {record['processes']}")
     for name, given in _HASHES.items():
         if name in record and saved[name] != record[name]:
             differences.append(f"{given}: expected the {name} as in {checkpoint.name}, got other {name}")
@@ -157,8 +163,7 @@ class Checkpoints(transformers.TrainerCallback):
             self.remove_old()
 
     def on_save(self, args, state, control, **kwargs):
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.barrier()  # every process has written its files
+        meet()  # every process has written its files
         name = f"checkpoint-{state.global_step}"
         folder = self.output / UNFINISHED / name
         if not writes_files():

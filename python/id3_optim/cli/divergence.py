@@ -5,6 +5,9 @@ import math
 import torch
 import transformers
 
+from ..distributed.part import local
+from ..ranks import largest
+
 LASTS = 3  # steps in a row without a finite loss: one alone can come from one batch
 
 
@@ -50,12 +53,13 @@ class FiniteLoss(transformers.TrainerCallback):
         self.check(model, f"after step {state.global_step}")
 
     def check(self, model: torch.nn.Module, when: str) -> None:
-        """Raises `Diverged` where a parameter of the model is not finite."""
-        for name, param in model.named_parameters():
-            if not torch.isfinite(param).all():
-                raise Diverged(
-                    f"{name}: expected finite weights, got infinity or nan {when}; a lower --lr may help"
-                )
+        """Raises `Diverged`, on all processes, where a parameter of the model is not finite."""
+        names, params = zip(*model.named_parameters(), strict=True)
+        wrong = torch.stack([(~torch.isfinite(local(p))).any() for p in params])
+        for i in largest(wrong.int()).nonzero().flatten().tolist():
+            raise Diverged(
+                f"{names[i]}: expected finite weights, got infinity or nan {when}; a lower --lr may help"
+            )
 
     def check_end(self, model: torch.nn.Module, steps: int, eval_loss: float) -> None:
         """Raises `Diverged` where the run has ended and its model gives no finite loss."""
@@ -75,7 +79,7 @@ class WatchedTrainer(transformers.Trainer):
         self.watch = watch
 
     def training_step(self, *args, **kwargs):
-        """The Trainer's own step; its loss [] is watched."""
+        """The Trainer's own step; its loss [] is watched, of several processes the mean on each of them."""
         loss = super().training_step(*args, **kwargs)
-        self.watch.see(self.state.global_step + 1, loss)
+        self.watch.see(self.state.global_step + 1, self.accelerator.reduce(loss.detach(), "mean"))
         return loss

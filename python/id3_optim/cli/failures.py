@@ -12,6 +12,8 @@ import sys
 
 import torch
 
+from ..ranks import launched
+
 UNEXPECTED, FAILED, INTERRUPTED, CLOSED = 1, 2, 130, 141  # of a shell: 128 and the number of the signal
 
 # Of arguments, files, the disk and the memory; a ValueError may be one of this package or of a library.
@@ -19,6 +21,8 @@ _DAMAGED = (pickle.UnpicklingError, EOFError)
 _EXPECTED = (ValueError, OSError, ImportError, csv.Error, MemoryError, torch.OutOfMemoryError, *_DAMAGED)
 _OF_THE_SYSTEM = re.compile(r"\(os error \d+\)")  # how libraries in Rust report a full disk, for one
 _NO_MEMORY = re.compile(r"DefaultCPUAllocator: (?:can't|not enough)")
+# What gloo and this package say where another process has ended; NCCL's errors have a class.
+_NO_ANSWER = re.compile(r"gloo/transport|expected an answer of every rank")
 _LONGEST = 500  # characters of a message; those of libraries can list every model that there is
 
 # The package's errors name arguments of Python: here they are options.
@@ -54,18 +58,29 @@ def lacks_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or bool(_NO_MEMORY.search(str(error)))
 
 
+def lacks_peer(error: BaseException) -> bool:
+    """Whether an error says that another process did not answer."""
+    kinds = getattr(torch.distributed, "DistError", ())
+    return isinstance(error, kinds) or bool(_NO_ANSWER.search(str(error)))
+
+
 def _report(error: BaseException) -> int:
     if isinstance(error, BrokenPipeError):
         return CLOSED
     if isinstance(error, KeyboardInterrupt):
         print(f"id3-optim: interrupted{f'; {error}' if str(error) else ''}", file=sys.stderr)
         return INTERRUPTED
-    line = first_line(error)
+    line, (rank, processes) = first_line(error), launched()
+    prefix = "id3-optim: error" if processes == 1 else f"id3-optim: error on rank {rank}"
+    if lacks_peer(error):
+        print(f"{prefix}: expected an answer of every rank, got {line}; look for the rank that failed first",
+              file=sys.stderr)  # fmt: skip
+        return FAILED
     if lacks_memory(error) or isinstance(error, _EXPECTED) or _OF_THE_SYSTEM.search(str(error)):
-        print(f"id3-optim: error: {line}", file=sys.stderr)
+        print(f"{prefix}: {line}", file=sys.stderr)
         return FAILED
     kind = type(error).__name__
-    print(f"id3-optim: error: unexpected {kind}: {line}; --debug shows where", file=sys.stderr)
+    print(f"{prefix}: unexpected {kind}: {line}; --debug shows where", file=sys.stderr)
     return UNEXPECTED
 
 

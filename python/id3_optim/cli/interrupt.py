@@ -6,8 +6,9 @@ import sys
 import threading
 from collections.abc import Iterator
 
-import torch
 import transformers
+
+from ..ranks import world_size
 
 
 class Interrupt(transformers.TrainerCallback):
@@ -30,8 +31,7 @@ class Interrupt(transformers.TrainerCallback):
         Ctrl-C keeps its effect with several processes, which would not stop at the same step, and outside the
         main thread, where Python has no signals.
         """
-        several = torch.distributed.is_available() and torch.distributed.is_initialized()
-        if several or threading.current_thread() is not threading.main_thread():
+        if world_size() > 1 or threading.current_thread() is not threading.main_thread():
             yield
             return
         before = signal.signal(signal.SIGINT, self._request)

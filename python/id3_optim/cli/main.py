@@ -11,6 +11,7 @@ from typing import NoReturn
 
 from ..extras import require
 from ..plots import save_plots
+from ..ranks import writes_files
 from . import failures
 from .compare.command import add_compare
 from .completion import actions, add_completion
@@ -19,7 +20,7 @@ from .env import run_env, version_of
 from .estimate import add_estimate
 from .models import quiet_transformers
 from .options import add_train, budget
-from .output import check_paths
+from .output import check_paths, first_prints
 from .report import table, write_report
 from .settings import Settings, check_settings
 
@@ -67,16 +68,21 @@ def run_train(arguments: argparse.Namespace) -> None:
     settings = Settings(**options)
     check_settings(settings)
     check_paths(settings)
+    quiet_transformers()
+    with first_prints():
+        _train(settings)
+
+
+def _train(settings: Settings) -> None:
     # transformers is optional and takes seconds to import: only the commands that need it do.
     from ..estimate import memory_table
     from .train import train
 
-    quiet_transformers()
     report, start, optimizer = train(settings)
     if settings.save_plots:
         path = Path(settings.output) / "plots.png"
         save_plots(path, {"loss": report["history"]}, start.model, optimizer)
-    if settings.report:
+    if settings.report and writes_files():
         write_report(settings.report, report)
     print(table(report))
     if settings.memory_report:

@@ -204,6 +204,11 @@ def add_schedule(group) -> None:
         action="store_true",
         help="compute weight gradients where entries are active; fastest with --select-every 16 or more",
     )
+    add(
+        "--fsdp",
+        action="store_true",
+        help="under torchrun: split weights, gradients and state over the processes (FSDP2)",
+    )
     add("--memory-report", action="store_true", help="also print predicted and measured memory")
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from .. import atomic
+from ..ranks import launched, meet, writes_files
 from .settings import Settings, option
 
 UNFINISHED = "unfinished"  # in the output directory: the checkpoint that is being written
@@ -76,12 +77,30 @@ def begin(settings: Settings) -> None:
 
     Results (weights, delta, tokenizer) stay until `publish` replaces them. Files of other names always stay.
     """
+    meet()  # every process has checked the folder
     output = Path(settings.output)
     output.mkdir(parents=True, exist_ok=True)
-    remove(output / UNFINISHED)
-    for pattern in _ALONG_THE_WAY if settings.overwrite else ():
-        for path in output.glob(pattern):
+    remove_unfinished(output)
+    if writes_files():
+        for path in (p for name in _ALONG_THE_WAY if settings.overwrite for p in output.glob(name)):
             remove(path)
+    meet()
+
+
+def remove_unfinished(output: Path) -> None:
+    """Removes what a run was writing into the directory; of several processes the first does."""
+    if writes_files():
+        remove(output / UNFINISHED)
+
+
+@contextlib.contextmanager
+def first_prints() -> Iterator[None]:
+    """Within the block the first of a launcher's processes prints, and no other one."""
+    if launched()[0] == 0:
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        yield
 
 
 def remove(path: Path) -> None:

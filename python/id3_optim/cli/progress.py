@@ -6,18 +6,19 @@ import transformers
 from tqdm.auto import tqdm
 from transformers.integrations import TensorBoardCallback, WandbCallback
 
+from ..ranks import writes_files
 from .settings import Settings
 
 RUNS = "runs"  # in the output directory: TensorBoard's files
 
 
 class ProgressBar(transformers.TrainerCallback):
-    """One line: loss, active entries, entries changed."""
+    """One line: loss, active entries, entries changed; of several processes the first shows it."""
 
     _bar = None
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self._bar = tqdm(total=state.max_steps, unit="step", dynamic_ncols=True)
+        self._bar = tqdm(total=state.max_steps, unit="step", dynamic_ncols=True, disable=not writes_files())
 
     def on_step_end(self, args, state, control, **kwargs):
         self._bar.update(1)

@@ -8,6 +8,7 @@ from statistics import fmean
 import torch
 
 from ..analysis import count_changed
+from ..ranks import world_size
 from .output import write_text
 
 
@@ -20,7 +21,10 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
 
 
 def summarise(settings, start, optimizer: torch.optim.Optimizer, run) -> dict:
-    """The report of a run as plain numbers: metrics, entries, bytes, milliseconds of a step (means)."""
+    """The report of a run as plain numbers: metrics, entries, bytes, milliseconds of a step (means).
+
+    Bytes and times are those of this process; where parameters are split, every process has to call this.
+    """
     steps = max(len(run.clock.step_seconds), 1)
     step_ms = 1e3 * fmean(run.clock.step_seconds or [0.0])
     optimizer_ms = 1e3 * fmean(run.clock.optimizer_seconds or [0.0])
@@ -49,6 +53,7 @@ def summarise(settings, start, optimizer: torch.optim.Optimizer, run) -> dict:
             **(phases_ms or {"update": optimizer_ms}),
         },
         "steps": len(run.clock.step_seconds),
+        "processes": world_size(),
         "dense_parameters": sorted(start.fresh),
         "settings": settings.__dict__ | {"text_column": list(settings.text_column)},
         "optimizer": optimizer.settings() if is_id3 else {"method": "adamw"},

@@ -15,6 +15,7 @@ from ..heuristics import D3
 from ..masks import Mask, indices_of
 from ..method import Method, Prune, share_of
 from . import reading
+from .processes import check_processes
 
 T = TypeVar("T")
 # Setting: its least value.
@@ -75,6 +76,7 @@ class Settings:
     bf16: bool = False
     release_gradients: bool = False
     sparse_backward: bool = False
+    fsdp: bool = False
     memory_report: bool = False
     backend: str | None = None
     cpu: bool = False
@@ -134,11 +136,13 @@ def check_settings(settings: Settings) -> None:
     _check_mask(settings)
     _check_method(settings)
     _check_selection(settings)
+    check_processes(settings)
     _check_save_at(settings)
     reading.check_columns(settings.text_column, settings.label_column)
     reading.check_format(settings.encoding, settings.delimiter)
-    for name in ("train", "eval"):
-        _check_file(name, getattr(settings, name))
+    for name in ("train", "eval", "also_eval"):
+        if (path := getattr(settings, name)) is not None:
+            _check_file(name, path)
     for name in settings.report_to:
         if importlib.util.find_spec(name) is None:
             raise ImportError(f"--report-to: expected {name} to be installed, got none; pip install {name}")

@@ -2,11 +2,10 @@
 
 import contextlib
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import safetensors
 import torch
 import transformers
 
@@ -19,30 +18,28 @@ from ..integrations.groups import parameter_groups
 from ..integrations.huggingface import DELTA_NAME, ID3Callback, StepClock
 from ..masks import Mask, mask_of, trained_entries
 from ..optimizer import ID3AdamW
+from ..ranks import writes_files
 from ..relative import Relative
-from . import metrics, tasks
+from . import fsdp, metrics, tasks
 from .by_method import AfterStep, prepare_method
 from .checkpoints import (
     Checkpoints,
     check_same_run,
-    how_to_go_on,
     newest_checkpoint,
     run_record,
     weights_hash,
 )
-from .divergence import Diverged, FiniteLoss
+from .divergence import FiniteLoss
 from .estimate import predicted_memory
-from .failures import first_line, lacks_memory
 from .interrupt import Interrupt
-from .output import UNFINISHED, begin, check_paths, publishing, remove
+from .output import begin, check_paths, publishing, remove_unfinished
 from .progress import ProgressBar, reporters
 from .report import summarise
 from .settings import Settings, check_mask, check_settings, notes, optimizer_options, resolved_budget
 from .start import Start, load_start
+from .stopping import stopping
 from .tasks import Task
-from .trainer import make_trainer, run_trainer, trainer_arguments
-
-_LESS_MEMORY = "less is needed with a smaller --batch-size or --max-length, --bf16 or --release-gradients"
+from .trainer import encoded, make_trainer, run_trainer, trainer_arguments
 
 
 @dataclass
@@ -60,11 +57,11 @@ def build_optimizer(settings: Settings, start: Start, mask: Mask | None = None) 
     mask: the entries to train from the first step on, in place of a choice.
     """
     if settings.optimizer == "adamw":
-        return torch.optim.AdamW(
-            [p for p in start.model.parameters() if p.requires_grad],
-            lr=settings.lr,
-            weight_decay=settings.weight_decay,
-        )
+        params = [p for p in start.model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(params, lr=settings.lr, weight_decay=settings.weight_decay)
+        if settings.fsdp:  # ID3AdamW takes over whole states by itself
+            optimizer.register_load_state_dict_pre_hook(fsdp.split_moments)
+        return optimizer
     d3 = D3(eps=settings.eps, exp=settings.exp)
     heuristics = {
         "d3": d3,
@@ -100,7 +97,9 @@ def prepare(
     mask = load_delta(settings.mask) if settings.mask else None
     if settings.reuse_mask:
         mask = _mask_of_a_run(settings, task, progress)
-    start = load_start(settings, task, arguments.device)
+    start = load_start(settings, task, "cpu" if settings.fsdp else arguments.device)
+    if settings.fsdp:
+        fsdp.shard(start.model, arguments.device)
     callbacks = [ID3Callback(originals=settings.originals)] if settings.optimizer == "id3" else []
     if settings.method is None:
         optimizer = build_optimizer(settings, start, mask)
@@ -160,18 +159,27 @@ def fit(
     if task.also:
         measured |= trainer.evaluate(encoded(task.also, start, task, settings), metric_key_prefix="also")
     checkpoints.remove_old()
-    remove(Path(settings.output) / UNFINISHED)
     found = (f"{prefix}_{name}" for prefix in ("eval", "also") for name in metrics.NAMES)
+    remove_unfinished(Path(settings.output))
     measured = {name: float(measured[name]) for name in found if name in measured}
     return Run(measured, trainer.state.log_history, clock)
 
 
 def write_model(settings: Settings, start: Start, optimizer) -> None:
-    """Writes the tuned model, or its delta beside the configuration that `id3-optim apply` reads."""
+    """Writes the tuned model, or its delta beside the configuration that `id3-optim apply` reads.
+
+    The first process writes; where parameters are split, the other ones give their parts.
+    """
+    gathers = settings.fsdp and not settings.delta_only
+    whole = {"state_dict": fsdp.whole_weights(start.model)} if gathers else {}
+    if not writes_files():
+        if settings.fsdp and settings.delta_only:
+            save_delta(Path(settings.output) / DELTA_NAME, start.model, optimizer, settings.originals)
+        return
     with publishing(Path(settings.output)) as folder:
         start.tokenizer.save_pretrained(folder)
         if not settings.delta_only:
-            start.model.save_pretrained(folder)
+            start.model.save_pretrained(folder, **whole)
             return
         start.model.config.save_pretrained(folder)
         save_delta(folder / DELTA_NAME, start.model, optimizer, settings.originals)
@@ -208,29 +216,3 @@ def train(settings: Settings) -> tuple[dict, Start, torch.optim.Optimizer]:
     if watch:
         report["memory"] = {"predicted": predicted, "measured": watch.measured}
     return report, start, optimizer
-
-
-@contextlib.contextmanager
-def stopping(output: Path) -> Iterator[None]:
-    """Ends a run that stops early: says how to go on, and removes what it was writing.
-
-    Raises Diverged, KeyboardInterrupt, MemoryError that says what needs less, and OSError for whatever went
-    wrong while files were written.
-    """
-    try:
-        yield
-    except Diverged as error:
-        raise Diverged(f"{error}; nothing is written, and {how_to_go_on(output)}") from None
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(how_to_go_on(output)) from None
-    except (OSError, RuntimeError, MemoryError, safetensors.SafetensorError) as error:
-        if lacks_memory(error):
-            raise MemoryError(f"{first_line(error).rstrip('.')}; {_LESS_MEMORY}") from error
-        # torch reports a full disk as RuntimeError, which also has many other causes.
-        if isinstance(error, RuntimeError) and not any((output / UNFINISHED).glob("*")):
-            raise
-        raise OSError(
-            f"--output: expected to write into {output}, got {first_line(error)}; {how_to_go_on(output)}"
-        ) from error
-    finally:
-        remove(output / UNFINISHED)

@@ -6,12 +6,13 @@ from pathlib import Path
 import torch
 import transformers
 
-from . import metrics, tasks
+from . import fsdp, metrics, tasks
 from .divergence import WatchedTrainer
 from .failures import first_line
 from .output import UNFINISHED
 from .settings import Settings
-from .start import check_tokens, longest_input
+from .start import Start, check_tokens, longest_input
+from .tasks import Task
 
 
 def trainer_arguments(settings: Settings) -> transformers.TrainingArguments:
@@ -68,16 +69,15 @@ def run_trainer(trainer: WatchedTrainer, checkpoint: Path | None) -> None:
 def make_trainer(start, task, optimizer, settings, callbacks, watch) -> WatchedTrainer:
     """The Trainer of `fit`, with the encoded rows of both files."""
     length = min(settings.max_length, longest_input(start))
-    train, eval = (tasks.encode(rows, task, start.tokenizer, length) for rows in (task.train, task.eval))
-    check_tokens(settings.model, start.model, [*train, *eval])
-    # Rows of similar length share a batch, which halves the padding; no metric depends on their order.
-    eval = sorted(eval, key=lambda row: len(row["input_ids"]))
-    trainer = WatchedTrainer(
+    train = tasks.encode(task.train, task, start.tokenizer, length)
+    check_tokens(settings.model, start.model, train)
+    kind = fsdp.ShardedTrainer if settings.fsdp else WatchedTrainer
+    trainer = kind(
         watch,
         model=start.model,
         args=trainer_arguments(settings),
         train_dataset=train,
-        eval_dataset=eval,
+        eval_dataset=encoded(task.eval, start, task, settings),
         data_collator=partial(tasks.collate, pad_token_id=tasks.padding_token(start.tokenizer)),
         optimizers=(optimizer, None),
         callbacks=callbacks,
@@ -86,3 +86,11 @@ def make_trainer(start, task, optimizer, settings, callbacks, watch) -> WatchedT
     )
     trainer.remove_callback(transformers.PrinterCallback)
     return trainer
+
+
+def encoded(rows: list, start: Start, task: Task, settings: Settings) -> list[dict]:
+    """Rows to measure on. Those of similar length share a batch, which halves the padding; no metric depends
+    on their order."""
+    encoded = tasks.encode(rows, task, start.tokenizer, min(settings.max_length, longest_input(start)))
+    check_tokens(settings.model, start.model, encoded)
+    return sorted(encoded, key=lambda row: len(row["input_ids"]))

@@ -11,7 +11,7 @@ import sys
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 UNBOUNDED = 1 << 62  # a block as large as any
 
@@ -52,6 +52,17 @@ def is_split(tensor: Tensor) -> bool:
 def any_split(groups: list[dict]) -> bool:
     """Whether a parameter of the param groups is a DTensor, so that all ranks save together."""
     return any(is_split(p) for group in groups for p in group["params"])
+
+
+def reshard(model: nn.Module) -> None:
+    """Puts the split parameters back where FSDP2 has left the whole ones, as after a forward pass alone.
+
+    Mutates model. Communicates nothing.
+    """
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    for module in model.modules() if fsdp is not None else ():
+        if isinstance(module, fsdp.FSDPModule):
+            module.reshard()
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -15,14 +15,13 @@ import torch
 
 try:
     import lightning.pytorch as pl
-    from lightning.pytorch.plugins.io import CheckpointIO
 except ModuleNotFoundError:
     import pytorch_lightning as pl
-    from pytorch_lightning.plugins.io import CheckpointIO
 
 from ..backward.handle import SparseBackward, ended, renewed
 from ..delta import save_delta
 from ..delta.series import check_model
+from ..distributed.part import any_split
 from ..optimizer import ID3AdamW
 from .run import check_resumed, numbers_to_log, take_total_steps
 
@@ -74,9 +73,8 @@ class ID3Callback(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self.total_steps_from_run, self.begun_at = False, 0  # a checkpoint is loaded after this
         self._recorded = None
-        inner = trainer.strategy.checkpoint_io
-        if stage == "fit" and self.save_deltas and not isinstance(inner, DeltaBeside):
-            trainer.strategy.checkpoint_io = DeltaBeside(inner, trainer, self)
+        if stage == "fit" and self.save_deltas:
+            _beside(trainer, self)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         optimizer = self._optimizer = id3_of(trainer)
@@ -124,25 +122,29 @@ class ID3Callback(pl.Callback):
         return modules[self.submodule]
 
 
-class DeltaBeside(CheckpointIO):
-    """Writes and removes a delta with each checkpoint, since hooks of callbacks do not get its path."""
+def _beside(trainer: pl.Trainer, callback: ID3Callback) -> None:
+    """Lets the Trainer's strategy write and remove a delta with each checkpoint.
 
-    def __init__(self, inner: CheckpointIO, trainer: pl.Trainer, callback: ID3Callback) -> None:
-        self.inner, self.trainer, self.callback = inner, trainer, callback
+    Hooks of callbacks do not get a checkpoint's path, and a `CheckpointIO` does not see folders that all
+    ranks write. Changes the strategy, once.
+    """
+    strategy = trainer.strategy
+    save, remove = strategy.save_checkpoint, strategy.remove_checkpoint
+    if getattr(save, "writes_deltas", False):
+        return
 
-    def save_checkpoint(self, checkpoint, path, storage_options=None) -> None:
-        self.inner.save_checkpoint(checkpoint, path, storage_options)
-        self.callback.save_beside(self.trainer, _delta_path(path))
+    def save_checkpoint(checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        save(checkpoint, filepath, storage_options=storage_options)
+        if strategy.is_global_zero or any_split(id3_of(trainer).param_groups):  # then all ranks give parts
+            callback.save_beside(trainer, _delta_path(filepath))
 
-    def load_checkpoint(self, path, *args, **kwargs) -> dict[str, Any]:
-        return self.inner.load_checkpoint(path, *args, **kwargs)
+    def remove_checkpoint(filepath: Any) -> None:
+        remove(filepath)
+        if strategy.is_global_zero:
+            _delta_path(filepath).unlink(missing_ok=True)
 
-    def remove_checkpoint(self, path) -> None:
-        self.inner.remove_checkpoint(path)
-        _delta_path(path).unlink(missing_ok=True)
-
-    def teardown(self) -> None:
-        self.inner.teardown()
+    save_checkpoint.writes_deltas = True
+    strategy.save_checkpoint, strategy.remove_checkpoint = save_checkpoint, remove_checkpoint
 
 
 def _delta_path(path) -> Path:
