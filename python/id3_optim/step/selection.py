@@ -22,6 +22,10 @@ from ..state.progress import Wanted
 from ..state.shard import Shard
 from .gradients import Whole
 
+# Candidates of several tensors are merged when they are more than this many times k: with a merge after each
+# tensor a selection takes a fifth to a third longer (95 tensors, k = 1,600).
+MERGED_AT = 8
+
 
 @dataclass(frozen=True)
 class Selection:
@@ -189,7 +193,8 @@ def _by_tensor(
 ) -> tuple[Tensor, Tensor]:
     """Tensor by tensor, so that no more than one tensor's scores and O(k) candidates are alive."""
     offsets, indices = _active(shard, fresh)
-    kept = torch.zeros(0, dtype=torch.int64, device=shard.device), torch.zeros(0, device=shard.device)
+    nothing = torch.zeros(0, dtype=torch.int64, device=shard.device)
+    kept = [(nothing, nothing.to(shard.arrays["exp_avg"].dtype))]
     for j, (param, position) in enumerate(zip(shard.params, shard.positions, strict=True)):
         own, grad, k, capacity = offsets[..., j : j + 2], gradients.tensors[j], *wanted[:2]
         if per_tensor is not None:
@@ -208,7 +213,7 @@ def _by_tensor(
             ends, index, value = shard.kernels.select_topk_by_score([score], own, indices, *room)
         held = torch.arange(index.numel(), device=shard.device) < ends[-1]
         found = torch.where(held, (position << 32) | index.long(), NO_PLACE), torch.where(held, value, 0)
-        if kept[0].numel():
-            found = best(*concatenated([kept, found], shard.device), *wanted[:2])
-        kept = found
-    return kept
+        kept.append(found)
+        if sum(place.numel() for place, _ in kept) > MERGED_AT * wanted.capacity:
+            kept = [best(*concatenated(kept, shard.device), *wanted[:2])]
+    return concatenated(kept, shard.device)
