@@ -101,15 +101,6 @@ def option(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def notes(settings: Settings) -> list[str]:
-    """What a run would otherwise do without a word."""
-    if settings.optimizer == "id3" and settings.budget == 0:
-        return [
-            "--budget 0: no entry of the model is trained; parameters that are new in it (a head) alone are"
-        ]
-    return []
-
-
 def check_settings(settings: Settings) -> None:
     """Raises ValueError or FileNotFoundError for settings that would fail late in training, or not at all."""
     for name in (*_LEAST, *_POSITIVE):

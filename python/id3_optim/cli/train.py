@@ -35,7 +35,7 @@ from .interrupt import Interrupt
 from .output import begin, check_paths, publishing, remove_unfinished
 from .progress import ProgressBar, reporters
 from .report import summarise
-from .settings import Settings, check_mask, check_settings, notes, optimizer_options, resolved_budget
+from .settings import Settings, check_mask, check_settings, optimizer_options, resolved_budget
 from .start import Start, load_start
 from .stopping import stopping
 from .tasks import Task
@@ -183,6 +183,15 @@ def write_model(settings: Settings, start: Start, optimizer) -> None:
             return
         start.model.config.save_pretrained(folder)
         save_delta(folder / DELTA_NAME, start.model, optimizer, settings.originals)
+
+
+def notes(settings: Settings) -> list[str]:
+    """What a run would otherwise do without a word."""
+    if settings.optimizer == "id3" and settings.budget == 0:
+        return [
+            "--budget 0: no entry of the model is trained; parameters that are new in it (a head) alone are"
+        ]
+    return []
 
 
 def train(settings: Settings) -> tuple[dict, Start, torch.optim.Optimizer]:
