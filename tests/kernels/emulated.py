@@ -69,11 +69,21 @@ def rows(params, grads):
     return table
 
 
+def pages(numel):
+    """float32 zeros that lie in pages of their own."""
+    return torch.frombuffer(mmap.mmap(-1, 4 * numel), dtype=torch.float32)
+
+
+def protect(tensor, readable=False):
+    """Lets a tensor of `pages` be read and written, or makes one read end the process."""
+    allowed = mmap.PROT_READ | mmap.PROT_WRITE if readable else 0
+    assert ctypes.CDLL(None).mprotect(address(tensor), c_int64(4 * tensor.numel()), allowed) == 0
+
+
 def unreadable(numel):
     """float32, of which one read ends the process."""
-    memory = mmap.mmap(-1, 4 * numel)
-    tensor = torch.frombuffer(memory, dtype=torch.float32)
-    assert ctypes.CDLL(None).mprotect(address(tensor), c_int64(4 * numel), 0) == 0
+    tensor = pages(numel)
+    protect(tensor)
     return tensor
 
 

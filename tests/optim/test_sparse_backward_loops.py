@@ -7,7 +7,16 @@ import torch
 from sparse_twins import SparseTwins
 from test_release_checkpoints import Blocks
 from test_sparse_backward import RHYTHMS, Net, ids_of, loss_at
-from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AlbertConfig,
+    AlbertModel,
+    BertConfig,
+    BertModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 from twins import loss_at as dense_loss_at
 
 from id3_optim import GradScaler, ID3AdamW, sparse_backward
@@ -93,6 +102,10 @@ def test_torch_compile(whole):
 
 
 MODELS = {
+    "albert": lambda: AlbertModel(AlbertConfig(  # whose layers are one layer
+        vocab_size=60, embedding_size=8, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=32, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )),
     "bert": lambda: BertModel(BertConfig(
         vocab_size=60, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
         hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
@@ -110,7 +123,7 @@ MODELS = {
 def transformer_loss(step):
     def loss(net):
         ids = ids_of(step, (4, 12))
-        if isinstance(net, BertModel):
+        if isinstance(net, AlbertModel | BertModel):
             return net(input_ids=ids).last_hidden_state.square().mean()
         return net(input_ids=ids, labels=ids).loss
 
@@ -125,6 +138,8 @@ def test_transformers(kind, every, checkpoints):
     model = MODELS[kind]().train()
     twins = SparseTwins(model, select_every=every, max_grad_norm=1.0)
     if checkpoints:
+        if not model.supports_gradient_checkpointing:
+            pytest.skip(f"{type(model).__name__} has no gradient checkpoints")
         twins.sparse[0].gradient_checkpointing_enable()
     for step in range(8):
         one, other = twins.step(transformer_loss(step))

@@ -27,10 +27,11 @@ def losses(trainer):
     return [row["loss"] for row in trainer.state.log_history if "loss" in row]
 
 
-def train(folder, checkpoint=None, **callback):
+def train(folder, checkpoint=None, released=True, accumulated=2, **callback):
     model = tiny_bert()
-    optimizer = id3(model, select_every=4, max_grad_norm=1.0, release_gradients=True)
-    trainer = build(arguments(folder), model, ID3Callback(**callback), optimizers=(optimizer, None))
+    optimizer = id3(model, select_every=4, max_grad_norm=1.0, release_gradients=released)
+    args = arguments(folder, gradient_accumulation_steps=accumulated)
+    trainer = build(args, model, ID3Callback(**callback), optimizers=(optimizer, None))
     trainer.train(resume_from_checkpoint=checkpoint)
     return trainer, optimizer
 
@@ -45,6 +46,16 @@ def test_the_trainer_has_the_losses_of_a_released_run_and_resumes_exactly(tmp_pa
     for step in (3, 6):
         resumed, _ = train(tmp_path / "resumed", f"{tmp_path}/sparse/checkpoint-{step}", sparse_backward=True)
         assert same_bits(resumed.model, sparse.model)
+
+
+def test_the_trainer_has_the_losses_of_a_dense_run(tmp_path, taken):
+    dense, optimizer = train(tmp_path / "dense", released=False, accumulated=1)
+    assert not taken
+    sparse, other = train(tmp_path / "sparse", released=False, accumulated=1, sparse_backward=True)
+    assert taken and len(losses(sparse)) == 8
+    assert losses(sparse) == pytest.approx(losses(dense), rel=1e-3)
+    for one, two in zip(optimizer.touched(), other.touched(), strict=True):
+        assert torch.equal(one.indices, two.indices)
 
 
 def test_a_second_train_of_one_trainer_begins_anew(tmp_path):
@@ -71,23 +82,31 @@ def test_after_training_another_optimizer_finds_gradients(tmp_path):
     assert optimizer.steps_done and not torch.equal(trainer.model.bert.pooler.dense.weight, before)
 
 
-def test_lightning_has_the_losses_of_a_released_run(tmp_path, taken):
+@pytest.mark.parametrize("accumulated", [1, 2], ids=["dense", "released"])
+def test_lightning_has_the_losses_of_a_run_without(tmp_path, taken, accumulated):
     pytest.importorskip("lightning", reason="Lightning comes with the extra `lightning`")
     from test_lightning import Tagger, fit
 
     from id3_optim.integrations.lightning import ID3Callback as LightningCallback
 
-    nets = [
-        fit(
-            tmp_path / str(sparse),
-            module=Tagger(max_grad_norm=1.0, select_every=4, release_gradients=True),
-            callback=LightningCallback(sparse_backward=sparse),
-        )[0]
-        for sparse in (False, True)
-    ]
+    class Noted(Tagger):
+        def on_train_batch_end(self, outputs, batch, batch_idx):
+            seen.append(outputs["loss"].item())
+
+    nets, curves = [], []
+    for sparse in (False, True):
+        seen = []
+        module = Noted(max_grad_norm=1.0, select_every=4, release_gradients=accumulated > 1)
+        callback = LightningCallback(sparse_backward=sparse)
+        nets.append(
+            fit(tmp_path / str(sparse), None, module, callback, accumulate_grad_batches=accumulated)[0]
+        )
+        curves.append(seen)
+        assert bool(taken) == sparse
+    assert len(curves[0]) == 20 and curves[1] == pytest.approx(curves[0], rel=1e-3)
     for p, q in zip(*(net.parameters() for net in nets), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
-    assert taken and type(nets[1].net[0]) is torch.nn.Linear
+    assert type(nets[1].net[0]) is torch.nn.Linear
 
 
 def test_trl(tmp_path):

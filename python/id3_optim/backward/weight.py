@@ -102,8 +102,9 @@ class Weight:
         reached = _reached(ctx)
         if reached is False:
             return None
-        whole = reached is None or release is None or _is_watched(param) or self._scored_whole(ctx.use)
-        self._check_kept(param, parts, whole)
+        requested = reached is None or release is None or _is_watched(param)
+        whole = requested or self._scored_whole(ctx.use)
+        self._check_kept(param, parts, requested, whole)
         if not torch._C._autograd._get_current_graph_task_keep_graph():
             self._uses.discard(ctx.use)
         if whole:
@@ -117,15 +118,21 @@ class Weight:
             return False
         return use.shared or not isinstance(release.heuristic, D3)
 
-    def _check_kept(self, param: Tensor, parts: Parts, whole: bool) -> None:
+    def _check_kept(self, param: Tensor, parts: Parts, requested: bool, whole: bool) -> None:
         """Raises RuntimeError where the forward pass did not keep what the backward pass needs."""
         release = self._release()
         if parts.complete if whole else release.suffices(param, parts):
             return
         name = release.name(param) if release else "a weight"
+        if requested:
+            raise RuntimeError(
+                f"sparse_backward: expected no use of the whole gradient of {name} (autograd.grad, a hook, a "
+                "gradient that is there already) in a step without selection, got one: compute it in a step "
+                "that selects, or after remove()"
+            )
         raise RuntimeError(
-            f"sparse_backward: expected the backward pass of {name} before the optimizer's step, and no "
-            "other use of its gradient, got one that needs more than the forward pass kept"
+            f"sparse_backward: expected the backward pass of {name} before the optimizer's step, got one "
+            "that needs more than the forward pass kept"
         )
 
 
