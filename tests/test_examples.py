@@ -17,8 +17,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from id3_optim import load_delta
 
 ROOT = Path(__file__).parent.parent
-# demo.py is what `make demo` runs, test_fsdp2_example.py runs fsdp2.py; neighbours import the other two.
-NOT_ALIKE = {"demo.py", "dense_masking.py", "fsdp2.py", "tiny.py"}
+# demo.py is what `make demo` runs, tests/optim/test_*_example.py run the two for torchrun; neighbours import
+# the other two.
+NOT_ALIKE = {"data_parallel.py", "demo.py", "dense_masking.py", "fsdp2.py", "tiny.py"}
 EXAMPLES = sorted({path.name for path in (ROOT / "examples").glob("*.py")} - NOT_ALIKE)
 
 

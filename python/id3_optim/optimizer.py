@@ -53,10 +53,11 @@ class ID3AdamW(torch.optim.Optimizer):
     release_gradients: hooks take what a step needs of each gradient during the backward pass and set `.grad`
         to None, tensor by tensor; the entries chosen and their values keep their bits.
     select_from: which micro-batch's scores choose with released gradients: "last", or "max" over all.
-    capturable: `step()` may be captured in a CUDA graph after a step outside of it, and replayed with new
-        gradients in the same tensors: everything that changes lies on the device, a one-element tensor as lr
-        too. `steps_done` and `n_active` then synchronise. Needs all parameters on one device and goes with
-        neither "repeat" nor `release_gradients`. A state that is loaded makes earlier captures void.
+    capturable: after a step outside of it, a CUDA graph may capture `step()` and replay it with new gradients
+        in the same tensors; an lr tensor may change too. `steps_done` and `n_active` then synchronise. Needs
+        one device for all parameters, neither "repeat" nor `release_gradients`. A load voids earlier graphs.
+    process_group: data parallelism without DistributedDataParallel. Replicas choose by the mean of their
+        gradients, and between selections send those of active entries alone (page "Many GPUs").
 
     On a GPU `step()` does not synchronise with the device, but for the cases in the page "On a GPU".
 
@@ -87,6 +88,7 @@ class ID3AdamW(torch.optim.Optimizer):
         release_gradients: bool = False,
         select_from: str = "last",
         capturable: bool = False,
+        process_group: torch.distributed.ProcessGroup | None = None,
         **not_applicable: Any,
     ):
         validation.refuse_not_applicable(not_applicable)
@@ -100,11 +102,10 @@ class ID3AdamW(torch.optim.Optimizer):
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(validation.check_iterable(params), defaults | {"maximize": maximize, "dense": False})
         self.state[checkpoint.MARKER] = dict(checkpoint.MARKED)
-        validation.check_names(heuristic, self.param_groups[0])
         if total_steps is not None:
             self.set_total_steps(total_steps)
-        if release_gradients:
-            self.release_gradients(select_from)
+        released = select_from if release_gradients else None
+        self._unmasking.take_gradients(self._begin_pass, process_group, released, self.param_groups)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's. After the first step the new tensors extend N; a budget already fixed stays.
@@ -173,15 +174,15 @@ class ID3AdamW(torch.optim.Optimizer):
             self._unmasking.release.remove_hooks()
 
     def scaled_tensors(self) -> list[Tensor]:
-        """What hooks have kept that is proportional to the loss scale, for a GradScaler to check and unscale
-        in place. Without such a call `step()` under a GradScaler raises."""
+        """What hooks keep that a GradScaler has to check and unscale in place, or else `step()` raises."""
         release = self._unmasking.release
         return [] if release is None else release.scaled_tensors(self._unmasking.active)
 
     def share_overflow(self, found: dict[torch.device, Tensor]) -> None:
         """Makes an overflow that a GradScaler has found on one rank known to all. Mutates `found`."""
-        if self._unmasking.release is not None:
-            self._unmasking.active.ranks.share(list(found.values()))
+        self._unmasking.share_overflow(list(found.values()))
+
+    no_sync = property(attrgetter("_unmasking.no_sync"), doc="For all micro-batches of a step but the last.")
 
     def _begin_pass(self) -> tuple[ActiveSet, Wanted | None]:
         return self._unmasking.begin_pass(self.param_groups)
@@ -210,8 +211,7 @@ class ID3AdamW(torch.optim.Optimizer):
 
     @max_grad_norm.setter
     def max_grad_norm(self, norm: float | None) -> None:
-        norm = validation.plain_norm(norm)
-        self._unmasking.method = replace(self._unmasking.method, max_grad_norm=norm)
+        self._unmasking.method = replace(self._unmasking.method, max_grad_norm=validation.plain_norm(norm))
 
     def touched(self) -> Iterator[Touched]:
         """For every non-dense parameter, in order: the entries that training may have changed."""

@@ -6,6 +6,7 @@ import numbers
 import time
 import warnings
 from collections.abc import Iterator, MutableMapping
+from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
 from typing import Any
 
@@ -13,8 +14,9 @@ import torch
 from torch import Tensor
 
 from . import schedules, validation
-from .distributed.agreement import check_agreement
+from .distributed.agreement import check_agreement, check_replicable, check_replicas
 from .distributed.many_ranks import ranks_of
+from .distributed.replicas import Replicas
 from .method import Method
 from .param_groups import members, named_parameters, parameter_names, selectable, trainable_entries
 from .state.active_set import ActiveSet, Touched
@@ -50,14 +52,45 @@ class Unmasking:
             Progress(layout.capturable, select_every=method.select_every),
         )
         self.release: Release | None = None
+        self.replicas: Replicas | None = None
         self.agreed = False  # whether the ranks were found to have the same settings since the last load
 
     # --- before the first step -------------------------------------------------------------------------
 
+    def take_gradients(
+        self,
+        begin: Begin,
+        group: torch.distributed.ProcessGroup | None,
+        select_from: str | None,
+        groups: Groups,
+    ) -> None:
+        """Averages gradients over the processes of a group, where there is one. select_from: None where steps
+        take whole gradients."""
+        if group is not None:
+            check_replicable(group, self.method, self.active.layout.capturable)
+            self.replicas = Replicas(group)
+            self.active.keep_gradients(replicas=True)
+            self.release = Release(begin, self.method.heuristic, None, self.replicas)
+        if select_from is not None:
+            self.release_gradients(begin, select_from, groups)
+
+    def no_sync(self) -> AbstractContextManager[None]:
+        """See `ID3AdamW.no_sync`."""
+        if self.release is None or self.release.exchange is None:
+            return nullcontext()
+        return self.release.exchange.no_sync(self.release.select_from)
+
+    def share_overflow(self, flags: list[Tensor]) -> None:
+        """Makes an overflow on one rank known to all, where each has gradients of its own."""
+        if self.replicas is not None:
+            self.replicas.share(flags)
+        elif self.release is not None:
+            self.active.ranks.share(flags)
+
     def release_gradients(self, begin: Begin, select_from: str | None, groups: Groups) -> Release:
         """Hooks the parameters, so that their gradients are taken as soon as backward has made them; again
         where the hooks were removed. select_from: None for "last", or what it is already."""
-        if self.release is not None:
+        if self.release is not None and self.release.select_from is not None:
             if select_from not in (None, self.release.select_from):
                 own = self.release.select_from
                 raise ValueError(
@@ -69,9 +102,10 @@ class Unmasking:
         select_from = select_from or "last"
         capturable = self.active.layout.capturable
         validation.check_options(self.method.strategy, True, select_from, capturable)
-        validation.check_reduced(selectable(groups))
+        if self.replicas is None:
+            validation.check_reduced(selectable(groups))
         self.active.keep_gradients()
-        self.release = Release(begin, self.method.heuristic, select_from)
+        self.release = Release(begin, self.method.heuristic, select_from, self.replicas)
         self.release.attach(selectable(groups))
         return self.release
 
@@ -80,6 +114,7 @@ class Unmasking:
         i, active = len(groups) - 1, self.active
         group = groups[i]
         validation.check_group(group, i)
+        validation.check_names(self.method.heuristic, groups[0])
         held = (p for shard in active.shards for p in shard.owners)
         validation.check_devices(active.layout, chain(held, group["params"]), group["dense"])
         names = parameter_names(groups)
@@ -90,7 +125,7 @@ class Unmasking:
             active.split_over(ranks_of(named_parameters(groups)))
             active.adopt(members(groups, dense=False, since=i))
             active.reserve(self.budget)
-        active.names = names
+        active.names, self.agreed = names, False
         if self.release is not None:
             self.release.attach(selectable(groups))
 
@@ -179,7 +214,10 @@ class Unmasking:
     def _agree(self, groups: Groups) -> None:
         """Before all else, since a rank that fails alone leaves the other ranks waiting."""
         ranks = ranks_of(named_parameters(groups))
-        if not ranks.alone:
+        if self.replicas is not None:
+            taken = "by the step" if self.release.select_from is None else self.release.select_from
+            check_replicas(self.replicas, self.settings(), groups, self.active.held(), taken)
+        elif not ranks.alone:
             check_agreement(ranks, self.settings(), groups)
         self.agreed = True
 

@@ -20,6 +20,7 @@ class Layout:
     backend: str | None  # the requested backend
     release: bool = False  # room for the gradients that hooks gather at the active entries
     capturable: bool = False  # a replayed CUDA graph changes the counts without running any Python
+    replicas: bool = False  # other processes have to allocate and send the same
 
     def columns(self, dtype: torch.dtype) -> dict[str, torch.dtype]:
         """The arrays that are saved for parameters of `dtype`: name -> dtype, `indices` first."""
