@@ -199,7 +199,9 @@ def traffic(_):
                     assert sum(counted) == values + comparison, (counted, values, comparison)
                     assert values <= 8 * ours.n_active and whole * ours.n_active == values * 8190
                 elif step:
-                    of_all = (16 * 200 + 8) * (size - 1)  # the best of each replica
+                    of_all = (16 * 200 + 8 + 16 * n_tensors) * (
+                        size - 1
+                    )  # the best, and where each replica is
                     assert whole / 2 < sum(counted) <= whole / 2 + 8 + values + comparison + of_all
         assert ours.n_active == 400
 

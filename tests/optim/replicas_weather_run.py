@@ -117,17 +117,24 @@ def other_values():
     return net
 
 
-def other_order(_):
-    """Layers in another order in a pass that selects: an error on each, before anything changes."""
-    net = nn.Sequential(nn.Linear(9, 9, bias=False), nn.Linear(9, 9, bias=False))
-    optimizer = ID3AdamW(
-        net.parameters(), budget=10, total_steps=4, release_gradients=True, process_group=dist.group.WORLD
-    )
-    nn.init.ones_(net[0].weight), nn.init.ones_(net[1].weight)
-    layers = net if dist.get_rank() else reversed(net)
-    sum(layer.weight.sum() for layer in layers).backward()
-    expect(RuntimeError, "process_group: expected the same step on all 2 replicas", optimizer.step)
-    assert optimizer.steps_done == optimizer.n_active == 0 and bool((net[0].weight == 1).all())
+def other_layers(_):
+    """Other layers, or another order, in a pass that selects: an error on each, before anything changes."""
+    odd = dist.get_rank() == 1
+    for names in ("ba" if odd else "ab", "a" if odd else "ab", "b" if odd else "ab", "ab" if odd else "b"):
+        net = nn.ModuleDict({"a": nn.Linear(9, 9, bias=False), "b": nn.Linear(9, 7, bias=False)})
+        for p in net.parameters():
+            nn.init.ones_(p)
+        options = {"budget": 10, "total_steps": 4, "release_gradients": True}
+        optimizer = ID3AdamW(net.parameters(), **options, process_group=dist.group.WORLD)
+        run = functools.partial(turn, optimizer, net, names)
+        expect(RuntimeError, "process_group: expected all 2 replicas at the same point", run)
+        assert optimizer.steps_done == optimizer.n_active == 0
+        assert all(bool((p == 1).all()) for p in net.parameters())
+
+
+def turn(optimizer, net, names):
+    sum(net[name].weight.sum() for name in names).backward()
+    optimizer.step()
 
 
 def no_sync_last(_):

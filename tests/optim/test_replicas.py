@@ -17,7 +17,7 @@ CHECKS = {
         *("accumulation", "released_accumulation", "sparse", "sparse_accumulation", "ddp", "traffic"),
     ],
     "replicas_weather_run.py": [
-        *("overflow", "other_scaler", "resume", "other_state", "copies", "different", "other_order"),
+        *("overflow", "other_scaler", "resume", "other_state", "copies", "different", "other_layers"),
         *("no_sync_last", "refused", "split_parameters", "out_of_memory"),
     ],
 }

@@ -72,29 +72,33 @@ class Replicas:
     def share(self, flags: list[Tensor]) -> None:
         """Sets each one-element tensor to the largest of all, on all replicas."""
         home = flags[0].device
+        self.check_at("the overflow of a loss scale", home)
         most = torch.stack([flag.reshape(()).to(home) for flag in flags]).amax().reshape(1)
         self._call("the overflow of a loss scale", torch.distributed.all_reduce, most, op=_max())
         for flag in flags:
             flag.copy_(most.reshape(flag.shape))
 
-    def agreed(self, flags: list[bool], facts: str, device: torch.device) -> list[bool]:
-        """Which flags are set on any replica. Sends a byte for each, and 16. The host waits for the answer.
+    def check_at(self, point: str, device: torch.device) -> None:
+        """Raises RuntimeError on all replicas where one of them is at another point of its program.
 
-        Raises RuntimeError on all replicas where `facts`, what this step has done so far, differ.
+        What is sent next has other sizes there, which torch.distributed answers by ending the process, or by
+        wrong numbers. Sends 16 bytes; the host waits for the answer.
         """
-        digest = hashlib.blake2b(facts.encode(), digest_size=8).digest()
-        row = torch.tensor([*flags, *digest, *(255 - byte for byte in digest)], dtype=torch.uint8)
-        row = row.to(device)
+        digest = int.from_bytes(hashlib.blake2b(point.encode(), digest_size=7).digest(), "little")
+        row = torch.tensor([digest, -digest]).to(device)
         self._call("the comparison of steps", torch.distributed.all_reduce, row, op=_max())
-        found = row.tolist()
-        largest, smallest = found[-16:-8], [255 - byte for byte in found[-8:]]
-        if largest != smallest:
+        if row.tolist() != [digest, -digest]:
             raise RuntimeError(
-                f"process_group: expected the same step on all {self.size} replicas, got {facts} here and "
-                "something else elsewhere; each replica has to run the same layers in the same order in a "
-                "backward pass that selects"
+                f"process_group: expected all {self.size} replicas at the same point, got {point} here and "
+                "another one elsewhere; with hooks (release_gradients, sparse_backward) each replica has to "
+                "use the same layers in the same order in a backward pass that selects"
             )
-        return [bool(flag) for flag in found[:-16]]
+
+    def any_of(self, flags: list[bool], device: torch.device) -> list[bool]:
+        """Which flags are set on any replica. Sends a byte for each; the host waits for the answer."""
+        row = torch.tensor(flags, dtype=torch.uint8).to(device)
+        self._call("the comparison of steps", torch.distributed.all_reduce, row, op=_max())
+        return [bool(flag) for flag in row.tolist()]
 
     def _call(self, purpose: str, collective: Callable, *arguments: Any, **options: Any) -> None:
         called(purpose, collective, *arguments, **options, group=self._group)

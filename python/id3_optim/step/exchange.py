@@ -14,6 +14,7 @@ from ..heuristics import D3, Heuristic
 from ..param_groups import members
 from ..state.active_set import ActiveSet
 from ..state.progress import Wanted
+from ..state.shard import Shard
 from .candidates import Candidates
 from .gradients import Kept
 from .products import flat_blocks, search
@@ -36,7 +37,6 @@ class Exchange:
 
     def clear(self) -> None:
         """Forgets a step."""
-        self._searched: list[int] = []
         self._last_synced = True
 
     @contextmanager
@@ -52,7 +52,6 @@ class Exchange:
 
     def begin_pass(self) -> None:
         """To be called at the beginning of each backward pass with hooks."""
-        self._searched.clear()
         self._last_synced = self.synced
 
     # --- entries that may join -----------------------------------------------------------------------
@@ -70,9 +69,8 @@ class Exchange:
 
         blocks: (first flat index, [n] of this replica's gradient of tensor `at`), the same sizes on all.
         """
-        shard, j = active.shards[at[0]], at[1]
-        self._searched.append(shard.positions[j])
-        param = shard.params[j].detach().reshape(-1)
+        shard, _ = self._check_at(candidates, active, at)
+        param = shard.params[at[1]].detach().reshape(-1)
         for first, block in blocks:
             begin, mean = self.replicas.scattered(block)
             if mean.numel():
@@ -93,11 +91,18 @@ class Exchange:
             blocks = flat_blocks(gradient)
             self.search_blocks(candidates, active, at, heuristic, blocks, may_hold)
             return
-        position = active.shards[at[0]].positions[at[1]]
-        self._searched.append(position)
+        _, position = self._check_at(candidates, active, at)
         mean = self.replicas.mean_on(position % self.replicas.size, gradient)
         if mean is not None:
             candidates.search(active, at, mean, heuristic, may_hold)
+
+    def _check_at(self, candidates: Candidates, active: ActiveSet, at: Place) -> tuple[Shard, int]:
+        """(shard, position) of tensor `at`, whose gradient all replicas have to be at."""
+        shard, wanted = active.shards[at[0]], candidates.wanted
+        position = shard.positions[at[1]]
+        name, more = active.name(position), f"{wanted.capacity} new entries in step {wanted.step}"
+        self.replicas.check_at(f"the gradient of {name} for {more}", shard.device)
+        return shard, position
 
     # --- a step --------------------------------------------------------------------------------------
 
@@ -113,10 +118,9 @@ class Exchange:
         shards, dense = active.shards, [member.param for member in members(groups, dense=True)]
         params = [*(p for shard in shards for p in shard.owners), *dense]
         flags = [p.grad is not None for p in params] + [flag for own in kept for flag in own.seen]
-        facts = "a step without selection"
-        if wanted is not None:
-            facts = f"step {wanted.step}, {wanted.capacity} entries to join, tensors {self._searched}"
-        found = iter(self.replicas.agreed(flags, facts, groups[0]["params"][0].device))
+        home, selects = groups[0]["params"][0].device, wanted is not None
+        self.replicas.check_at(f"step() with{'' if selects else 'out'} a selection", home)
+        found = iter(self.replicas.any_of(flags, home))
         for p in params:
             if next(found) and p.grad is None:
                 p.grad = torch.zeros_like(p)
