@@ -17,8 +17,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from id3_optim import load_delta
 
 ROOT = Path(__file__).parent.parent
-# demo.py is what `make demo` runs; those of FSDP2 run in two processes elsewhere; the rest is imported.
-NOT_ALIKE = {"demo.py", "dense_masking.py", "fsdp2.py", "lightning_fsdp2.py", "tiny.py", "trainer_fsdp2.py"}
+# demo.py is what `make demo` runs; those for torchrun run in two processes elsewhere; the rest is imported.
+NOT_ALIKE = {"data_parallel.py", "demo.py", "dense_masking.py", "fsdp2.py", "lightning_fsdp2.py", "tiny.py"}
+NOT_ALIKE |= {"trainer_fsdp2.py"}
 EXAMPLES = sorted({path.name for path in (ROOT / "examples").glob("*.py")} - NOT_ALIKE)
 
 

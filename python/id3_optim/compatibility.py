@@ -111,6 +111,6 @@ def check_reduced(params: Iterable[torch.Tensor]) -> None:
     if world_size() > 1 and not all(map(is_split, params)):
         raise ValueError(
             "release_gradients: expected one process, or parameters of FSDP2, got "
-            f"{world_size()} processes: a hook sees the gradients of its own process alone; use "
-            "release_gradients=False under DistributedDataParallel, or fully_shard"
+            f"{world_size()} processes: a hook sees the gradients of its own process alone; give ID3AdamW a "
+            "process_group and the plain model, without DistributedDataParallel, or use fully_shard"
         )

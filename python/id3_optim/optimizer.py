@@ -55,9 +55,11 @@ class ID3AdamW(torch.optim.Optimizer):
     release_gradients: hooks take what a step needs of each gradient during the backward pass and set `.grad`
         to None, tensor by tensor; the entries chosen and their values keep their bits.
     select_from: which micro-batch's scores choose with released gradients: "last", or "max" over all.
-    capturable: `step()` may be captured in a CUDA graph after a step outside of it, and replayed with new
-        gradients in the same tensors; everything that changes lies on the device. Needs all parameters on one
-        device. A state that is loaded makes earlier captures void.
+    capturable: after a step outside of it, a CUDA graph may capture `step()` and replay it with new gradients
+        in the same tensors; an lr tensor may change too. `steps_done` and `n_active` then synchronise. Needs
+        one device for all parameters, neither "repeat" nor `release_gradients`. A load voids earlier graphs.
+    process_group: data parallelism without DistributedDataParallel. Replicas choose by the mean of their
+        gradients, and between selections send those of active entries alone (page "Many GPUs").
 
     On a GPU `step()` does not synchronise with the device, but for the cases in the page "On a GPU".
     Raises ValueError or TypeError for anything out of range, before anything changes.
@@ -90,6 +92,7 @@ class ID3AdamW(torch.optim.Optimizer):
         entry_warmup: int = 0,
         tensor_cap: float | None = None,
         prune: Prune | None = None,
+        process_group: torch.distributed.ProcessGroup | None = None,
         **not_applicable: Any,
     ):
         validation.refuse_not_applicable(not_applicable)
@@ -103,8 +106,8 @@ class ID3AdamW(torch.optim.Optimizer):
         self.state[checkpoint.MARKER] = dict(checkpoint.MARKED)
         if total_steps is not None:
             self.set_total_steps(total_steps)
-        if release_gradients:
-            self.release_gradients(select_from)
+        released = select_from if release_gradients else None
+        self._unmasking.take_gradients(self._begin_pass, process_group, released, self.param_groups)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's. After the first step the new tensors extend N; a budget already fixed stays.
@@ -173,15 +176,15 @@ class ID3AdamW(torch.optim.Optimizer):
             self._unmasking.release.remove_hooks()
 
     def scaled_tensors(self) -> list[Tensor]:
-        """What hooks have kept that is proportional to the loss scale, for a GradScaler to check and unscale
-        in place. Without such a call `step()` under a GradScaler raises."""
+        """What hooks keep that a GradScaler has to check and unscale in place, or else `step()` raises."""
         release = self._unmasking.release
         return [] if release is None else release.scaled_tensors(self._unmasking.active)
 
     def share_overflow(self, found: dict[torch.device, Tensor]) -> None:
         """Makes an overflow that a GradScaler has found on one rank known to all. Mutates `found`."""
-        if self._unmasking.release is not None:
-            self._unmasking.active.ranks.share(list(found.values()))
+        self._unmasking.share_overflow(list(found.values()))
+
+    no_sync = property(attrgetter("_unmasking.no_sync"), doc="For all micro-batches of a step but the last.")
 
     def _begin_pass(self) -> tuple[ActiveSet, Wanted | None]:
         return self._unmasking.begin_pass(self.param_groups)

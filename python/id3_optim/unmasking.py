@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numbers
 import time
-import warnings
 from collections.abc import Iterator, MutableMapping
+from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
 from typing import Any
 
@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from . import compatibility, schedules, validation
-from .distributed.agreement import check_agreement
+from .distributed.agreement import check_agreement, check_replicable, check_replicas
 from .distributed.many_ranks import ranks_of
+from .distributed.replicas import Replicas
 from .method import Method, Prune
 from .param_groups import members, named_parameters, parameter_names, selectable, trainable_entries
 from .state.active_set import ActiveSet, Touched
@@ -51,14 +52,45 @@ class Unmasking:
             Progress(layout.capturable, select_every=method.select_every),
         )
         self.release: Release | None = None
+        self.replicas: Replicas | None = None
         self.agreed = False  # whether the ranks were found to have the same settings since the last load
 
     # --- before the first step -------------------------------------------------------------------------
 
+    def take_gradients(
+        self,
+        begin: Begin,
+        group: torch.distributed.ProcessGroup | None,
+        select_from: str | None,
+        groups: Groups,
+    ) -> None:
+        """Averages gradients over the processes of a group, where there is one. select_from: None where steps
+        take whole gradients."""
+        if group is not None:
+            check_replicable(group, self.method, self.active.layout.capturable)
+            self.replicas = Replicas(group)
+            self.active.keep_gradients(replicas=True)
+            self.release = Release(begin, self.method.heuristic, None, self.replicas)
+        if select_from is not None:
+            self.release_gradients(begin, select_from, groups)
+
+    def no_sync(self) -> AbstractContextManager[None]:
+        """See `ID3AdamW.no_sync`."""
+        if self.release is None or self.release.exchange is None:
+            return nullcontext()
+        return self.release.exchange.no_sync(self.release.select_from)
+
+    def share_overflow(self, flags: list[Tensor]) -> None:
+        """Makes an overflow on one rank known to all, where each has gradients of its own."""
+        if self.replicas is not None:
+            self.replicas.share(flags)
+        elif self.release is not None:
+            self.active.ranks.share(flags)
+
     def release_gradients(self, begin: Begin, select_from: str | None, groups: Groups) -> Release:
         """Hooks the parameters, so that their gradients are taken as soon as backward has made them; again
         where the hooks were removed. select_from: None for "last", or what it is already."""
-        if self.release is not None:
+        if self.release is not None and self.release.select_from is not None:
             if select_from not in (None, self.release.select_from):
                 own = self.release.select_from
                 raise ValueError(
@@ -70,9 +102,10 @@ class Unmasking:
         select_from = select_from or "last"
         capturable = self.active.layout.capturable
         compatibility.check_options(self.method, True, select_from, capturable)
-        compatibility.check_reduced(selectable(groups))
+        if self.replicas is None:
+            compatibility.check_reduced(selectable(groups))
         self.active.keep_gradients()
-        self.release = Release(begin, self.method.heuristic, select_from)
+        self.release = Release(begin, self.method.heuristic, select_from, self.replicas)
         self.release.attach(selectable(groups))
         return self.release
 
@@ -87,25 +120,15 @@ class Unmasking:
         names = parameter_names(groups)
         if self.n_entries is not None and not group["dense"]:
             validation.check_countable(groups, names)
-            self._warn_if_spent(group)
+            if self.progress.spent and not active.layout.repeat:
+                validation.warn_spent(self.budget, self.method, group)
             self.n_entries += trainable_entries([group])
             active.split_over(ranks_of(named_parameters(groups)))
             active.adopt(members(groups, dense=False, since=i))
             active.reserve(self.budget)
-        active.names = names
+        active.names, self.agreed = names, False
         if self.release is not None:
             self.release.attach(selectable(groups))
-
-    def _warn_if_spent(self, group: dict[str, Any]) -> None:
-        if self.active.layout.repeat or not self.progress.spent or self.budget == 0:
-            return
-        if trainable_entries([group]):
-            by_share = "grow_budget() extends it, " if isinstance(self.method.budget_given, float) else ""
-            warnings.warn(
-                f"add_param_group: the budget of {self.budget} entries is spent, so that no entry of the new "
-                f"group will be trained; {by_share}dense=True trains the group whole",
-                stacklevel=4,
-            )
 
     def grow_budget(self, groups: Groups) -> None:
         """See `ID3AdamW.grow_budget`."""
@@ -182,7 +205,10 @@ class Unmasking:
         """Before all else, since a rank that fails alone leaves the other ranks waiting."""
         ranks = ranks_of(named_parameters(groups))
         compatibility.check_ranks(self.method, ranks.alone)
-        if not ranks.alone:
+        if self.replicas is not None:
+            taken = "by the step" if self.release.select_from is None else self.release.select_from
+            check_replicas(self.replicas, self.settings(), groups, self.active.held(), taken)
+        elif not ranks.alone:
             check_agreement(ranks, self.settings(), groups)
         self.agreed = True
 

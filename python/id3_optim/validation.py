@@ -16,7 +16,7 @@ from . import schedules
 from .distributed.part import check_part, is_split, local
 from .heuristics import Bias, Heuristic
 from .method import Method
-from .param_groups import members
+from .param_groups import members, trainable_entries
 from .ranks import check_whole
 
 _NOT_APPLICABLE = {
@@ -31,6 +31,7 @@ OPTIONS_OF_A_RUN = (
     *("budget", "total_steps", "heuristic", "strategy", "schedule", "select_every", "bias_correction"),
     *("max_grad_norm", "keep_originals", "backend", "release_gradients", "select_from", "capturable"),
     *("entry_warmup", "tensor_cap", "prune"),
+    "process_group",
 )
 
 
@@ -61,6 +62,18 @@ def warn_one_selection(method: Method, total_steps: int) -> None:
             "first step selects the whole budget, and no later one selects",
             stacklevel=4,
         )
+
+
+def warn_spent(budget: int, method: Method, group: dict[str, Any]) -> None:
+    """Warns where a new param group comes too late for a budget that is spent."""
+    if budget == 0 or not trainable_entries([group]):
+        return
+    by_share = "grow_budget() extends it, " if isinstance(method.budget_given, float) else ""
+    warnings.warn(
+        f"add_param_group: the budget of {budget} entries is spent, so that no entry of the new group will "
+        f"be trained; {by_share}dense=True trains the group whole",
+        stacklevel=4,
+    )
 
 
 def check_group(group: dict[str, Any], i: int) -> None:

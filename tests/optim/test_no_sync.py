@@ -21,7 +21,8 @@ class NoReport:
     def send(self, number):
         assert number.shape == (1,) and number.device.type == "cuda"
 
-    def newest(self, before):
+    def newest(self, before, wait):
+        assert not wait
         return before
 
 
@@ -130,7 +131,7 @@ def test_what_the_gpu_reported_bounds_what_is_looked_for(monkeypatch):
         capacities.append(found and found.capacity)
         return found
 
-    monkeypatch.setattr(NoReport, "newest", lambda self, before: next(reported))
+    monkeypatch.setattr(NoReport, "newest", lambda self, before, wait: next(reported))
     monkeypatch.setattr(progress.Progress, "wanted", spy)
     optimizer = ID3AdamW(model(), budget=18, total_steps=3)
     for _ in range(6):

@@ -140,7 +140,7 @@ def test_no_synchronisation(monkeypatch):
         def send(self, number):
             pass
 
-        def newest(self, before):
+        def newest(self, before, wait):
             return before
 
     monkeypatch.setattr(progress, "Report", NoReport)

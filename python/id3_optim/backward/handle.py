@@ -10,6 +10,7 @@ from torch import nn
 from ..distributed.part import is_split
 from ..heuristics import D3, Heuristic
 from ..param_groups import selectable
+from ..ranks import world_size
 from ..wrappers import unwrapped, unwrapped_model
 from .layers import sparse_class
 from .weight import Readers, Weight
@@ -63,8 +64,9 @@ def sparse_backward(model: nn.Module, optimizer: Any, select_from: str | None = 
     Called again for the same optimizer, or when the one before is gone, it begins anew.
     Raises ValueError for a model that another optimizer has changed, an embedding with `sparse=True` or
     `max_norm`, a DTensor, another `select_from` than the optimizer's, and what released gradients refuse
-    (several processes, "repeat", `capturable`).
+    (several processes without a `process_group`, "repeat", `capturable`).
     """
+    _check_plain(model)
     optimizer, model = unwrapped(optimizer), unwrapped_model(model)
     found = list(_ways(model, optimizer))
     release = optimizer.release_gradients(select_from)
@@ -75,6 +77,15 @@ def sparse_backward(model: nn.Module, optimizer: Any, select_from: str | None = 
             layer.sparse_weight, layer.__class__ = weight, sparse_class(type(layer))
             changed.append((layer, weight))
     return SparseBackward([way for way, _ in found], changed)
+
+
+def _check_plain(model: nn.Module) -> None:
+    """Raises ValueError for a wrapper that waits for gradients of all weights."""
+    if isinstance(model, nn.parallel.DistributedDataParallel) and world_size() > 1:
+        raise ValueError(
+            "model: expected one without DistributedDataParallel, got one: sparse_backward makes no "
+            "gradients for it to average; give the plain model, and ID3AdamW a process_group"
+        )
 
 
 def renewed(before: SparseBackward | None, model: nn.Module, optimizer: Any) -> SparseBackward:

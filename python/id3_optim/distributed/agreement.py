@@ -4,24 +4,80 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import fields
 from importlib import metadata
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..method import Method
 from ..param_groups import named_parameters
+from ..running import Running
 from .many_ranks import ManyRanks
-from .part import local, part_of
+from .part import any_split, local, part_of
+from .replicas import Replicas, checksum
 
 
-def check_agreement(ranks: ManyRanks, settings: dict[str, Any], groups: list[dict[str, Any]]) -> None:
+def check_replicable(group: Any, method: Method, capturable: bool) -> None:
+    """Refuses what gradients cannot be averaged for over a process group."""
+    dist = torch.distributed
+    if not dist.is_available() or not isinstance(group, dist.ProcessGroup):
+        raise TypeError(
+            f"process_group: expected a group of torch.distributed that has this process, got {group!r}; "
+            "torch.distributed.group.WORLD has all processes"
+        )
+    if method.strategy == "repeat":
+        raise ValueError(
+            "process_group: does not apply to strategy 'repeat': entries that come back would need gradients "
+            "that no replica has whole; use DistributedDataParallel"
+        )
+    if isinstance(method.heuristic, Running):
+        raise ValueError(
+            "process_group: does not apply to the heuristic Running: it reads the gradients of one replica; "
+            "use DistributedDataParallel"
+        )
+    for name in ("tensor_cap", "prune"):
+        if getattr(method, name) is not None:
+            raise ValueError(f"process_group: does not apply to {name}: no replica sees all gradients")
+    if capturable:
+        raise ValueError("process_group: does not apply to capturable: no graph replays its messages")
+
+
+def check_replicas(
+    replicas: Replicas,
+    settings: dict[str, Any],
+    groups: list[dict[str, Any]],
+    state: list[Tensor],
+    select_from: str,
+) -> None:
+    """`check_agreement` of replicas, which have the same values too, of the parameters and of the state.
+
+    Raises ValueError for DTensors too.
+    """
+    if any_split(groups):
+        raise ValueError(
+            "process_group: does not apply to DTensor parameters: torch.distributed averages their "
+            "gradients; leave it out"
+        )
+    home = groups[0]["params"][0].device
+    values = {"values of params": [p for _, p in named_parameters(groups)], "state": state}
+    sums = {name: f"checksum {checksum(tensors, home):x}" for name, tensors in values.items()}
+    check_agreement(replicas.ranks, settings, groups, {"select_from": select_from, **sums})
+
+
+def check_agreement(
+    ranks: ManyRanks,
+    settings: dict[str, Any],
+    groups: list[dict[str, Any]],
+    more: Mapping[str, str] | None = None,
+) -> None:
     """Raises ValueError on every rank where one has other settings, parameters or versions than another.
 
-    Every rank has to call this. Sends 8 bytes per setting.
+    Every rank has to call this. Sends 8 bytes per setting, of which `more` has further ones, as text.
     """
-    facts = _facts(settings, groups)
+    facts = _facts(settings, groups) | (more or {})
     digests = [hashlib.blake2b(fact.encode(), digest_size=8).digest() for fact in facts.values()]
     own = torch.tensor([int.from_bytes(digest, "little", signed=True) for digest in digests])
     own = own.to(local(groups[0]["params"][0]).device)
@@ -31,7 +87,8 @@ def check_agreement(ranks: ManyRanks, settings: dict[str, Any], groups: list[dic
             same = int((rows[:, i] == own[i].cpu()).sum())
             raise ValueError(
                 f"{name}: expected the same on all {len(rows)} ranks, got {fact[:200]} on {same} of them, "
-                "this one included; start every rank with the same program and arguments"
+                "this one included; start every rank with the same program, arguments and "
+                "seed"
             )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from itertools import combinations
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,9 +63,11 @@ class ManyRanks:
             except StopIteration as end:
                 return end.value
 
-    def whole(self, place: Tensor, columns: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    def whole(
+        self, place: Tensor, columns: dict[str, Tensor], purpose: str = "the state of all ranks"
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """The entries of all ranks in order of place. No two ranks give one place; each gives any number."""
-        purpose, n, columns = "the state of all ranks", place.numel(), {"place": place, **columns}
+        n, columns = place.numel(), {"place": place, **columns}
         counts = self.rows(place.new_tensor([n]), purpose).flatten().tolist()
         packed = [c.contiguous().view(torch.uint8).view(n, c.element_size()) for c in columns.values()]
         packed = torch.nn.functional.pad(torch.cat(packed, 1), (0, 0, 0, max(counts) - n))
@@ -81,7 +84,7 @@ class ManyRanks:
         rows = row[None]
         for ranks, group in self._axes.items():
             found = rows.new_empty(len(ranks) * rows.shape[0], *row.shape)
-            self._call(purpose, _all_gather(), found, rows.contiguous(), group=group)
+            called(purpose, _all_gather(), found, rows.contiguous(), group=group)
             rows = found
         return rows
 
@@ -89,7 +92,7 @@ class ManyRanks:
         """The sum over ranks of integers."""
         found = numbers.clone()
         for group in self._axes.values():
-            self._call(purpose, torch.distributed.all_reduce, found, group=group)
+            called(purpose, torch.distributed.all_reduce, found, group=group)
         return found
 
     def speaks_for(self, param: Tensor) -> bool:
@@ -105,15 +108,17 @@ class ManyRanks:
         rank = torch.distributed.get_rank()
         return all(rank == ranks[0] for ranks in self._axes if ranks not in part.axes)
 
-    def _call(self, purpose: str, collective: Callable, *arguments, group) -> None:
-        try:
-            collective(*arguments, group=group)
-        except RuntimeError as error:
-            reason = str(error).partition("\n")[0]
-            raise RuntimeError(
-                f"{purpose}: expected an answer of every rank, got an error of torch.distributed ({reason}); "
-                "look for the rank that failed first"
-            ) from error
+
+def called(purpose: str, collective: Callable, *arguments: Any, **options: Any) -> None:
+    """Calls one of torch's collectives; an error, a timeout too, says what the ranks waited for."""
+    try:
+        collective(*arguments, **options)
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        raise RuntimeError(
+            f"{purpose}: expected an answer of every rank, got an error of torch.distributed ({reason}); "
+            "look for the rank that failed first"
+        ) from error
 
 
 def _all_gather() -> Callable:

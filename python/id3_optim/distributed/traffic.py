@@ -70,6 +70,53 @@ class Run:
         return 2 * 2 * self.entries // self.ranks
 
 
+@dataclass(frozen=True)
+class Replicated:
+    """The same model and budget in data parallelism by `process_group`, which selects in every K-th step.
+
+    Bytes are what a replica sends by rings. Left out: lists of candidates, and a byte for each tensor.
+    """
+
+    entries: int
+    budget: int
+    ranks: int
+    every: int = 16
+
+    @property
+    def wrapper_bytes(self) -> int:
+        """What DistributedDataParallel sends in each step: bfloat16 gradients, twice."""
+        return self._ring(2 * 2 * self.entries)
+
+    @property
+    def compact_bytes(self) -> int:
+        """Between selections: float32 gradients of active entries, twice."""
+        return self._ring(2 * 4 * self.budget)
+
+    @property
+    def selecting_bytes(self) -> int:
+        """In a step that selects: bfloat16 blocks of each weight gradient, once, and active entries."""
+        return self._ring(2 * self.entries) + self.compact_bytes
+
+    @property
+    def mean_bytes(self) -> int:
+        """The mean over the K steps of a window."""
+        return (self.selecting_bytes + (self.every - 1) * self.compact_bytes) // self.every
+
+    def _ring(self, n: int) -> int:
+        return n * (self.ranks - 1) // self.ranks
+
+
+def replicas_table(sizes: tuple[float, ...] = (1e9, 7e9, 70e9), share: float = 0.001) -> list[str]:
+    """Lines of a Markdown table for 8 ranks, with the whole budget active."""
+    head = "| model | wrapper | between selections | step that selects | mean, K = 16 | mean, K = 64 |"
+    lines = [head, "|---|---|---|---|---|---|"]
+    for size in sizes:
+        run, rare = (Replicated(int(size), int(size * share), 8, every) for every in (16, 64))
+        sent = run.wrapper_bytes, run.compact_bytes, run.selecting_bytes, run.mean_bytes, rare.mean_bytes
+        lines.append(f"| {size / 1e9:.0f}B | {' | '.join(map(_size, sent))} |")
+    return lines
+
+
 def table(sizes: tuple[float, ...] = (1e9, 7e9, 70e9), share: float = 0.001, steps: int = 1000) -> list[str]:
     """Lines of a Markdown table from 1 to 1024 ranks; `share` of the entries are trained in `steps` steps."""
     head = "| model | ranks | choice, sent per step | predicted | FSDP2's own, per step | state per rank |"

@@ -96,9 +96,10 @@ class ActiveSet:
             self.ever.append(EverActive(self.shards[-1]))
         return self.shards[-1]
 
-    def keep_gradients(self) -> None:
-        """Makes room for the gradients that hooks gather at the active entries."""
-        self.layout = replace(self.layout, release=True)
+    def keep_gradients(self, replicas: bool = False) -> None:
+        """Makes room for the gradients that hooks gather at the active entries. replicas: for those too that
+        are averaged over replicas."""
+        self.layout = replace(self.layout, release=True, replicas=replicas or self.layout.replicas)
         for shard in self.shards:
             shard.keep_gradients(self.layout)
 
@@ -190,6 +191,15 @@ class ActiveSet:
         shard = self.shards[i]
         shard.settle()
         return self._of_all(shard, shard.runs()[0], {name: shard.arrays[name] for name in names})
+
+    def held(self) -> list[Tensor]:
+        """All that is kept of this rank's active entries, without padding. Settles."""
+        found = []
+        for shard in self.shards:
+            shard.settle()
+            n, names = shard.n_active, shard.layout.columns(shard.dtype)
+            found += [shard.offsets, shard.steps, *(shard.arrays[name][:n] for name in names)]
+        return found
 
     def ever_columns(self, i: int) -> list[dict[str, Tensor]]:
         """Likewise of the entries that were ever active: `indices`, and `originals` where they are kept."""

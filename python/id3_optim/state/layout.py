@@ -21,6 +21,7 @@ class Layout:
     release: bool = False  # room for the gradients that hooks gather at the active entries
     capturable: bool = False  # a replayed CUDA graph changes the counts without running any Python
     age_corrects: bool = True  # bias_correction="entry": the update op counts the ages and corrects by them
+    replicas: bool = False  # other processes have to allocate and send the same
 
     def columns(self, dtype: torch.dtype) -> dict[str, torch.dtype]:
         """The arrays that are saved for parameters of `dtype`: name -> dtype, `indices` first."""

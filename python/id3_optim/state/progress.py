@@ -44,8 +44,10 @@ class Report:
             self._event = torch.cuda.Event()
             self._event.record(torch.cuda.current_stream(number.device))
 
-    def newest(self, before: int) -> int:
-        """The number that has arrived since the last call, or `before`."""
+    def newest(self, before: int, wait: bool) -> int:
+        """The number that has arrived since the last call, or `before`. wait: until what was sent arrives."""
+        if self._event is not None and wait:
+            self._event.synchronize()
         if self._event is None or not self._event.query():
             return before
         self._event = None
@@ -139,7 +141,8 @@ class Progress:
         if freed:  # reports of earlier steps are no bound any more
             self._n_known, self._report = 0, Report()
         if home.type == "cuda":
-            self._n_known = self._report.newest(self._n_known)
+            alike = active.layout.replicas or not active.ranks.alone  # what arrives in time differs by rank
+            self._n_known = self._report.newest(self._n_known, wait=alike)
             self._report.send(n_active)
         elif home.type == "cpu":
             self._n_known = int(n_active)

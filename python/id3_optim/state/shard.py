@@ -146,6 +146,16 @@ class Shard:
             return [settled]
         return [settled, Entries(self._rows[1], indices[self._begin :])]
 
+    def stretches(self) -> list[slice]:
+        """Where in the arrays the active entries lie: on a GPU as far as the host knows, so that more may be
+        covered. The same on all replicas."""
+        if self.device.type == "cpu":
+            return [slice(run[0], run[-1]) for run in self.bounds]
+        if self._begin is None:
+            return [slice(0, self._at_most)]
+        recent = slice(self._begin, self._begin + self._recent_count)
+        return [slice(0, min(self._at_most, self._begin)), recent]
+
     def by_run(self, name: str) -> list[Tensor]:
         """An array beside the indices of each run of `runs`."""
         array = self.arrays[name]

@@ -11,7 +11,8 @@ from id3_kernels import Entries
 from id3_kernels.entries import owners
 from id3_kernels.table import candidate_room
 
-from ..distributed.choice import NO_PLACE, best_of
+from ..distributed.choice import GATHERED, NO_PLACE, best_of
+from ..distributed.many_ranks import ManyRanks
 from ..heuristics import D3, Heuristic, scores
 from ..state.active_set import ActiveSet
 from ..state.layout import moved
@@ -87,8 +88,37 @@ class Candidates:
         Mutates the candidates and the shard's `gradient` array: the values at active entries become, or with
         `add` grow by, the gradient's. may_hold: entries of this tensor may be candidates already.
         """
+        values = active.shards[at[0]].arrays["gradient"]
+        self._take(active, at, grad, heuristic, self.best[at[0]], values, add, may_hold)
+
+    def keep(
+        self, active: ActiveSet, at: tuple[int, int], grad: Tensor, heuristic: Heuristic, add: bool
+    ) -> None:
+        """The part of `collect` about active entries: mutates the shard's `gradient` array alone."""
+        shard = active.shards[at[0]]
+        best = Best.empty(0, shard)
+        self._take(active, at, grad, heuristic, best, shard.arrays["gradient"], add, False)
+
+    def search(
+        self, active: ActiveSet, at: tuple[int, int], grad: Tensor, heuristic: Heuristic, may_hold: bool
+    ) -> None:
+        """The part of `collect` about candidates: mutates these alone."""
+        unused = torch.empty_like(active.shards[at[0]].arrays["gradient"])
+        self._take(active, at, grad, heuristic, self.best[at[0]], unused, False, may_hold)
+
+    def _take(
+        self,
+        active: ActiveSet,
+        at: tuple[int, int],
+        grad: Tensor,
+        heuristic: Heuristic,
+        best: Best,
+        values: Tensor,
+        add: bool,
+        may_hold: bool,
+    ) -> None:
         i, j = at
-        shard, best = active.shards[i], self.best[i]
+        shard = active.shards[i]
         param, position = shard.params[j], shard.positions[j]
         score, d3 = None, (0.0, 0.0)
         if isinstance(heuristic, D3):
@@ -97,20 +127,9 @@ class Candidates:
             name = active.names[position] if active.names else None
             score = scores(heuristic, param, grad, position, name, shard.owners[j])
             best = Best.empty(0, shard) if score is None else best
-        shard.kernels.collect_(
-            param,
-            grad,
-            score,
-            shard.offsets[:, j : j + 2],
-            shard.arrays["indices"],
-            shard.arrays["gradient"],
-            add,
-            position << 32,
-            *best,
-            self._k[i],
-            may_hold,
-            *d3,
-        )
+        active_entries = shard.offsets[:, j : j + 2], shard.arrays["indices"]
+        take = (param, grad, score, *active_entries, values, add, position << 32)
+        shard.kernels.collect_(*take, *best, self._k[i], may_hold, *d3)
 
     def collect_part(
         self,
@@ -135,6 +154,19 @@ class Candidates:
         take = (param, grad, None, offsets, indices, values, False, place)
         d3 = heuristic.eps, heuristic.exp
         active.shards[i].kernels.collect_(*take, *self.best[i], self._k[i], may_hold, *d3)
+
+    def meet(self, ranks: ManyRanks, n_tensors: int) -> None:
+        """Makes the candidates of all ranks, of which no two have the same, those of each: as many as can be
+        among the best k of a shard. Synchronises with a GPU."""
+        for i, best in enumerate(self.best):
+            place, k = torch.where(best.place < 0, NO_PLACE, best.place), self._k[i]
+            if self.wanted.capacity * ranks.size > GATHERED:
+                own = ranks.boundary(place, best.score, k, n_tensors).chosen(place, best.score)
+            else:
+                own = best_of(place, best.score, k)
+            columns = {"score": best.score[own], "grad": best.grad[own]}
+            place, columns = ranks.whole(place[own], columns, "the choice of entries")
+            self.best[i] = Best(columns["score"], place, columns["grad"], best.state)
 
     def chosen(self, active: ActiveSet, wanted: Wanted) -> tuple[list[Entries], list[Tensor], Tensor, Tensor]:
         """The best entries of each shard and the gradients they were chosen by; their scores, in order of

@@ -22,6 +22,7 @@ class GradScaler(torch.amp.GradScaler):
         for held in scaled_tensors():
             device_found = found.setdefault(held.device, found_inf.to(held.device, copy=True))
             torch._amp_foreach_non_finite_check_and_unscale_([held], device_found, inv_scale.to(held.device))
+        found = found or {found_inf.device: found_inf}
         if hasattr(optimizer, "share_overflow"):
             optimizer.share_overflow(found)
-        return found or {found_inf.device: found_inf}
+        return found

@@ -75,9 +75,8 @@ class Product:
             shard.kernels.sampled_weight_grad_(self.left, self.right, *active, values, add)
 
     def blocks(self, param: Tensor) -> Iterator[tuple[int, Tensor]]:
-        n_rows, n_columns = param.shape
-        step = max(1, BLOCK_ENTRIES // n_columns)
-        for first in range(0, n_rows, step):
+        step = rows_at_once(param)
+        for first in range(0, param.shape[0], step):
             yield first, self._of(slice(first, first + step)).to(param.dtype)
 
     def whole(self, param: Tensor) -> Tensor:
@@ -104,8 +103,7 @@ class Rows:
         shard.kernels.sampled_embedding_grad_(self.grads, self.ids, *active, values, add)
 
     def blocks(self, param: Tensor) -> Iterator[tuple[int, Tensor]]:
-        n_rows, n_columns = param.shape
-        step = max(1, BLOCK_ENTRIES // n_columns)
+        n_rows, step = param.shape[0], rows_at_once(param)
         ids, order = self.ids.sort(stable=True)
         edges = torch.arange(0, n_rows + step, step, device=ids.device)
         edges = torch.searchsorted(ids, edges).tolist()
@@ -127,6 +125,30 @@ def _sum_rows(grads: Tensor, ids: Tensor, n_rows: int) -> Tensor:
     return torch.ops.aten.embedding_dense_backward(grads, ids, n_rows, -1, False)
 
 
+def rows_at_once(param: Tensor) -> int:
+    """How many rows a block has, but perhaps the last."""
+    return max(1, BLOCK_ENTRIES // param.shape[1])
+
+
+def every_block(param: Tensor, blocks: Iterator[tuple[int, Tensor]]) -> Iterator[tuple[int, Tensor]]:
+    """(first flat index, the gradient there, flat) of all rows, where `blocks` may leave some out."""
+    (n_rows, n_columns), step = param.shape, rows_at_once(param)
+    held = next(blocks, None)
+    for row in range(0, n_rows, step):
+        if held is not None and held[0] == row:
+            yield row * n_columns, held[1].reshape(-1)
+            held = None  # the next block is made now: two would be alive
+            held = next(blocks, None)
+        else:
+            yield row * n_columns, param.new_zeros(min(step, n_rows - row) * n_columns)
+
+
+def flat_blocks(gradient: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Likewise of a gradient that is there as a whole."""
+    for i, block in enumerate(gradient.reshape(-1).split(BLOCK_ENTRIES)):
+        yield i * BLOCK_ENTRIES, block
+
+
 def collect_blocks(
     candidates: Candidates,
     active: ActiveSet,
@@ -141,23 +163,51 @@ def collect_blocks(
     Mutates the candidates and the shard's `gradient` array.
     """
     shard, j = active.shards[at[0]], at[1]
-    runs = [run[j : j + 2] for run in shard.bounds]
-    gradient, indices = shard.arrays["gradient"], shard.arrays["indices"]
+    gradient = shard.arrays["gradient"]
     if not add:
-        for begin, end in runs:
+        for begin, end in (run[j : j + 2] for run in shard.bounds):
             gradient[begin:end].zero_()
     param = shard.params[j].detach()
     for row, block in blocks:
         first = row * param.shape[-1]
-        inside = [_within(indices, run, first, first + block.numel()) for run in runs]
-        held = torch.cat([indices[begin:end] for begin, end in inside]) - first
-        values = gradient.new_empty(held.numel())
-        entries = torch.tensor(_offsets(inside), device=shard.device), held, values
+        inside, entries = _held(shard, j, first, first + block.numel())
         rows = param[row : row + block.shape[0]], block
         candidates.collect_part(active, at, heuristic, first, rows, entries, may_hold)
-        for (begin, end), more in zip(inside, values.split([e - b for b, e in inside]), strict=True):
+        for (begin, end), more in zip(inside, entries[2].split([e - b for b, e in inside]), strict=True):
             gradient[begin:end] += more
         del rows, block  # the next block is made now: two would be alive
+
+
+def search(
+    candidates: Candidates,
+    active: ActiveSet,
+    at: tuple[int, int],
+    heuristic: D3,
+    param: Tensor,
+    first: int,
+    grad: Tensor,
+    may_hold: bool,
+) -> None:
+    """Takes candidates from a stretch of tensor `at`: grad [n] is the gradient from flat index `first` on.
+
+    param: the tensor, flat. Mutates the candidates alone.
+    """
+    last = first + grad.numel()
+    _, entries = _held(active.shards[at[0]], at[1], first, last)
+    rows = param[first:last], grad
+    candidates.collect_part(active, at, heuristic, first, rows, entries, may_hold)
+
+
+def _held(
+    shard: Shard, j: int, first: int, last: int
+) -> tuple[list[tuple[int, int]], tuple[Tensor, Tensor, Tensor]]:
+    """The active entries of tensor j with flat indices from first to below last: where they lie in each run,
+    and as `Candidates.collect_part` takes them, with room for the values."""
+    indices = shard.arrays["indices"]
+    inside = [_within(indices, run[j : j + 2], first, last) for run in shard.bounds]
+    held = torch.cat([indices[begin:end] for begin, end in inside]) - first
+    values = shard.arrays["gradient"].new_empty(held.numel())
+    return inside, (torch.tensor(_offsets(inside), device=shard.device), held, values)
 
 
 def _within(indices: Tensor, run: list[int], first: int, last: int) -> tuple[int, int]:

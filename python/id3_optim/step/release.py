@@ -17,16 +17,18 @@ from torch import Tensor
 
 from ..compatibility import check_reduced
 from ..distributed.part import local_gradient
+from ..distributed.replicas import Replicas
 from ..heuristics import Heuristic
 from ..param_groups import selectable
 from ..state.active_set import ActiveSet
 from ..state.progress import Wanted
 from . import gradients
 from .candidates import Candidates
+from .exchange import Exchange
 from .gradients import Kept
 from .needed import Needed, NeededFeatures
 from .passes import Passes
-from .products import Parts, collect_blocks
+from .products import Parts, collect_blocks, every_block
 
 Begin = Callable[[], tuple[ActiveSet, Wanted | None]]
 
@@ -35,12 +37,16 @@ class Release:
     """The hooks of an optimizer, and what they have taken since its last step.
 
     begin: a bound method that gives the active set and how many entries are to join in the coming step. It is
-    held weakly, and called where a backward pass begins.
+    held weakly, and called where a backward pass begins. select_from: None where there are no hooks, so that
+    gradients are taken by the step. replicas: the processes over which gradients are averaged.
     """
 
-    def __init__(self, begin: Begin, heuristic: Heuristic, select_from: str):
+    def __init__(
+        self, begin: Begin, heuristic: Heuristic, select_from: str | None, replicas: Replicas | None
+    ):
         self.heuristic, self.select_from = heuristic, select_from
-        self.hooked = True  # False: `remove_hooks` was called
+        self.exchange = None if replicas is None else Exchange(replicas)
+        self.hooked = select_from is not None  # False too when `remove_hooks` was called
         self._make_own(begin)
         self.clear()
 
@@ -73,6 +79,8 @@ class Release:
         self.kept: list[Kept] = []
         self.seen_by_scaler = False
         self._passes.end()
+        if self.exchange is not None:
+            self.exchange.clear()
 
     # --- hooks ---------------------------------------------------------------------------------------
 
@@ -117,10 +125,14 @@ class Release:
             )
         self._prepare(active, wanted)
         gradients.check_dense(self._active, groups)
+        if self.exchange is not None:
+            self.exchange.agree(groups, active, self.kept, self.candidates.wanted)
         for p in selectable(groups):
             if p.grad is not None:
                 self._collect(p)
         self._undecided = False
+        if self.exchange is not None:
+            self.exchange.finish(groups, active, self.candidates)
         return self.kept
 
     def tensors(self) -> list[Tensor]:
@@ -141,7 +153,7 @@ class Release:
                 return True
         if self.candidates is None:
             self._prepare(*self._begin()())
-        return self.candidates.wanted is not None
+        return self.candidates.wanted is not None and (self.exchange is None or self.exchange.synced)
 
     def uses(self, param: Tensor) -> bool:
         """Whether the coming step looks at the gradient of a parameter: not where it has no active entry in a
@@ -169,18 +181,20 @@ class Release:
         """What a layer's backward pass does in place of making the gradient of its weight."""
         with self._lock:
             repeated = self._passes.enter(id(param), self._begin_pass, within=1)
-        if repeated and self.candidates.wanted is not None:
+        selects = self.selects(has_gradient=True)
+        if repeated and selects:
             raise self._in_two_parts(param)
         i, j = at = self._active.locate(param)
         shard, kept = self._active.shards[i], self.kept[i]
         gradients.check(self._active, shard, j, param.grad)
-        seen = kept.seen[j]
-        if self.candidates.wanted is None:
-            parts.gather(shard, j, seen)
+        seen, place = kept.seen[j], (self.candidates, self._active, at, self.heuristic)
+        may_hold = seen and self.select_from == "max"
+        if selects and self.exchange is None:
+            collect_blocks(*place, parts.blocks(param), seen, may_hold)
         else:
-            may_hold = seen and self.select_from == "max"
-            blocks = parts.blocks(param)
-            collect_blocks(self.candidates, self._active, at, self.heuristic, blocks, seen, may_hold)
+            parts.gather(shard, j, seen)
+            if selects:
+                self.exchange.search_blocks(*place, every_block(param, parts.blocks(param)), may_hold)
         kept.seen[j] = True
 
     def name(self, param: Tensor) -> str:
@@ -202,9 +216,12 @@ class Release:
     def check_scaler(self) -> None:
         """Raises RuntimeError where the GradScaler at work has not looked at what was kept."""
         if not self.seen_by_scaler:
+            option, unseen = "release_gradients", "released gradients"
+            if self.exchange is not None:
+                option, unseen = "process_group", "the gradients of other replicas"
             raise RuntimeError(
-                "release_gradients: torch's GradScaler does not see released gradients (fp16 in the "
-                "transformers Trainer and Accelerate uses it): use id3_optim.GradScaler, or bf16"
+                f"{option}: torch's GradScaler does not see {unseen} (fp16 in the transformers Trainer and "
+                "Accelerate uses it): use id3_optim.GradScaler, or bf16"
             )
 
     def _begin_pass(self, unfinished: bool) -> None:
@@ -214,7 +231,10 @@ class Release:
             self._prepare(*self._begin()())
         else:  # another micro-batch of the same step
             self._prepare(self._active, self.candidates.wanted)
-        check_reduced(p for shard in self._active.shards for p in shard.owners)
+        if self.exchange is None:
+            check_reduced(p for shard in self._active.shards for p in shard.owners)
+        else:
+            self.exchange.begin_pass()
         if self.select_from == "last":
             self.candidates.forget()
 
@@ -241,7 +261,13 @@ class Release:
         seen = kept.seen[j]
         # Candidates of earlier passes are forgotten before each pass unless the best of all is chosen.
         repeated = seen and self.select_from == "max"
-        self.candidates.collect(self._active, (i, j), gradient, self.heuristic, seen, repeated)
+        place = self._active, (i, j), gradient, self.heuristic
+        if self.exchange is None:
+            self.candidates.collect(*place, seen, repeated)
+        else:
+            self.candidates.keep(*place, seen)
+            if self.selects(has_gradient=True):
+                self.exchange.search_gradient(self.candidates, *place, repeated)
         kept.seen[j] = True
         param.grad = None
 
