@@ -116,7 +116,7 @@ def count_digits_kernel(
     """Counts each value of digit ROUND among the keys that have the known digits."""
     if tl.load(k) <= 0:
         return
-    threshold, _ = known_digits(k, capacity, state, histogram, ROUND)
+    threshold, _wanted = known_digits(k, capacity, state, histogram, ROUND)
     begin = tl.program_id(0).to(tl.int64) * run
     end = tl.minimum(begin + run, n)
     counts = tl.zeros((BINS,), tl.int32)
@@ -143,7 +143,7 @@ def count_winners_kernel(
     """counts [2, programs]: each program's keys above the threshold, and its keys equal to it."""
     if tl.load(k) <= 0:
         return
-    threshold, _ = known_digits(k, capacity, state, histogram, ROUNDS)
+    threshold, _wanted = known_digits(k, capacity, state, histogram, ROUNDS)
     begin = tl.program_id(0).to(tl.int64) * run
     end = tl.minimum(begin + run, n)
     n_above, n_equal = tl.zeros((), tl.int32), tl.zeros((), tl.int32)
