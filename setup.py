@@ -97,7 +97,24 @@ def cuda_extension():
     files = sources("cuda", "*.cpp", "*.cu")
     images = f"-DID3_IMAGES={','.join(device_code())}"
     flags = {"cxx": [*CXX_FLAGS, images], "nvcc": NVCC_FLAGS}
-    return CUDAExtension("id3_kernels._cuda", files, **options(), extra_compile_args=flags)
+    folders = {"library_dirs": runtime_folders()}
+    return CUDAExtension("id3_kernels._cuda", files, **options(), **folders, extra_compile_args=flags)
+
+
+def runtime_folders() -> list[str]:
+    """A folder with the CUDA runtime under its plain name, which a toolkit of Python packages lacks: it has
+    libcudart.so.13 alone."""
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    library = Path(CUDA_HOME) / "lib"
+    numbered = sorted(library.glob("libcudart.so.*"))
+    if not numbered or (library / "libcudart.so").exists():
+        return []
+    link = ROOT / "build" / "cudart" / "libcudart.so"
+    link.parent.mkdir(parents=True, exist_ok=True)
+    link.unlink(missing_ok=True)
+    link.symlink_to(numbered[0])
+    return [str(link.parent)]
 
 
 def device_code() -> list[str]:

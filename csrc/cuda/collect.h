@@ -5,8 +5,9 @@
 #include "cuda/stream.h"
 #include "cuda/topk.h"
 
-// What a step needs of one tensor's gradient, taken in three launches that synchronise with nothing: the
-// values at its active entries, and its candidates among the best k entries of all tensors of a pass.
+// What a step needs of one tensor's gradient, taken in three launches that synchronise with nothing (of very
+// many candidates in 14): the values at its active entries, and its candidates among the best k entries of
+// all tensors of a pass.
 namespace id3::cuda {
 
 constexpr int kScoreBins = 4096, kScoreShift = 19;  // a score's exponent and four bits of its mantissa
@@ -23,16 +24,38 @@ struct Floor {
 #endif
 };
 
+// How far a cut by a grid is; see cut.h. Only `found` is not zero between two cuts.
+struct CutState {
+  int64_t wanted;           // how many are kept; 0: nothing is cut
+  unsigned long long kept;  // so far
+  int32_t found[3];         // of the last one kept: its key, and how far position and index are from the largest
+  TopkState rank;
+  unsigned digits[kBins];
+};
+
 // What the tensors of a pass hand on to one another; zeros at its beginning.
 struct CollectState {
-  unsigned long long
-      count;  // candidates held: the first ones; more than there is room for: see `cut_to_best`
+  unsigned long long count;       // candidates held: the first ones; above the room: to be cut, see cut.h
   unsigned long long count_then;  // held before the tensor at hand
   Floor floor;
   unsigned arrived;  // blocks of the running launch that are done
   unsigned
       histogram[kScoreBins];  // how many entries of the pass have such a score, as far as the floor admits
+  CutState cut;
 };
+
+struct Slots {
+  float* score;
+  int64_t* place;  // position << 32 | flat index
+  float* grad;
+};
+
+// `n` slots in 16 bytes each.
+inline Slots slots_at(void* memory, int64_t n) {
+  auto* place = static_cast<int64_t*>(memory);
+  auto* score = reinterpret_cast<float*>(place + n);
+  return {score, place, score + n};
+}
 
 // One tensor. candidates: an empty slot is 0, -1, 0, and all empty slots are behind the candidates.
 struct Collect {
@@ -45,9 +68,8 @@ struct Collect {
   bool add;
   int64_t most_active;  // room in active.indices
   int64_t place;        // of the first entry
-  float* best_score;
-  int64_t* best_place;  // position << 32 | flat index
-  float* best_grad;
+  Slots best;
+  Slots kept;           // [wanted.capacity], for a cut by a grid; null: one block cuts
   Wanted wanted;        // of at most half the room
   int64_t room;         // 0: nothing but the values is taken
   CollectState* state;  // null: no fused candidates
@@ -82,6 +104,10 @@ inline CandidateRoom candidate_room(int64_t k) {
 inline int64_t most_wanted(int64_t slots) {
   return slots > kLeastSlots ? std::max<int64_t>((slots - kLeastSlots) / kSlotsForEach, 1) : slots / 2;
 }
+
+// From how many slots on the grid cuts, in 11 launches that mostly return at once (2 us each, estimated): one
+// block would take 6 ms for half of them (estimated), and may have to do so several times in a pass.
+constexpr int64_t kLeastSlotsOfGrid = 1 << 19;
 
 inline int64_t chunks_of(int64_t numel) { return (numel + kShortChunk - 1) / kShortChunk; }
 

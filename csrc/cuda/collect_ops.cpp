@@ -17,10 +17,9 @@ void set_candidates(Collect& c, const at::Tensor& best_score, const at::Tensor& 
                     c.room, ", got ", best_place.numel(), " and ", best_grad.numel());
   TORCH_CHECK_VALUE(state.nbytes() >= sizeof(CollectState), "state: expected ", sizeof(CollectState),
                     " bytes, got ", state.nbytes());
-  c.wanted.capacity = c.room / 2;
-  c.best_score = best_score.mutable_data_ptr<float>();
-  c.best_place = best_place.mutable_data_ptr<int64_t>();
-  c.best_grad = best_grad.mutable_data_ptr<float>();
+  c.wanted.capacity = most_wanted(c.room);
+  c.best = {best_score.mutable_data_ptr<float>(), best_place.mutable_data_ptr<int64_t>(),
+            best_grad.mutable_data_ptr<float>()};
   c.state = data<CollectState>(state);
 }
 
@@ -54,9 +53,11 @@ void collect_op(const at::Tensor& param, const at::Tensor& grad, const OptionalT
     set_candidates(c, best_score, best_place, best_grad, state, grad);
     const int64_t chunks = chunks_of(c.row.numel), tiles = chunks * (kShortChunk / kTile);
     const int64_t spans = chunks * c.active.runs;
-    workspace = empty<int64_t>(2 * spans + (tiles + 1) / 2, grad);
+    const int64_t kept = c.room >= kLeastSlotsOfGrid ? c.wanted.capacity : 0;
+    workspace = empty<int64_t>(2 * spans + 2 * kept + (tiles + 1) / 2, grad);
     c.spans = data<Span>(workspace);
-    c.maxima = reinterpret_cast<int32_t*>(c.spans + spans);
+    if (kept > 0) c.kept = slots_at(c.spans + spans, kept);
+    c.maxima = reinterpret_cast<int32_t*>(data<int64_t>(workspace) + 2 * spans + 2 * kept);
   }
   collect(c, c10::cuda::getCurrentCUDAStream());
   C10_CUDA_KERNEL_LAUNCH_CHECK();

@@ -93,8 +93,7 @@ void gather(const TensorRow* rows, EntriesView entries, int64_t n, int item_byte
             cudaStream_t stream) {
   with_bits(item_bytes, [&](auto bits) {
     using Bits = decltype(bits);
-    launch(gather_kernel<Bits>, blocks_for(n), kThreads, stream, rows, entries, n,
-           static_cast<Bits*>(values));
+    launch(gather_kernel<Bits>, Items{n}, stream, rows, entries, n, static_cast<Bits*>(values));
   });
 }
 
@@ -102,15 +101,13 @@ void scatter(const TensorRow* rows, EntriesView entries, int64_t n, int item_byt
              cudaStream_t stream) {
   with_bits(item_bytes, [&](auto bits) {
     using Bits = decltype(bits);
-    launch(scatter_kernel<Bits>, blocks_for(n), kThreads, stream, rows, entries,
-           static_cast<const Bits*>(values));
+    launch(scatter_kernel<Bits>, Items{n}, stream, rows, entries, static_cast<const Bits*>(values));
   });
 }
 
 void join(const Join& join, cudaStream_t stream) {
-  const unsigned blocks = blocks_for(join.room);
-  launch(spread_kernel, blocks, kThreads, stream, join);
-  launch(copy_back_kernel, blocks, kThreads, stream, join);
+  launch(spread_kernel, Items{join.room}, stream, join);
+  launch(copy_back_kernel, Items{join.room}, stream, join);
 }
 
 }  // namespace id3::cuda

@@ -3,8 +3,10 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cstdint>
+#include <map>
+#include <mutex>
+#include <utility>
 
 // Kernels and launchers do not depend on torch: they take raw pointers, sizes and a stream.
 namespace id3::cuda {
@@ -13,39 +15,51 @@ constexpr int kWarp = 32;
 constexpr unsigned kWholeWarp = 0xffffffffu;
 constexpr int kThreads = 256;  // eight warps: enough to hide latency at any register count up to 64
 
-// As many blocks of kThreads as the current GPU holds at once, for kernels that stride over their work.
-inline int64_t blocks_at_once() {
-#ifdef ID3_BLOCKS_PER_LAUNCH
-  return ID3_BLOCKS_PER_LAUNCH;
-#else
-  constexpr int kMostDevices = 64, kOfAMultiprocessor = 2048 / kThreads;
-  static std::atomic<int> known[kMostDevices];
-  int device = 0, multiprocessors = 0;
+// How many blocks of kThreads of a kernel the current GPU holds at once, by its registers and shared memory.
+inline int64_t blocks_at_once(const void* kernel) {
+  static std::mutex mutex;
+  static auto& known = *new std::map<std::pair<const void*, int>, int64_t>();  // by kernel and device
+  int device = 0;
   cudaGetDevice(&device);
-  if (device < kMostDevices) multiprocessors = known[device];
-  if (multiprocessors == 0) {
+  const std::lock_guard<std::mutex> lock(mutex);
+  int64_t& blocks = known[{kernel, device}];
+  if (blocks == 0) {
+    int multiprocessors = 0, of_each = 0;
     cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-    if (device < kMostDevices) known[device] = multiprocessors;
+    cudaOccupancyMaxActiveBlocksPerMultiprocessor(&of_each, kernel, kThreads, 0);
+    blocks = std::max<int64_t>(int64_t{multiprocessors} * of_each, 1);
   }
-  return multiprocessors * kOfAMultiprocessor;
-#endif
+  return blocks;
 }
 
-// Blocks for `items` pieces of work at one per thread, at most blocks_at_once: the kernel strides.
-inline unsigned blocks_for(int64_t items, int per_block = kThreads) {
+// Blocks for `items` pieces of work at `per_block` each, at most blocks_at_once: the kernel strides.
+template <class... Params>
+unsigned blocks_for(void (*kernel)(Params...), int64_t items, int per_block) {
   const int64_t blocks = (items + per_block - 1) / per_block;
-  return static_cast<unsigned>(std::clamp<int64_t>(blocks, 1, blocks_at_once()));
+  const int64_t most = blocks_at_once(reinterpret_cast<const void*>(kernel));
+  return static_cast<unsigned>(std::clamp<int64_t>(blocks, 1, most));
 }
 
 // The runtime keeps the error of a launch until the caller calls cudaGetLastError.
 template <class... Params, class... Args>
-void launch(void (*kernel)(Params...), unsigned blocks, int threads, cudaStream_t stream, Args... args) {
+void launch(void (*kernel)(Params...), unsigned blocks, cudaStream_t stream, Args... args) {
   if (blocks == 0) return;
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(blocks);
-  config.blockDim = dim3(threads);
+  config.blockDim = dim3(kThreads);
   config.stream = stream;
   cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...);
+}
+
+// Of a kernel that strides over `items` pieces of work, by default one for each thread of a stride.
+struct Items {
+  int64_t count;
+  int per_block = kThreads;
+};
+
+template <class... Params, class... Args>
+void launch(void (*kernel)(Params...), Items items, cudaStream_t stream, Args... args) {
+  launch(kernel, blocks_for(kernel, items.count, items.per_block), stream, args...);
 }
 
 #if defined(__CUDACC__) || defined(ID3_EMULATED_CUDA)

@@ -58,8 +58,8 @@ __global__ void squares_kernel(RunsView entries, const float* values, NormState*
 
 void squared_norm(const TensorRow* rows, const RunsView& entries, int64_t n, float* values, NormState* state,
                   double* sum, cudaStream_t stream) {
-  launch(take_values_kernel, blocks_for(n), kThreads, stream, rows, entries, values, state);
-  launch(squares_kernel, blocks_for(n), kThreads, stream, entries, values, state, sum);
+  launch(take_values_kernel, Items{n}, stream, rows, entries, values, state);
+  launch(squares_kernel, Items{n}, stream, entries, values, state, sum);
 }
 
 }  // namespace id3::cuda

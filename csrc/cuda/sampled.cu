@@ -86,11 +86,10 @@ __global__ void embedding_kernel(TokenMatrix grad, const int64_t* ids, const int
 
 void transpose(const TokenMatrix& m, void* to, cudaStream_t stream) {
   const int64_t tiles = m.padded_tokens() / kSide * ((m.columns + kSide - 1) / kSide);
-  const unsigned blocks = blocks_for(tiles, 1);
   if (m.dtype == DType::float32)
-    launch(transpose_kernel<uint32_t>, blocks, kThreads, stream, m, static_cast<uint32_t*>(to));
+    launch(transpose_kernel<uint32_t>, Items{tiles, 1}, stream, m, static_cast<uint32_t*>(to));
   else
-    launch(transpose_kernel<uint16_t>, blocks, kThreads, stream, m, static_cast<uint16_t*>(to));
+    launch(transpose_kernel<uint16_t>, Items{tiles, 1}, stream, m, static_cast<uint16_t*>(to));
 }
 
 }  // namespace
@@ -103,14 +102,14 @@ void sampled_weight_grad(const TokenMatrix& left, const TokenMatrix& right, void
   const auto kernel = left.dtype == DType::float32    ? products_kernel<DType::float32>
                       : left.dtype == DType::bfloat16 ? products_kernel<DType::bfloat16>
                                                       : products_kernel<DType::float16>;
-  launch(kernel, blocks_for(n, kThreads / kWarp), kThreads, stream, turned_left, turned_right,
-         token_blocks(left.tokens), right.columns, entries, values, add);
+  launch(kernel, Items{n, kThreads / kWarp}, stream, turned_left, turned_right, token_blocks(left.tokens),
+         right.columns, entries, values, add);
 }
 
 void sampled_embedding_grad(const TokenMatrix& grad, const int64_t* ids, const int64_t* tokens,
                             const RunsView& entries, int64_t n, float* values, bool add,
                             cudaStream_t stream) {
-  launch(embedding_kernel, blocks_for(n), kThreads, stream, grad, ids, tokens, entries, values, add);
+  launch(embedding_kernel, Items{n}, stream, grad, ids, tokens, entries, values, add);
 }
 
 }  // namespace id3::cuda

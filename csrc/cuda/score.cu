@@ -17,7 +17,7 @@ __global__ void score_kernel(TensorRow row, int64_t numel, float eps, double exp
 void d3_score(const TensorRow& row, int64_t numel, float eps, double exp, float* scores,
               cudaStream_t stream) {
   with_exponent(exponent_of(exp), [&](auto e) {
-    launch(score_kernel<e.value>, blocks_for(numel), kThreads, stream, row, numel, eps, exp, scores);
+    launch(score_kernel<e.value>, Items{numel}, stream, row, numel, eps, exp, scores);
   });
 }
 

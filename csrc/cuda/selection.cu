@@ -123,11 +123,11 @@ void rank_listed(const SlotKeys<E>& keys_of, bool stored, const Wanted& wanted, 
                  int64_t tiles, cudaStream_t stream) {
   const Candidates& c = keys_of.c;
   const int64_t places = wanted.capacity * kTile;
-  launch(tile_maxima_kernel<E>, c.n_chunks, kThreads, stream, c, wanted, w.maxima);
+  launch(tile_maxima_kernel<E>, static_cast<unsigned>(c.n_chunks), stream, c, wanted, w.maxima);
   largest_in_order(ArrayKeys{w.maxima}, tiles, wanted, w.topk, w.tiles, w.n_tiles, stream);
   const ListedKeys<E> listed{keys_of, w.tiles, w.n_tiles, w.topk.state};
   if (stored) {
-    launch(tile_keys_kernel<E>, blocks_for(places), kThreads, stream, listed, wanted, w.keys);
+    launch(tile_keys_kernel<E>, Items{places}, stream, listed, wanted, w.keys);
     largest_in_order(ArrayKeys{w.keys}, places, wanted, w.topk, w.slots, w.n_slots, stream);
   } else {
     largest_in_order(listed, places, wanted, w.topk, w.slots, w.n_slots, stream);
@@ -140,12 +140,12 @@ void select_by(const Candidates& c, const Wanted& wanted, const SelectionWorkspa
   const SlotKeys<E> keys_of{c};
   const int64_t slots = static_cast<int64_t>(c.n_chunks) * c.chunk_length, tiles = slots / kTile;
   const Form form = form_of(out.capacity, tiles);
-  launch(chunks_kernel, blocks_for(c.n_chunks), kThreads, stream, c, wanted);
+  launch(chunks_kernel, Items{c.n_chunks}, stream, c, wanted);
   if (form == Form::all)
     largest_in_order(keys_of, slots, wanted, w.topk, w.slots, w.n_slots, stream);
   else
     rank_listed(keys_of, form == Form::stored, wanted, w, tiles, stream);
-  launch(result_kernel<E>, blocks_for(out.capacity), kThreads, stream, keys_of, wanted,
+  launch(result_kernel<E>, Items{out.capacity}, stream, keys_of, wanted,
          Winners{w.slots, w.n_slots, form == Form::all ? nullptr : w.tiles}, out);
 }
 

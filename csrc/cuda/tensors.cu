@@ -25,7 +25,7 @@ template <int kRows>
 void store_batch(const TensorRow* rows, int count, TensorRow* device_rows, cudaStream_t stream) {
   RowBatch<kRows> batch;
   std::copy_n(rows, count, batch.rows);
-  launch(store_rows_kernel<kRows>, 1, kThreads, stream, batch, count, device_rows);
+  launch(store_rows_kernel<kRows>, 1u, stream, batch, count, device_rows);
 }
 
 }  // namespace

@@ -206,13 +206,11 @@ template <class Keys, class Position>
 void largest_in_order(Keys keys, int64_t n, Wanted wanted, const TopkWorkspace& workspace, Position* out,
                       int64_t* n_taken, cudaStream_t stream) {
   TopkState* state = workspace.state;
-  const unsigned blocks = blocks_for(n, kKeysPerBlock);
+  const Items items{n, kKeysPerBlock};
   for (int round = 0; round < kDigits; ++round)
-    launch(histogram_kernel<Keys>, blocks, kThreads, stream, keys, n, wanted, round, state,
-           workspace.histogram);
-  launch(count_kernel<Keys>, blocks, kThreads, stream, keys, n, wanted, topk_blocks(n), state,
-         workspace.counts);
-  launch(write_kernel<Keys, Position>, blocks, kThreads, stream, keys, n, wanted, topk_blocks(n), state,
+    launch(histogram_kernel<Keys>, items, stream, keys, n, wanted, round, state, workspace.histogram);
+  launch(count_kernel<Keys>, items, stream, keys, n, wanted, topk_blocks(n), state, workspace.counts);
+  launch(write_kernel<Keys, Position>, items, stream, keys, n, wanted, topk_blocks(n), state,
          workspace.counts, out, n_taken);
 }
 

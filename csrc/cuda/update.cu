@@ -44,7 +44,7 @@ __global__ void adamw_kernel(Update u) {
 }  // namespace
 
 void adamw(const Update& update, int64_t n, cudaStream_t stream) {
-  launch(adamw_kernel, blocks_for(n), kThreads, stream, update);
+  launch(adamw_kernel, Items{n}, stream, update);
 }
 
 }  // namespace id3::cuda

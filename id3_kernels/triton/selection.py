@@ -15,10 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..entries import runs
-from ..reference.collect import best_by_selection_
 from . import launch, tables
 from .launch import TILE, load_wide
+from .places import owner_of, run_of, runs_of
 from .score import HIGH_KEY, QUICK_KINDS, d3, exponent, key, kind_of, normal_key, quick_bounds, quick_d3
 from .tables import Layout, Span
 from .topk import Reading, best_entries
@@ -166,30 +165,23 @@ def clear_kernel(words, n, wanted, BLOCK: tl.constexpr):
     tl.store(words + at, tl.zeros((BLOCK,), tl.int32), mask=at < n)
 
 
-@triton.jit(do_not_specialize=["n", "n_tensors"])  # else a new size compiles anew
+@triton.jit(do_not_specialize=["stride", "n", "n_tensors"])  # else a new size compiles anew
 def mark_active_kernel(
-    words, owners, offsets, indices, first_tile, numels, n, n_tensors, wanted, BLOCK: tl.constexpr
+    words, offsets, stride, indices, first_tile, numels, n, n_tensors, wanted, BLOCK: tl.constexpr
 ):
-    """Sets the bit of every entry; skips padding (owner n_tensors) and indices outside their tensor."""
+    """Sets the bit of every entry of the runs; skips indices outside their tensor."""
     if tl.load(wanted) <= 0:
         return
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    owner = tl.load(owners + at, mask=at < n, other=n_tensors)
+    own, first = run_of(offsets, stride, n, BLOCK)
+    if first >= tl.load(own + n_tensors):
+        return
+    at = first + tl.arange(0, BLOCK)
+    owner = owner_of(own, n_tensors, at)
     held = owner < n_tensors
-    index = tl.load(indices + tl.load(offsets) + at, mask=held, other=0)
+    index = tl.load(indices + at, mask=held, other=0)
     held = held & (index < tl.load(numels + owner, mask=held, other=0))
     slot = tl.load(first_tile + owner, mask=held, other=0) * TILE + index
     tl.atomic_or(words + slot // 32, (1 << (slot % 32)).to(tl.int32), mask=held, sem="relaxed")
-
-
-@triton.jit
-def take_kernel(grad, offsets, indices, values, CODE: tl.constexpr, ADD: tl.constexpr, BLOCK: tl.constexpr):
-    at = tl.load(offsets) + tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < tl.load(offsets + 1)
-    g = load_wide(tl.load(grad), tl.load(indices + at, mask=inside, other=0), inside, CODE, False)
-    if ADD:
-        g = tl.load(values + at, mask=inside, other=0.0) + g
-    tl.store(values + at, g, mask=inside)
 
 
 def select_topk(params, grads, offsets, indices, k, capacity, eps, exp):
@@ -202,27 +194,21 @@ def select_topk_by_score(scores, offsets, indices, k, capacity):
     return _select([None] * len(scores), scores, offsets, indices, k, capacity, "given", 0.0, 0.0)
 
 
-def collect_(
-    param, grad, score, offsets, indices, values, add, place, best_score, best_place, best_grad, state, k,
-    may_hold, eps, exp,
-):  # fmt: skip
-    """See `table.OPS`. Every slot holds a candidate, best first."""
-    launch.check(param, grad, values)
-    grad, device, block = grad.contiguous(), grad.device, 256
-    n = tables.most_entries([grad], indices)
-    for run in runs(offsets):
-        launch.run(
-            take_kernel, triton.cdiv(n, block), 4, device, tables.addresses([grad], device), run, indices,
-            values, launch.CODES[grad.dtype], add, block,
-        )  # fmt: skip
-    best_by_selection_(
-        select_topk, select_topk_by_score, param, grad, score, offsets, indices, place, best_score,
-        best_place, best_grad, k, best_score.numel(), may_hold, eps, exp,
-    )  # fmt: skip
-
-
 def _select(params, grads, offsets, indices, k, capacity, kind, eps, exp):
     launch.check(*params, *grads)
+    found = winners(params, grads, offsets, indices, k, capacity, kind, eps, exp)
+    if found is None:
+        zeros = (torch.zeros(capacity, dtype=t, device=k.device) for t in (torch.int32, torch.float32))
+        return offsets.new_zeros(offsets.shape[-1]), *zeros
+    cut, slots, index, keys = found
+    return torch.searchsorted(slots, cut.first_slot), index, keys.view(torch.float32)
+
+
+def winners(params, grads, offsets, indices, k, capacity, kind, eps, exp):
+    """The layout of the tensors, and the winners as `best_entries` returns them; None without any entry.
+
+    kind: of `kind_of`, or "given": grads are scores.
+    """
     device = offsets.device
     grads = [None if g is None else g.contiguous() for g in grads]
     reads_params = kind not in ("g", "given")
@@ -230,17 +216,13 @@ def _select(params, grads, offsets, indices, k, capacity, kind, eps, exp):
     params = [p.contiguous() if reads_params and g is not None else None for p, g in pairs]
     cut = tables.layout(tuple(map(_span, params, grads)), device)
     if not capacity or not cut.tiles:
-        winners = (torch.zeros(capacity, dtype=t, device=device) for t in (torch.int32, torch.float32))
-        return offsets.new_zeros(offsets.shape[-1]), *winners
-    wanted = k.reshape(1).clamp(0, capacity)
-    active = _bitmap(cut, offsets, indices, tables.most_entries(grads, indices), wanted)
-    reading = _reading(cut, params, grads, active, kind, eps, exp)
+        return None
+    active = _bitmap(cut, offsets, indices, tables.most_entries(grads, indices), k)
+    reading = _reading(cut, params if reads_params else grads, grads, active, kind, eps, exp)
+    tiles = None
     if capacity <= cut.tiles // MANY:
-        tiles = _best_tiles(_tile_maxima(reading, wanted), wanted, capacity)
-    else:
-        tiles = torch.arange(cut.tiles, device=device)
-    slots, indices, keys = best_entries(reading, tiles, wanted, capacity)
-    return torch.searchsorted(slots, cut.first_tile * TILE.value), indices, keys.view(torch.float32)
+        tiles = _best_tiles(_tile_maxima(reading, k), k, capacity)
+    return cut, *best_entries(reading, tiles, k, capacity)
 
 
 def _span(param: Tensor | None, grad: Tensor | None) -> Span:
@@ -253,7 +235,11 @@ def _span(param: Tensor | None, grad: Tensor | None) -> Span:
 
 def _reading(cut: Layout, params, grads, active: Tensor, kind: str, eps: float, exp: float):
     device = active.device
-    columns = [column(ts, device) for column in (tables.addresses, tables.codes) for ts in (params, grads)]
+    of_grads = tables.addresses(grads, device), tables.codes(grads, device)
+    of_params = of_grads
+    if params is not grads:
+        of_params = tables.addresses(params, device), tables.codes(params, device)
+    columns = of_params[0], of_grads[0], of_params[1], of_grads[1]
     bounds = quick_bounds(exp, eps) if kind in QUICK_KINDS else (0, 0.0)
     return Reading(cut, *columns, active, active.numel() > 0, kind, eps, exponent(exp, device), bounds)
 
@@ -265,11 +251,11 @@ def _bitmap(cut: Layout, offsets: Tensor, indices: Tensor, n: int, wanted: Tenso
     launch.run(
         clear_kernel, triton.cdiv(words.numel(), block), 4, device, words, words.numel(), wanted, block
     )
-    for run in runs(offsets):
-        launch.run(
-            mark_active_kernel, triton.cdiv(n, block), 4, device, words, tables.owners(run, n), run,
-            indices, cut.first_tile, cut.numels, n, run.numel() - 1, wanted, block,
-        )  # fmt: skip
+    n_runs, stride = runs_of(offsets)
+    launch.run(
+        mark_active_kernel, n_runs * triton.cdiv(n, block), 4, device, words, offsets, stride, indices,
+        cut.first_tile, cut.numels, n, cut.numels.numel(), wanted, block,
+    )  # fmt: skip
     return words.view(torch.uint8)
 
 
@@ -288,13 +274,11 @@ def _tile_maxima(reading: Reading, wanted: Tensor) -> Tensor:
     return maxima
 
 
-def _best_tiles(maxima: Tensor, wanted: Tensor, capacity: int) -> Tensor:
+def _best_tiles(maxima: Tensor, k: Tensor, capacity: int) -> Tensor:
     """int64 [capacity]: the tiles with the largest maxima, ascending; padded with a number above all tiles.
 
     A maximum has the bits of a score, so this is a selection from one tensor of maxima.
     """
     cut = tables.layout((Span(maxima.numel(), 0, 0, True),), maxima.device)
-    none_active = maxima[:0].view(torch.uint8)
-    reading = _reading(cut, [None], [maxima.view(torch.float32)], none_active, "given", 0.0, 0.0)
-    tiles = torch.arange(cut.tiles, device=maxima.device)
-    return best_entries(reading, tiles, wanted, capacity)[0]
+    none_active, scores = maxima[:0].view(torch.uint8), [maxima.view(torch.float32)]
+    return best_entries(_reading(cut, scores, scores, none_active, "given", 0.0, 0.0), None, k, capacity)[0]

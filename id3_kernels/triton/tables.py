@@ -1,4 +1,4 @@
-"""Tables in device memory: the addresses of tensors, their tiles and chunks, the owner of each entry.
+"""Tables in device memory: the addresses of tensors, their tiles and chunks.
 
 The first step builds the tables that depend on shapes and dtypes alone. A later step copies nothing from host
 memory: such a copy would synchronise, and a CUDA graph would read the host memory at each replay.
@@ -19,7 +19,7 @@ from torch import Tensor
 from . import launch
 from .launch import CODES, TILE
 
-BATCH = 32  # numbers that one launch writes: more parameters would make a launch expensive
+BATCH = 64  # numbers that one launch writes, each of them a parameter of the launch
 
 
 def capturing(device: torch.device) -> bool:
@@ -36,10 +36,16 @@ def made_now(device: torch.device) -> tuple | None:
     return stream, event
 
 
-def wait_for(made: tuple | None, device: torch.device) -> None:
-    """Lets the current stream wait for what another one made; the host does not wait."""
+def wait_for(made: tuple | None, result: Tensor | tuple, device: torch.device) -> None:
+    """Lets the current stream wait for the result that another one made; the host does not wait.
+
+    The result's memory belongs to that stream, which must not write over it before this one has read it.
+    """
     if made and made[0] != (current := torch.cuda.current_stream(device)):
         current.wait_event(made[1])
+        for t in [result] if isinstance(result, Tensor) else result:
+            if isinstance(t, Tensor):
+                t.record_stream(current)
 
 
 class Kept:
@@ -64,7 +70,7 @@ class Kept:
             if captured:
                 return found[0]
         elif not captured:
-            wait_for(found[1], key[-1])
+            wait_for(found[1], found[0], key[-1])
         if captured:
             self.in_graphs[key] = found
         else:
@@ -79,20 +85,27 @@ def kept(most: int) -> Callable[[Callable], Kept]:
     return lambda make: Kept(make, most)
 
 
-@triton.jit(do_not_specialize=range(1, 33))  # else each address compiles a kernel of its own
+@triton.jit(do_not_specialize=range(1, 65))  # else each address compiles a kernel of its own
 def write_table_kernel(
     table,
     a00: tl.int64, a01: tl.int64, a02: tl.int64, a03: tl.int64, a04: tl.int64, a05: tl.int64, a06: tl.int64,
     a07: tl.int64, a08: tl.int64, a09: tl.int64, a10: tl.int64, a11: tl.int64, a12: tl.int64, a13: tl.int64,
     a14: tl.int64, a15: tl.int64, a16: tl.int64, a17: tl.int64, a18: tl.int64, a19: tl.int64, a20: tl.int64,
     a21: tl.int64, a22: tl.int64, a23: tl.int64, a24: tl.int64, a25: tl.int64, a26: tl.int64, a27: tl.int64,
-    a28: tl.int64, a29: tl.int64, a30: tl.int64, a31: tl.int64,
+    a28: tl.int64, a29: tl.int64, a30: tl.int64, a31: tl.int64, a32: tl.int64, a33: tl.int64, a34: tl.int64,
+    a35: tl.int64, a36: tl.int64, a37: tl.int64, a38: tl.int64, a39: tl.int64, a40: tl.int64, a41: tl.int64,
+    a42: tl.int64, a43: tl.int64, a44: tl.int64, a45: tl.int64, a46: tl.int64, a47: tl.int64, a48: tl.int64,
+    a49: tl.int64, a50: tl.int64, a51: tl.int64, a52: tl.int64, a53: tl.int64, a54: tl.int64, a55: tl.int64,
+    a56: tl.int64, a57: tl.int64, a58: tl.int64, a59: tl.int64, a60: tl.int64, a61: tl.int64, a62: tl.int64,
+    a63: tl.int64,
 ):  # fmt: skip
     numbers = (
         a00, a01, a02, a03, a04, a05, a06, a07, a08, a09, a10, a11, a12, a13, a14, a15,
         a16, a17, a18, a19, a20, a21, a22, a23, a24, a25, a26, a27, a28, a29, a30, a31,
+        a32, a33, a34, a35, a36, a37, a38, a39, a40, a41, a42, a43, a44, a45, a46, a47,
+        a48, a49, a50, a51, a52, a53, a54, a55, a56, a57, a58, a59, a60, a61, a62, a63,
     )  # fmt: skip
-    for i in tl.static_range(32):
+    for i in tl.static_range(64):
         tl.store(table + i, numbers[i])
 
 
@@ -121,12 +134,6 @@ def addresses(tensors: list[Tensor | None], device: torch.device) -> Tensor:
 def codes(tensors: list[Tensor | None], device: torch.device) -> Tensor:
     """int64 [>= M]: the dtype code of each tensor; 0 for None."""
     return table(tuple(0 if t is None else CODES[t.dtype] for t in tensors), device)
-
-
-def owners(offsets: Tensor, n: int) -> Tensor:
-    """int32 [n]: the tensor of each entry from offsets[0] on; for padding the number of tensors."""
-    positions = torch.arange(n, device=offsets.device)
-    return torch.searchsorted(offsets[1:] - offsets[:1], positions, right=True, out_int32=True)
 
 
 def most_entries(tensors: list[Tensor | None], indices: Tensor) -> int:
@@ -160,14 +167,15 @@ class Launch(NamedTuple):
 class Layout(NamedTuple):
     """A list of tensors cut into tiles and chunks, as tables in device memory.
 
-    first_tile: int64 [M + 1], the first tile of each tensor. numels: int32 [M]. Per chunk: owner int32,
-    tile int64 (its first), offset int64 (its first entry in the tensor), length int32.
+    first_tile, first_slot: int64 [M + 1], the first tile and slot of each tensor. numels: int32 [M]. Per
+    chunk: owner int32, tile int64 (its first), offset int64 (its first entry in the tensor), length int32.
     """
 
     tiles: int
     chunk: int
     launches: tuple[Launch, ...]
     first_tile: Tensor
+    first_slot: Tensor
     numels: Tensor
     owner: Tensor
     tile: Tensor
@@ -202,7 +210,7 @@ def layout(spans: tuple[Span, ...], device: torch.device) -> Layout:
         launches.append(Launch(*kind, begin, end))
         begin = end
     parts = [np.zeros((4, 0), np.int64)] + [part for parts in groups.values() for part in parts]
-    columns = (first_tile, numels, *np.concatenate(parts, 1))
-    dtypes = (torch.int64, torch.int32, torch.int32, torch.int64, torch.int64, torch.int32)
+    columns = (first_tile, first_tile * tile, numels, *np.concatenate(parts, 1))
+    dtypes = (torch.int64, torch.int64, torch.int32, torch.int32, torch.int64, torch.int64, torch.int32)
     on_device = (torch.tensor(c, dtype=d).to(device) for c, d in zip(columns, dtypes, strict=True))
     return Layout(int(first_tile[-1]), chunk, tuple(launches), *on_device)

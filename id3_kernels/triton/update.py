@@ -1,4 +1,4 @@
-"""AdamW at the entries alone, for all tensors in one launch per run of entries.
+"""AdamW at the entries alone, for all tensors in one launch.
 
 torch's order of operations, each rounded once to float32. The bias corrections come from tables over the
 step number, computed in float64 by the host and kept on the device: no step number has to be read back, nor
@@ -8,15 +8,16 @@ a learning rate that lies there.
 from __future__ import annotations
 
 import math
+import struct
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..entries import runs
 from . import launch, tables
 from .launch import bfloat16_bits, load_any
+from .places import owner_of, run_of, runs_of
 
 LONGEST_TABLE = 1 << 22  # beta up to 0.99999; after its last step the bias counts as 0
 
@@ -69,18 +70,26 @@ def next_step(age, at, step, j, live, AGE: tl.constexpr):
     return s
 
 
-@triton.jit(do_not_specialize=["n", "n_tensors"])  # else a new size compiles anew
+@triton.jit
+def decay_of(lr, weight_decay):
+    """float32 1 - lr · weight_decay of float64 numbers."""
+    return (1.0 - lr * weight_decay).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["stride", "n", "n_tensors"])  # else a new size compiles anew
 def adamw_kernel(
-    params, param_codes, grads, grad_codes, owner, offsets, indices, exp_avg, exp_avg_sq, master, age, step,
-    unbiased, roots, longest, lr, decay, grad_scale, found_inf, clip, n, n_tensors,
+    params, param_codes, grads, grad_codes, offsets, stride, indices, exp_avg, exp_avg_sq, master, age, step,
+    unbiased, roots, longest, lr, weight_decay, grad_scale, found_inf, clip, n, n_tensors,
     rest1, beta2, rest2, eps,
     COMPACT: tl.constexpr, MASTER: tl.constexpr, AGE: tl.constexpr, MAXIMIZE: tl.constexpr,
     SCALE: tl.constexpr, FOUND: tl.constexpr, CLIP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """rest1, rest2: 1 - beta1, 1 - beta2. decay: 1 - lr·weight_decay. longest: last row of both tables."""
-    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    j = tl.load(owner + place, mask=place < n, other=n_tensors)
-    at = tl.load(offsets) + place
+    """rest1, rest2: 1 - beta1, 1 - beta2. lr, weight_decay: of one number. longest: the tables' last row."""
+    own, first = run_of(offsets, stride, n, BLOCK)
+    if first >= tl.load(own + n_tensors):
+        return
+    at = first + tl.arange(0, BLOCK)
+    j = owner_of(own, n_tensors, at)
     live = j < n_tensors
     if FOUND:
         live = live & (tl.load(found_inf + tl.zeros_like(j)) == 0)
@@ -93,16 +102,14 @@ def adamw_kernel(
 
     param, code = tl.load(params + j, mask=live, other=0), tl.load(param_codes + j, mask=live, other=0)
     stored = load_any(param, index, live, code)
-    w = stored
-    if MASTER:
-        w = exact_weight(stored, tl.load(master + at, mask=live, other=0.0), code)
-    w = w * tl.load(decay)
-    m = tl.load(exp_avg + at, mask=live, other=0.0)
-    v = tl.load(exp_avg_sq + at, mask=live, other=0.0)
+    w = exact_weight(stored, tl.load(master + at, mask=live, other=0.0), code) if MASTER else stored
+    rate = tl.load(lr).to(tl.float64)
+    w = w * decay_of(rate, tl.load(weight_decay))
+    m, v = tl.load(exp_avg + at, mask=live, other=0.0), tl.load(exp_avg_sq + at, mask=live, other=0.0)
     m = m + (g - m) * rest1
     v = v * beta2 + (g * rest2) * g
     s = tl.minimum(next_step(age, at, step, j, live, AGE), longest)
-    step_size = (tl.load(lr) / tl.load(unbiased + s, mask=live, other=1.0)).to(tl.float32)
+    step_size = (rate / tl.load(unbiased + s, mask=live, other=1.0)).to(tl.float32)
     root = tl.load(roots + s, mask=live, other=1.0)
     w = w - tl.div_rn(step_size * m, tl.div_rn(tl.sqrt_rn(v), root) + eps)
     tl.store(exp_avg + at, m, mask=live)
@@ -131,21 +138,23 @@ def _adamw(
     device, n, block = offsets.device, tables.most_entries(params, indices), 256
     rows = [p.contiguous() for p in params]
     unbiased, roots = bias_tables(beta1, beta2, device)
-    if tensor_lr is None:
-        lr = torch.full((1,), lr, dtype=torch.float64, device=device)
-    else:
-        lr = tensor_lr.reshape(1).double()
-    decay = (1 - lr * weight_decay).float()
+    numbers = tables.table(tuple(map(_bits_of, (lr, weight_decay))), device).view(torch.float64)
+    lr = numbers if tensor_lr is None else tensor_lr
     scalars = [None if x is None else x.to(device, torch.float32) for x in (grad_scale, found_inf, clip)]
     columns = [column(ts, device) for ts in (rows, grads) for column in (tables.addresses, tables.codes)]
-    for run in runs(offsets):
-        launch.run(
-            adamw_kernel, triton.cdiv(n, block), 4, device, *columns, tables.owners(run, n), run, indices,
-            exp_avg, exp_avg_sq, master, age, step.to(device), unbiased, roots, roots.numel() - 1, lr, decay,
-            *scalars, n, len(params), 1 - beta1, beta2, 1 - beta2, eps,
-            compact, master is not None, age is not None, maximize, *(x is not None for x in scalars), block,
-        )  # fmt: skip
+    n_runs, stride = runs_of(offsets)
+    launch.run(
+        adamw_kernel, n_runs * triton.cdiv(n, block), 4, device, *columns, offsets, stride, indices,
+        exp_avg, exp_avg_sq, master, age, step.to(device), unbiased, roots, roots.numel() - 1, lr,
+        numbers[1:], *scalars, n, len(params), 1 - beta1, beta2, 1 - beta2, eps,
+        compact, master is not None, age is not None, maximize, *(x is not None for x in scalars), block,
+    )  # fmt: skip
     launch.carry_back(params, rows)
+
+
+def _bits_of(x: float) -> int:
+    """The bits of a float64: Triton would pass a Python float as float32."""
+    return struct.unpack("q", struct.pack("d", x))[0]
 
 
 def _last_biased_step(beta: float) -> int:

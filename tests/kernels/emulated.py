@@ -17,6 +17,7 @@ HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
 FORMS = ["stored", "listed", "all"]  # `Form` of csrc/cuda/selection.h
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+cuts_by_grid = False  # candidates of any number, not of many alone
 
 
 class Row(ctypes.Structure):
@@ -45,6 +46,7 @@ def library() -> ctypes.CDLL:
         subprocess.run(command, check=True)
         loaded = ctypes.CDLL(str(out))
     names = "chunks blocks_for launches candidate_room most_wanted tile row_bytes chunks_of"
+    loaded.least_slots_of_grid.restype = c_int64
     for name in names.split():
         getattr(loaded, f"{name}_emulated").restype = c_int64
     loaded.collect_state_length.restype = c_int64
@@ -135,12 +137,13 @@ def collect_(
     again, eps, exp,
 ):  # fmt: skip
     fused = not again and state.numel() > 0 and best_score.numel() > 0
+    by_grid = cuts_by_grid or best_score.numel() >= library().least_slots_of_grid()
     assert not fused or state.numel() >= library().collect_state_length()
     library().collect_emulated(
         rows([param], [grad]), None if score is None else rows([], [score]), *runs(offsets, indices)[1:],
         address(values), int(add), c_int64(place), *map(address, (best_score, best_place, best_grad)),
         c_int64(best_score.numel()), address(state) if fused else None, address(k), c_float(eps),
-        c_double(exp),
+        c_double(exp), int(by_grid),
     )  # fmt: skip
 
 

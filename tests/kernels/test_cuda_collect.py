@@ -19,10 +19,11 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 
 
-@pytest.fixture(params=["forward", "reverse"])
-def cuda(request, emulated_cuda):
-    """The backend, its threads and blocks in either order."""
-    emulated.library().set_reverse(request.param == "reverse")
+@pytest.fixture(params=["forward", "reverse", "grid", "grid reverse"])
+def cuda(request, emulated_cuda, monkeypatch):
+    """The backend, its threads and blocks in either order; candidates are cut by one block or by a grid."""
+    monkeypatch.setattr(emulated, "cuts_by_grid", "grid" in request.param)
+    emulated.library().set_reverse("reverse" in request.param)
     yield SimpleNamespace(table=module, device=torch.device("cpu"), here=lambda value: value)
     emulated.library().set_reverse(False)
 
@@ -44,7 +45,7 @@ def count(held):
 
 
 def was_cut(held):
-    """Whether a block had to cut candidates: the floor then is an entry, with a place."""
+    """Whether candidates had to be cut: the floor then is an entry, with a place."""
     return bool(held.state[2])
 
 
@@ -143,6 +144,32 @@ def test_an_overflow_leaves_nothing_behind_the_candidates(cuda):
     count(held)
 
 
+def test_a_large_tensor_of_ties(cuda):
+    """Of which one block takes the candidates in more than one stretch."""
+    grad = torch.ones(1_200_000)
+    grad[[5, 1_100_000, 1_199_999]] = 2.0
+    problem = cases.Problem([torch.ones(300), torch.ones_like(grad)], [torch.ones(300), grad], None, 12)
+    held = nobody(12, 40)
+    collect(cuda, problem, (1, 0), held, 1.0, 0.0)
+    expected = oracle.topk([oracle.array(g) for g in problem.grads], Entries.empty(2), 12)
+    held.check(problem, expected)
+    assert was_cut(held)
+    count(held)
+
+
+def test_a_grid_leaves_its_state_as_it_was(cuda):
+    """Zeros but for what the last cut has found, since the next cut relies on it."""
+    problem = make("quantised", (3000, 9000), torch.float32, 7)
+    held = nobody(7, 20)
+    collect(cuda, problem, (0, 1), held, 1.0, 1.0)
+    n_words = module.candidate_room(7)[1]
+    cut = held.state[n_words - emulated.library().cut_state_length() :]
+    found = cut.view(torch.int32)[4:7].clone()
+    cut.view(torch.int32)[4:7] = 0
+    assert not cut.any()
+    assert found.any() == emulated.cuts_by_grid
+
+
 @pytest.mark.parametrize("room", [None, 30])
 def test_scores_of_others(cuda, room):
     problem = make("quantised", (9000, 300, 8200), torch.bfloat16, 12)
@@ -215,13 +242,13 @@ class Recorded(TorchDispatchMode):
 
 @pytest.mark.parametrize("room", [None, 30])
 @pytest.mark.parametrize("score", [None, torch.ones(20_000)])
-def test_a_hook_is_three_launches_and_nothing_of_torch(cuda, score, room):
+def test_a_hook_is_few_launches_and_nothing_of_torch(cuda, score, room):
     held, entries = nobody(10, room), Entries.from_lists([[3, 19_000]])
     param, grad, values = torch.ones(20_000), torch.ones(20_000), torch.zeros(2)
     before = emulated.library().launches_emulated()
     with Recorded() as torchs_own:
         module.collect_(param, grad, score, *entries, values, False, 0, *held.arguments(), False, 1.0, 2.0)
-    assert emulated.library().launches_emulated() - before == 3
+    assert emulated.library().launches_emulated() - before == (14 if emulated.cuts_by_grid else 3)
     assert torchs_own.names == []
     assert values.eq(1).all()
 

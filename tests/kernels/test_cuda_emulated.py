@@ -258,6 +258,16 @@ def test_blocks_never_overflow_a_grid():
         assert emulated.library().blocks_for_emulated(c_int64(items), 256) == blocks
 
 
+def test_a_grid_has_as_many_blocks_as_its_gpu_holds():
+    """Of the kernel at hand; two GPUs may differ."""
+    try:
+        for device, multiprocessors in ((1, 5), (0, 1), (1, 5)):
+            emulated.library().set_device(device, multiprocessors)
+            assert emulated.library().blocks_for_emulated(c_int64(2**40), 256) == 3 * multiprocessors
+    finally:
+        emulated.library().set_device(0, 1)
+
+
 # --- an optimizer on these kernels --------------------------------------------------------------------
 
 

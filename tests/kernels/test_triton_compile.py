@@ -35,16 +35,18 @@ ON, OFF = True, False
 ALIGNED = ("left", "right", "padded")  # what a launch finds to be multiples of 16
 
 ARGUMENTS = {
-    "*i64": "params grads param_codes grad_codes tensors codes first_tile tiles offsets param grad step "
-    "tokens wanted state histogram counts before slots table sums first last",
-    "*i32": "owner owners lengths numels indices words maxima best age",
-    "*fp32": "out exp_avg exp_avg_sq master roots decay grad_scale found_inf clip",
-    "*fp64": "exponent inverse unbiased lr",
+    "*i64": "params grads param_codes grad_codes tensors codes first_tile tiles offsets b_offsets param grad "
+    "step tokens wanted k state histogram slots table sums first last arrays item_bytes joined best_place "
+    "places order place",
+    "*i32": "owners lengths numels indices b_indices index keys words maxima best age counts",
+    "*fp32": "out exp_avg exp_avg_sq master roots grad_scale found_inf clip best_score best_grad score value",
+    "*fp64": "exponent unbiased lr weight_decay total",
     "*u8": "active",
     "*i16": "values",
     "fp32": "eps rest1 beta2 rest2 widest",
-    "i32": "n n_tensors numel longest run n_tokens n_columns token_stride column_stride padded low",
-    "i64": " ".join(f"a{i:02}" for i in range(32)),
+    "i32": "n n_tensors n_arrays n_held stride room room_added capacity numel longest run n_tokens n_columns "
+    "token_stride column_stride padded low",
+    "i64": " ".join(["padding", *(f"a{i:02}" for i in range(64))]),
 }
 TYPES = {name: kind for kind, names in ARGUMENTS.items() for name in names.split()}
 
@@ -69,27 +71,37 @@ def kernels():
     mixed = {"KIND": "g/d", "PARAM": 1, "GRAD": 0}
     out["tile_maxima mixed"] = selection.tile_maxima_kernel, stream | mixed, 1
     for kind, exclude in (("g/d", ON), ("pow", ON), ("given", OFF)):
-        block = {"KIND": kind, "EXCLUDE": exclude, "BLOCK": topk.BLOCK}
-        out[f"count_digits {kind}"] = topk.count_digits_kernel, block | {"SHIFT": 16}, 4
+        block = {"KIND": kind, "EXCLUDE": exclude, "LISTED": exclude, "BLOCK": topk.BLOCK}
+        for digit in range(topk.ROUNDS.value):
+            out[f"count_digits {kind} {digit}"] = topk.count_digits_kernel, block | {"ROUND": digit}, 4
         out[f"count_winners {kind}"] = topk.count_winners_kernel, block, 4
         out[f"write_winners {kind}"] = topk.write_winners_kernel, block, 4
-    out["settle_digit"] = topk.settle_digit_kernel, {"SHIFT": 24}, 1
     out["write_table"] = tables.write_table_kernel, {}, 1
-    for code, add in ((0, OFF), (1, ON)):
-        out[f"take {code}"] = selection.take_kernel, {"CODE": code, "ADD": add, "BLOCK": 256}, 4
-    out["clear"] = selection.clear_kernel, {"BLOCK": 1024}, 4
-    out["mark_active"] = selection.mark_active_kernel, {"BLOCK": 1024}, 4
+    block = {"BLOCK": 1024}
+    out |= {k.__name__: (k, block, 4) for k in (selection.clear_kernel, selection.mark_active_kernel)}
     out["d3_score"] = score.d3_score_kernel, {"KIND": "g/d", "PARAM": 1, "GRAD": 0, "BLOCK": 1024}, 4
     flags = dict.fromkeys(("MASTER", "AGE", "MAXIMIZE", "SCALE", "FOUND", "CLIP"), ON)
     out["adamw"] = update.adamw_kernel, flags | {"COMPACT": OFF, "BLOCK": 256}, 4
     absent = dict.fromkeys(("master", "age", "grad_scale", "found_inf", "clip"))
     flags = dict.fromkeys(flags, OFF)
     out["adamw_compact"] = update.adamw_kernel, flags | absent | {"COMPACT": ON, "BLOCK": 256}, 4
-    out["gather"] = entries.gather_kernel, {"BITS": tl.int16, "BLOCK": 256}, 4
-    out["scatter"] = entries.scatter_kernel, {"BITS": tl.int16, "BLOCK": 256}, 4
-    out["take_values"] = norm.take_values_kernel, {"BLOCK": 256}, 4
-    out["squares"] = norm.squares_kernel, {"BLOCK": 1024}, 4
-    return out | of_sampled_gradients()
+    moves = {"BITS": tl.int16, "BLOCK": 256}
+    out |= {k.__name__: (k, moves, 4) for k in (entries.gather_kernel, entries.scatter_kernel)}
+    out |= {k.__name__: (k, block, 4) for k in (entries.spread_kernel, entries.copy_back_kernel)}
+    out |= {k.__name__: (k, block, 4) for k in (norm.take_values_kernel, norm.squares_kernel)}
+    out["total"] = norm.total_kernel, {}, 1
+    return out | of_released_gradients() | of_sampled_gradients()
+
+
+def of_released_gradients():
+    from id3_kernels.triton import collect
+
+    block = {"BLOCK": collect.BLOCK}
+    out = {"places": (collect.places_kernel, block, 4), "keep": (collect.keep_kernel, block, 4)}
+    for code, flag in ((0, OFF), (1, ON)):
+        out[f"take {code}"] = collect.take_kernel, block | {"CODE": code, "ADD": flag}, 4
+        out[f"merge {code}"] = collect.merge_kernel, block | {"CODE": code, "MAY_HOLD": flag}, 4
+    return out
 
 
 def of_sampled_gradients():
@@ -118,6 +130,8 @@ def compile_one(kernel, constants, warps, target):
     by_value = ("take_kernel", "take_values_kernel", "squares_kernel", "products_kernel", "embedding_kernel")
     if kernel.__name__ in by_value:  # not moved by their bits
         signature["values"] = "*fp32"
+    if kernel.__name__ == "places_kernel":
+        signature["first"] = "i64"
     values = {(names.index(name),): value for name, value in constants.items()}
     aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in names if name in ALIGNED}
     source = ASTSource(kernel, signature, values, aligned)
@@ -241,7 +255,7 @@ def test_products_read_16_bytes_at_a_time(compiled, code, target):
 def test_one_compiled_kernel_writes_tables_of_any_numbers(compiled):
     """Every number comes as an int64, neither narrower because it is small nor a constant because it is 1."""
     _, *numbers = compiled["table"][0]
-    assert numbers == [["i64", None]] * 32
+    assert numbers == [["i64", None]] * 64
     assert all(signature == compiled["table"][0] for signature in compiled["table"])
 
 

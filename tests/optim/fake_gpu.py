@@ -68,5 +68,6 @@ class NoWaiting(TorchDispatchMode):
 def fake_gpu(monkeypatch):
     for name, stand_in in STAND_INS.items():
         monkeypatch.setattr(FakeTensor, name, stand_in, raising=False)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: "the only one")
     with FakeTensorMode(), torch.no_grad():
         yield

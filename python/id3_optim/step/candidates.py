@@ -69,6 +69,10 @@ class Candidates:
         """All memory of the candidates."""
         return [tensor for best in self.best for tensor in best]
 
+    def memory(self, i: int) -> list[Tensor]:
+        """What was made for shard i."""
+        return [*self.best[i], self._k[i]] if i < len(self.best) else []
+
     def scaled_tensors(self, heuristic: Heuristic) -> list[Tensor]:
         """What is proportional to the loss scale."""
         held = [best.grad for best in self.best]

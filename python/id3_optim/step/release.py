@@ -29,6 +29,7 @@ from .gradients import Kept
 from .needed import Needed, NeededFeatures
 from .passes import Passes
 from .products import Parts, collect_blocks, every_block
+from .streams import Streams
 
 Begin = Callable[[], tuple[ActiveSet, Wanted | None]]
 
@@ -51,7 +52,7 @@ class Release:
         self.clear()
 
     def __getstate__(self) -> dict:
-        own = ("_handles", "_lock", "_begin", "_active", "_passes", "_needed", "_undecided")
+        own = ("_handles", "_lock", "_begin", "_active", "_passes", "_needed", "_undecided", "_streams")
         return {name: x for name, x in self.__dict__.items() if name not in own}
 
     def _make_own(self, begin: Begin) -> None:
@@ -61,6 +62,7 @@ class Release:
         self._undecided = False  # a forward pass was answered before the run began
         self._handles: dict[int, torch.utils.hooks.RemovableHandle] = {}
         self._lock = threading.Lock()  # autograd has a thread for each device
+        self._streams = Streams()
         weakref.finalize(self, _remove, self._handles).atexit = False
 
     def rebind(self, begin: Begin, params: Iterable[Tensor]) -> None:
@@ -152,7 +154,7 @@ class Release:
             if self._undecided:
                 return True
         if self.candidates is None:
-            self._prepare(*self._begin()())
+            self._prepare(*self._begun())
         return self.candidates.wanted is not None and (self.exchange is None or self.exchange.synced)
 
     def uses(self, param: Tensor) -> bool:
@@ -186,6 +188,7 @@ class Release:
             raise self._in_two_parts(param)
         i, j = at = self._active.locate(param)
         shard, kept = self._active.shards[i], self.kept[i]
+        self._follow(i)
         gradients.check(self._active, shard, j, param.grad)
         seen, place = kept.seen[j], (self.candidates, self._active, at, self.heuristic)
         may_hold = seen and self.select_from == "max"
@@ -209,6 +212,7 @@ class Release:
         self.seen_by_scaler = True
         if self.candidates is None:
             return []
+        self._follow_all()
         # A shard that was added since the last pass has kept nothing yet.
         values = [kept.values(shard) for kept, shard in zip(self.kept, active.shards, strict=False)]
         return [t for t in self.candidates.scaled_tensors(self.heuristic) + values if t.numel()]
@@ -228,7 +232,7 @@ class Release:
         if unfinished:
             self.clear()
         if self.candidates is None or self._active is None:
-            self._prepare(*self._begin()())
+            self._prepare(*self._begun())
         else:  # another micro-batch of the same step
             self._prepare(self._active, self.candidates.wanted)
         if self.exchange is None:
@@ -237,6 +241,20 @@ class Release:
             self.exchange.begin_pass()
         if self.select_from == "last":
             self.candidates.forget()
+
+    def _begun(self) -> tuple[ActiveSet, Wanted | None]:
+        self._follow_all()
+        return self._begin()()
+
+    def _follow(self, i: int) -> None:
+        """Lets the current stream of shard i's device wait for what was done there before."""
+        shard = self._active.shards[i]
+        own = [] if self.candidates is None else self.candidates.memory(i)
+        self._streams.follow(shard.device, [*shard.arrays.values(), *shard.tables(), *own])
+
+    def _follow_all(self) -> None:
+        for i in range(0 if self._active is None else len(self._active.shards)):
+            self._follow(i)
 
     def _prepare(self, active: ActiveSet, wanted: Wanted | None) -> None:
         """Makes room for all shards; the first call after a step sets how many entries join in the next."""
@@ -250,10 +268,12 @@ class Release:
             if i == len(self.kept):
                 self.kept.append(Kept())
             self.kept[i].cover(len(shard.params))
+        self._follow_all()
 
     def _collect(self, param: Tensor) -> None:
         i, j = self._active.locate(param)
         shard, kept = self._active.shards[i], self.kept[i]
+        self._follow(i)
         if shard.split:
             shard.renew()
         gradient = local_gradient(param)

@@ -21,7 +21,6 @@
 #include <vector>
 
 #define ID3_EMULATED_CUDA 1
-#define ID3_BLOCKS_PER_LAUNCH 3  // so that small inputs take more than one stride
 #define __host__
 #define __device__
 #define __global__
@@ -54,6 +53,8 @@ namespace emulated {
 inline bool reverse = false;
 inline int64_t launches = 0;
 inline bool dry = false;  // launches are counted and not run
+inline int device = 0, multiprocessors = 1;
+constexpr int kBlocksAtOnce = 3;  // of a multiprocessor: small inputs take more than one stride
 inline int reciprocal_ulps = 0;
 
 // As the hardware's approximations: without subnormals, and so many ulp off.
@@ -184,6 +185,20 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
     blockIdx.x = emulated::reverse ? gridDim.x - 1 - i : i;
     emulated::Block(blockDim.x, [&] { kernel(args...); }).run();
   }
+  return 0;
+}
+
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = emulated::device;
+  return 0;
+}
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  *value = emulated::multiprocessors;
+  return 0;
+}
+inline cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void*, int, size_t) {
+  *blocks = emulated::kBlocksAtOnce;
   return 0;
 }
 

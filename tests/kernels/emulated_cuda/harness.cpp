@@ -77,6 +77,10 @@ int64_t candidate_room_emulated(int64_t k, int64_t* state) {
   return room.slots;
 }
 
+int64_t cut_state_length() { return sizeof(CutState) / sizeof(int64_t); }
+
+int64_t least_slots_of_grid() { return kLeastSlotsOfGrid; }
+
 int64_t most_wanted_emulated(int64_t slots) { return most_wanted(slots); }
 
 int64_t tile_emulated() { return kTile; }
@@ -89,7 +93,8 @@ int64_t collect_state_length() { return sizeof(CollectState) / sizeof(int64_t); 
 void collect_emulated(const TensorRow* row, const TensorRow* score, int32_t runs, int64_t stride,
                       const int64_t* offsets, const int32_t* indices, int64_t most_active, float* values,
                       int add, int64_t place, float* best_score, int64_t* best_place, float* best_grad,
-                      int64_t room, void* state, const int64_t* k, float eps, double exp) {
+                      int64_t room, void* state, const int64_t* k, float eps, double exp, int by_grid) {
+  std::vector<int64_t> kept(by_grid ? 2 * (room / 2) : 0);
   const int64_t chunks = chunks_of(row->numel);
   std::vector<Span> spans(chunks * runs + 1, Span{-1, -1});
   std::vector<int32_t> maxima(chunks * (kShortChunk / kTile) + 1, 0x7fffffff);
@@ -102,10 +107,9 @@ void collect_emulated(const TensorRow* row, const TensorRow* score, int32_t runs
            add != 0,
            most_active,
            place,
-           best_score,
-           best_place,
-           best_grad,
-           {k, room / 2},
+           {best_score, best_place, best_grad},
+           by_grid && room > 1 ? slots_at(kept.data(), room / 2) : Slots{},
+           {k, most_wanted(room)},
            room,
            static_cast<CollectState*>(state),
            spans.data(),
@@ -128,7 +132,15 @@ int64_t chunks_emulated(TensorRow* rows, int32_t tensors, const int64_t* offsets
   return layout.n_chunks;
 }
 
-int64_t blocks_for_emulated(int64_t items, int per_block) { return blocks_for(items, per_block); }
+// Of a kernel of which each multiprocessor holds so many blocks.
+void idle_kernel() {}
+int64_t blocks_for_emulated(int64_t items, int per_block) { return blocks_for(idle_kernel, items, per_block); }
+
+// The GPU at hand; each has its own number of multiprocessors.
+void set_device(int device, int multiprocessors) {
+  emulated::device = device;
+  emulated::multiprocessors = multiprocessors;
+}
 
 void gather_emulated(const TensorRow* rows, int32_t tensors, const int64_t* offsets, const int32_t* indices,
                      int64_t n, int item_bytes, void* values) {
