@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
 
 from ..ranks import launched
 
-if TYPE_CHECKING:
-    from .settings import Settings
 
-
-def check_processes(settings: Settings) -> None:
-    """Raises ValueError for options that several processes exclude, and for `fsdp` outside a launcher."""
+def check_processes(settings) -> None:
+    """settings: `Settings`. Raises ValueError for options that several processes exclude, and for `fsdp` outside a launcher."""
     if not settings.fsdp:
         if settings.release_gradients and launched()[1] > 1:
             raise ValueError("--release-gradients: needs --fsdp with several processes: without it each of "

@@ -30,6 +30,8 @@ class Exchange:
     averaged once per step.
     """
 
+    unseen = ("process_group", "the gradients of other replicas")  # by torch's GradScaler
+
     def __init__(self, replicas: Replicas):
         self.replicas = replicas
         self.synced = True  # False within `no_sync`

@@ -27,7 +27,7 @@ from .candidates import Candidates
 from .exchange import Exchange
 from .gradients import Kept
 from .needed import Needed, NeededFeatures
-from .passes import Passes
+from .passes import Passes, in_two_parts
 from .products import Parts, collect_blocks, every_block
 from .streams import Streams
 
@@ -107,16 +107,8 @@ class Release:
         with self._lock:
             repeated = self._passes.enter(id(param), self._begin_pass)
         if repeated:
-            raise self._in_two_parts(param)
+            raise in_two_parts(self.name(param))
         self._collect(param)
-
-    def _in_two_parts(self, param: Tensor) -> RuntimeError:
-        return RuntimeError(
-            f"release_gradients: {self.name(param)} received its gradient in two parts in one backward pass: "
-            "for a weight that is used twice under reentrant checkpoints set use_reentrant=False; with "
-            "sparse_backward a weight may be used by its layer alone (a penalty on it: in a backward pass of "
-            "its own)"
-        )
 
     def gradients(self, groups: list[dict[str, Any]], active: ActiveSet, wanted: Wanted | None) -> list[Kept]:
         """At a step: what was kept, with the gradients that no hook has taken (assigned by hand, unfrozen
@@ -185,7 +177,7 @@ class Release:
             repeated = self._passes.enter(id(param), self._begin_pass, within=1)
         selects = self.selects(has_gradient=True)
         if repeated and selects:
-            raise self._in_two_parts(param)
+            raise in_two_parts(self.name(param))
         i, j = at = self._active.locate(param)
         shard, kept = self._active.shards[i], self.kept[i]
         self._follow(i)
@@ -220,9 +212,8 @@ class Release:
     def check_scaler(self) -> None:
         """Raises RuntimeError where the GradScaler at work has not looked at what was kept."""
         if not self.seen_by_scaler:
-            option, unseen = "release_gradients", "released gradients"
-            if self.exchange is not None:
-                option, unseen = "process_group", "the gradients of other replicas"
+            own = ("release_gradients", "released gradients")
+            option, unseen = own if self.exchange is None else self.exchange.unseen
             raise RuntimeError(
                 f"{option}: torch's GradScaler does not see {unseen} (fp16 in the transformers Trainer and "
                 "Accelerate uses it): use id3_optim.GradScaler, or bf16"
