@@ -8,7 +8,10 @@ from ..ranks import launched
 
 
 def check_processes(settings) -> None:
-    """settings: `Settings`. Raises ValueError for options that several processes exclude, and for `fsdp` outside a launcher."""
+    """Raises ValueError for options that several processes exclude, and for `fsdp` outside a launcher.
+
+    settings: `settings.Settings`.
+    """
     if not settings.fsdp:
         if settings.release_gradients and launched()[1] > 1:
             raise ValueError("--release-gradients: needs --fsdp with several processes: without it each of "
