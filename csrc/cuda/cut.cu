@@ -110,6 +110,7 @@ __global__ void put_back_kernel(Collect c) {
   c.state->floor = last_kept(cut);
   cut.wanted = 0;
   cut.kept = 0;
+  cut.rank.missing = 0;
 }
 
 }  // namespace

@@ -97,7 +97,7 @@ def known_digits(k, capacity, state, histogram, ROUND: tl.constexpr):
     if ROUND > 0:
         bins = tl.arange(0, BINS)
         counts = tl.load(histogram + (ROUND - 1) * BINS + bins)
-        at_least = tl.sum(counts) - tl.cumsum(counts) + counts
+        at_least = tl.cumsum(counts, reverse=True)
         digit = tl.max(tl.where(at_least >= wanted, bins, 0))
         threshold += digit << (8 * (ROUNDS - ROUND))
         wanted -= tl.sum(tl.where(bins > digit, counts, 0))
@@ -153,17 +153,17 @@ def count_winners_kernel(
             tiles, n, begin, KIND, EXCLUDE, LISTED, BLOCK,
         )  # fmt: skip
         n_above += tl.sum((keys > threshold).to(tl.int32))
-        n_equal += tl.sum(((keys == threshold) & (keys > 0)).to(tl.int32))
+        n_equal += tl.sum((keys == tl.maximum(threshold, 1)).to(tl.int32))  # 1 is no key
         begin += BLOCK
     tl.store(counts + tl.program_id(0), n_above)
     tl.store(counts + tl.num_programs(0) + tl.program_id(0), n_equal)
 
 
 @triton.jit
-def before_and_in_all(counts):
-    """(the sum over the lower programs, the sum over all programs)."""
+def before_and_in_all(counts, known):
+    """(the sum over the lower programs, the sum over all programs); zeros unless `known`."""
     program = tl.arange(0, LANES)
-    count = tl.load(counts + program, mask=program < tl.num_programs(0), other=0).to(tl.int64)
+    count = tl.load(counts + program, mask=known & (program < tl.num_programs(0)), other=0).to(tl.int64)
     return tl.sum(tl.where(program < tl.program_id(0), count, 0)), tl.sum(count)
 
 
@@ -176,36 +176,35 @@ def write_winners_kernel(
     KIND: tl.constexpr, EXCLUDE: tl.constexpr, LISTED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Of equal keys the first ones win. Behind the last winner: `padding` as the slot, and zeros."""
-    taken = tl.zeros((), tl.int64)
-    if tl.load(k) > 0:
-        threshold, wanted = tl.load(state + 2 * ROUNDS).to(tl.int32), tl.load(state + 2 * ROUNDS + 1)
-        n_above, all_above = before_and_in_all(counts)
-        n_equal, all_equal = before_and_in_all(counts + tl.num_programs(0))
-        taken = all_above + tl.minimum(all_equal, wanted)
-        begin = tl.program_id(0).to(tl.int64) * run
-        end = tl.minimum(begin + run, n)
-        while begin < end:
-            slot, index, keys = load_keys(
-                params, grads, param_codes, grad_codes, first_tile, numels, n_tensors, active, eps, exponent,
-                tiles, n, begin, KIND, EXCLUDE, LISTED, BLOCK,
-            )  # fmt: skip
-            above = (keys > threshold).to(tl.int32)
-            equal = ((keys == threshold) & (keys > 0)).to(tl.int32)
-            rank = n_equal + tl.cumsum(equal) - equal
-            wins = (above != 0) | ((equal != 0) & (rank < wanted))
-            place = n_above + tl.cumsum(above) - above + tl.minimum(rank, wanted)
-            tl.store(slots + place, slot, mask=wins)
-            tl.store(indices + place, index.to(tl.int32), mask=wins)
-            tl.store(best + place, keys, mask=wins)
-            n_above += tl.sum(above)
-            n_equal += tl.sum(equal)
-            begin += BLOCK
-    place = taken + tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    any_wanted = tl.load(k) > 0
+    threshold, wanted = tl.load(state + 2 * ROUNDS).to(tl.int32), tl.load(state + 2 * ROUNDS + 1)
+    n_above, all_above = before_and_in_all(counts, any_wanted)
+    n_equal, all_equal = before_and_in_all(counts + tl.num_programs(0), any_wanted)
+    place = all_above + tl.minimum(all_equal, wanted) + tl.program_id(0).to(tl.int64) * BLOCK
+    place += tl.arange(0, BLOCK)
     while tl.min(place) < capacity:
         tl.store(slots + place, padding + tl.zeros((BLOCK,), tl.int64), mask=place < capacity)
         tl.store(indices + place, tl.zeros((BLOCK,), tl.int32), mask=place < capacity)
         tl.store(best + place, tl.zeros((BLOCK,), tl.int32), mask=place < capacity)
         place += tl.num_programs(0).to(tl.int64) * BLOCK
+    begin = tl.program_id(0).to(tl.int64) * run
+    end = tl.where(any_wanted, tl.minimum(begin + run, n), 0)
+    while begin < end:
+        slot, index, keys = load_keys(
+            params, grads, param_codes, grad_codes, first_tile, numels, n_tensors, active, eps, exponent,
+            tiles, n, begin, KIND, EXCLUDE, LISTED, BLOCK,
+        )  # fmt: skip
+        above = (keys > threshold).to(tl.int32)
+        equal = (keys == tl.maximum(threshold, 1)).to(tl.int32)
+        rank = n_equal + tl.cumsum(equal) - equal
+        wins = (above != 0) | ((equal != 0) & (rank < wanted))
+        place = n_above + tl.cumsum(above) - above + tl.minimum(rank, wanted)
+        tl.store(slots + place, slot, mask=wins)
+        tl.store(indices + place, index.to(tl.int32), mask=wins)
+        tl.store(best + place, keys, mask=wins)
+        n_above += tl.sum(above)
+        n_equal += tl.sum(equal)
+        begin += BLOCK
 
 
 def best_entries(reading: Reading, tiles: Tensor | None, k: Tensor, capacity: int):

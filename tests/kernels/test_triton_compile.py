@@ -72,7 +72,7 @@ def kernels():
     out["tile_maxima mixed"] = selection.tile_maxima_kernel, stream | mixed, 1
     for kind, exclude in (("g/d", ON), ("pow", ON), ("given", OFF)):
         block = {"KIND": kind, "EXCLUDE": exclude, "LISTED": exclude, "BLOCK": topk.BLOCK}
-        for digit in range(topk.ROUNDS.value):
+        for digit in (0, 1, 2) if kind == "g/d" else (2,):
             out[f"count_digits {kind} {digit}"] = topk.count_digits_kernel, block | {"ROUND": digit}, 4
         out[f"count_winners {kind}"] = topk.count_winners_kernel, block, 4
         out[f"write_winners {kind}"] = topk.write_winners_kernel, block, 4
@@ -194,7 +194,7 @@ def compiled(tmp_path_factory):
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(folder), "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(
-        [sys.executable, __file__, folder], env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, __file__, folder], env=environment, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
