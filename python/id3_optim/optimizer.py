@@ -106,8 +106,7 @@ class ID3AdamW(torch.optim.Optimizer):
         self.state[checkpoint.MARKER] = dict(checkpoint.MARKED)
         if total_steps is not None:
             self.set_total_steps(total_steps)
-        taken = process_group, select_from if release_gradients else None
-        self._unmasking.take_gradients(self._begin_pass, *taken, self.param_groups)
+        self._unmasking.take_gradients(self._begin_pass, process_group, select_from, self.param_groups)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's. After the first step the new tensors extend N; a budget already fixed stays.

@@ -61,17 +61,18 @@ class Unmasking:
         self,
         begin: Begin,
         group: torch.distributed.ProcessGroup | None,
-        select_from: str | None,
+        select_from: str,
         groups: Groups,
     ) -> None:
-        """Averages gradients over the processes of a group, where there is one. select_from: None where steps
-        take whole gradients."""
+        """Averages gradients over the processes of a group, where there is one; hooks the parameters where
+        gradients are released."""
+        released = self.active.layout.release
         if group is not None:
             check_replicable(group, self.method, self.active.layout.capturable)
             self.replicas = Replicas(group)
             self.active.keep_gradients(replicas=True)
             self.release = Release(begin, self.method.heuristic, None, self.replicas)
-        if select_from is not None:
+        if released:
             self.release_gradients(begin, select_from, groups)
 
     def no_sync(self) -> AbstractContextManager[None]:

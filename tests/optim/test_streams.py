@@ -62,7 +62,7 @@ class NoReport:
     def send(self, number):
         pass
 
-    def newest(self, before):
+    def newest(self, before, wait):
         return before
 
 

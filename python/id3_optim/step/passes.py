@@ -101,6 +101,6 @@ def in_two_parts(name: str) -> RuntimeError:
     """For a parameter that one backward pass gives two gradients, of which a hook has taken the first."""
     return RuntimeError(
         f"release_gradients: {name} received its gradient in two parts in one backward pass: for a weight "
-        "that is used twice under reentrant checkpoints set use_reentrant=False; with sparse_backward a weight "
-        "may be used by its layer alone (a penalty on it: in a backward pass of its own)"
+        "that is used twice under reentrant checkpoints set use_reentrant=False; with sparse_backward a "
+        "weight may be used by its layer alone (a penalty on it: in a backward pass of its own)"
     )
