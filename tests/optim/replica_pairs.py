@@ -7,9 +7,9 @@ from split_models import gradient, tiny
 from torch import distributed as dist
 from torch import nn
 
-from id3_optim import ID3AdamW, validation
+from id3_optim import ID3AdamW, compatibility
 
-validation.world_size = lambda: 1  # `Pair.alone` is a process by itself
+compatibility.world_size = lambda: 1  # `Pair.alone` is a process by itself
 OPTIONS = {"lr": 1e-2, "budget": 120, "total_steps": 12}
 
 
