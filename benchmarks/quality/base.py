@@ -55,12 +55,18 @@ def make_base(folder: Path, steps: int = STEPS, texts: list[str] | None = None) 
 
 def _tokenizer(texts: list[str]):
     """Byte-level BPE of 2048 tokens."""
-    from tokenizers import ByteLevelBPETokenizer
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    pairs = ByteLevelBPETokenizer()
-    pairs.train_from_iterator(texts, vocab_size=2048, special_tokens=["<end>"], show_progress=False)
-    return PreTrainedTokenizerFast(tokenizer_object=pairs._tokenizer, eos_token="<end>", pad_token="<end>")
+    pairs = Tokenizer(models.BPE())
+    pairs.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    pairs.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=2048, special_tokens=["<end>"], initial_alphabet=alphabet, show_progress=False
+    )
+    pairs.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=pairs, eos_token="<end>", pad_token="<end>")
 
 
 def _blocks(texts: list[str], tokenizer) -> torch.Tensor:
