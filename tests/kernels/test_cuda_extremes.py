@@ -69,12 +69,13 @@ def test_the_largest_tensors_have_chunks(dry, numel):
     assert library.chunks_of_emulated(c_int64(numel)) == -(-numel // 8192)
     row, numbers = (emulated.Row * 1)(emulated.Row(numel=numel)), (torch.zeros(2, dtype=torch.int64),) * 9
     active, state = emulated.runs(*Entries.empty(1)), torch.zeros(2100, dtype=torch.int64)
-    before = library.launches_emulated()
-    library.collect_emulated(
-        row, None, *active[1:], None, 0, c_int64(0), *map(emulated.address, numbers[:3]), c_int64(2),
-        emulated.address(state), emulated.address(numbers[3]), c_float(1), c_double(1),
-    )  # fmt: skip
-    assert library.launches_emulated() - before == 3
+    for by_grid, launches in ((0, 3), (1, 14)):
+        before = library.launches_emulated()
+        library.collect_emulated(
+            row, None, *active[1:], None, 0, c_int64(0), *map(emulated.address, numbers[:3]), c_int64(2),
+            emulated.address(state), emulated.address(numbers[3]), c_float(1), c_double(1), by_grid,
+        )  # fmt: skip
+        assert library.launches_emulated() - before == launches
     for capacity in (1, 2**20):
         library.select_topk_emulated(
             row, *active[:5], emulated.address(numbers[3]), c_int64(capacity), c_float(1), c_double(1), 0,
