@@ -25,7 +25,7 @@ PAPER = {
     "pafi": {"cola": 68.91, "mrpc": 90.52, "sst2": 96.14},
     "id3": {"cola": 72.07, "mrpc": 91.26, "sst2": 95.95},
 }
-NOTHING = "No grid has been run yet, so no score is shown: `python -m benchmarks quality` runs them."
+NOTHING = "The main grid has not been run yet, so no score is shown: `python -m benchmarks quality` runs it."
 Reports = dict[tuple[str, str], dict]
 
 
