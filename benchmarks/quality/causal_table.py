@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from statistics import fmean, stdev
-
 from benchmarks.render import table
+from id3_optim.cli.compare.statistics import spread
 
 _ABOUT = """`loss`: nats a token on rows of the new task kept aside, mean ± standard deviation over seeds;
 `forgotten`: by how much the loss on texts of the kind that the base was trained on has grown from the base's
@@ -31,6 +30,7 @@ def forgotten(report: dict, row: dict) -> list[float]:
 
 
 def _spread(values: list[float]) -> str:
-    if not values:
+    found = spread(values)
+    if found is None:
         return "–"
-    return f"{fmean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
+    return f"{found.mean:.3f}" + ("" if found.sd is None else f" ± {found.sd:.3f}")

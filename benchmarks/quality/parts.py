@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from benchmarks.quality.tasks import TASKS
+
 MAIN_BUDGET = "0.17%"
 # Seven learning rates for each kind of method.
 _RATES = {
@@ -74,7 +76,11 @@ class Part:
     budgets: tuple[str, ...] = (MAIN_BUDGET,)
     seeds: int = 5
     tuned: bool = True
-    causal: bool = False
+
+    @property
+    def causal(self) -> bool:
+        """Whether a causal language model learns, which `base` makes."""
+        return all(TASKS[task].kind == "causal-lm" for task in self.tasks)
 
 
 _ALL = ("cola", "mrpc", "sst2", "banking77")
@@ -93,7 +99,6 @@ PARTS = {
         ("gsm8k",),
         ("1%",),
         seeds=3,
-        causal=True,
     ),
     "eps-exp": Part("ε and exp", EPS_AND_EXP, ("cola", "mrpc"), seeds=3),
 }

@@ -1,13 +1,12 @@
 """The example of data parallelism runs under torchrun, and its delta makes what one process trains."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
 from torch import nn
+from torchrun_example import check_example
 
-from id3_optim import ID3AdamW, load_delta
+from id3_optim import ID3AdamW
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "data_parallel.py"
 
@@ -35,14 +34,4 @@ def trained_alone(steps, ranks, micro_batches=2):
 
 
 def test_the_example_runs_and_trains_what_one_process_trains(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += [str(EXAMPLE), "--output", str(tmp_path), "--steps", "8"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert len(EXAMPLE.read_text().splitlines()) <= 60
-    model, optimizer = trained_alone(8, 2)
-    assert f"{optimizer.n_active} of {optimizer.n_entries} entries trained, 8 steps" in done.stdout
-    base = plain()
-    load_delta(tmp_path / "delta.safetensors").apply(base)
-    for p, q in zip(model.parameters(), base.parameters(), strict=True):
-        assert torch.allclose(p, q, atol=1e-6)  # sums over tokens and replicas have another order
+    check_example(EXAMPLE, tmp_path, trained_alone, plain)

@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 import torch
-from test_resume import same, through_a_file
+from test_resume import check_resume, same
 from twins import Twins, loss_at
 
 from id3_optim import ID3AdamW, load_delta, save_delta
@@ -96,16 +96,7 @@ def test_old_entries_have_the_bits_of_a_run_without_warm_up(model, make, train, 
 @pytest.mark.parametrize("options", [{"entry_warmup": 3}, {"entry_warmup": 3, "bias_correction": "entry"}])
 def test_resume_at_every_step_is_bit_exact(model, make, train, dtype, options):
     options = options | {"total_steps": 8, "max_grad_norm": 1.0}
-    straight, optimizer = make(model, dtype, **options)
-    train(straight, optimizer, 0, 10)
-    for stop in range(10):
-        begun, first = make(model, dtype, **options)
-        train(begun, first, 0, stop)
-        resumed, second = make(begun, dtype, **options)
-        second.load_state_dict(through_a_file(first.state_dict()))
-        train(resumed, second, stop, 10)
-        assert same(second.state_dict(), optimizer.state_dict())
-        assert all(map(torch.equal, resumed.parameters(), straight.parameters()))
+    check_resume(model, make, train, dtype, options)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from test_resume import same, through_a_file
+from test_resume import check_resume
 
 from id3_optim import (
     ID3AdamW,
@@ -77,16 +77,7 @@ def test_the_budget_is_full_after_each_pruning(model, make, train):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("more", [{}, {"bias_correction": "entry", "entry_warmup": 2, "tensor_cap": 0.5}])
 def test_resume_at_every_step_is_bit_exact(model, make, train, dtype, more):
-    straight, optimizer = make(model, dtype, **OPTIONS, **more)
-    train(straight, optimizer, 0, T + 1)
-    for stop in range(T + 1):
-        begun, first = make(model, dtype, **OPTIONS, **more)
-        train(begun, first, 0, stop)
-        resumed, second = make(begun, dtype, **OPTIONS, **more)
-        second.load_state_dict(through_a_file(first.state_dict()))
-        train(resumed, second, stop, T + 1)
-        assert same(second.state_dict(), optimizer.state_dict())
-        assert all(map(torch.equal, resumed.parameters(), straight.parameters()))
+    check_resume(model, make, train, dtype, OPTIONS | more, T + 1)
 
 
 def test_two_dtypes_compete(model, give_gradients):

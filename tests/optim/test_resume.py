@@ -29,6 +29,20 @@ def same(a, b):
     return a == b
 
 
+def check_resume(model, make, train, dtype, options, steps=10):
+    """A run that stops at any step and goes on from a file is the uninterrupted one."""
+    straight, optimizer = make(model, dtype, **options)
+    train(straight, optimizer, 0, steps)
+    for stop in range(steps):
+        begun, first = make(model, dtype, **options)
+        train(begun, first, 0, stop)
+        resumed, second = make(begun, dtype, **options)
+        second.load_state_dict(through_a_file(first.state_dict()))
+        train(resumed, second, stop, steps)
+        assert same(second.state_dict(), optimizer.state_dict())
+        assert all(map(torch.equal, resumed.parameters(), straight.parameters()))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("strategy", ["increment", "repeat"])
 @pytest.mark.parametrize("bias_correction", ["tensor", "entry"])
@@ -39,16 +53,7 @@ def test_resume_at_every_step_is_bit_exact(model, make, train, dtype, strategy, 
         "bias_correction": bias_correction,
         "max_grad_norm": 1.0,
     }
-    straight, optimizer = make(model, dtype, **options)
-    train(straight, optimizer, 0, 10)
-    for stop in range(10):
-        begun, first = make(model, dtype, **options)
-        train(begun, first, 0, stop)
-        resumed, second = make(begun, dtype, **options)
-        second.load_state_dict(through_a_file(first.state_dict()))
-        train(resumed, second, stop, 10)
-        assert same(second.state_dict(), optimizer.state_dict())
-        assert all(map(torch.equal, resumed.parameters(), straight.parameters()))
+    check_resume(model, make, train, dtype, options)
 
 
 def test_resume_with_dense_groups_and_a_scheduler(model, give_gradients):

@@ -8,7 +8,7 @@ import torch
 from dense_masked import DenseMasked
 from hypothesis import given
 from hypothesis import strategies as st
-from test_resume import same, through_a_file
+from test_resume import check_resume
 from twins import Twins, loss_at
 
 from id3_optim import D3, DeltaSeries, ID3AdamW, Magnitude
@@ -82,16 +82,7 @@ def test_released_gradients_give_the_same_bits(model, dtype, options):
 
 def test_resume_at_every_step(model, make, train):
     options = {"total_steps": 9, "select_every": 4}
-    straight, optimizer = make(model, torch.float32, **options)
-    train(straight, optimizer, 0, 11)
-    for stop in range(11):
-        begun, first = make(model, torch.float32, **options)
-        train(begun, first, 0, stop)
-        resumed, second = make(begun, torch.float32, **options)
-        second.load_state_dict(through_a_file(first.state_dict()))
-        train(resumed, second, stop, 11)
-        assert same(second.state_dict(), optimizer.state_dict())
-        assert all(map(torch.equal, resumed.parameters(), straight.parameters()))
+    check_resume(model, make, train, torch.float32, options, 11)
 
 
 def test_a_state_of_another_rhythm_is_refused(model, make, train):

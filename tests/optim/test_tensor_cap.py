@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from dense_masked import d3_float32
-from test_resume import same, through_a_file
+from test_resume import check_resume
 
 from id3_optim import D3, ID3AdamW, Magnitude
 from id3_optim.schedules import tabulate, uniform
@@ -78,16 +78,7 @@ def test_a_cap_that_does_not_bind_changes_nothing(model, make, train):
 
 def test_resume_is_bit_exact(model, make, train):
     options = {"total_steps": 8, "tensor_cap": CAP, "heuristic": D3(1.0, 1.0)}
-    straight, optimizer = make(model, **options)
-    train(straight, optimizer, 0, 9)
-    for stop in range(9):
-        begun, first = make(model, **options)
-        train(begun, first, 0, stop)
-        resumed, second = make(begun, **options)
-        second.load_state_dict(through_a_file(first.state_dict()))
-        train(resumed, second, stop, 9)
-        assert same(second.state_dict(), optimizer.state_dict())
-        assert all(map(torch.equal, resumed.parameters(), straight.parameters()))
+    check_resume(model, make, train, torch.float32, options, 9)
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, -0.5, float("nan"), True, "0.1"])

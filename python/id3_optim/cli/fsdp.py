@@ -94,8 +94,8 @@ def whole_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     return {**state, "state": found}
 
 
-class UnwrappedTrainer(WatchedTrainer):
-    """A Trainer that leaves the model as it is: what averages gradients over processes is not its affair."""
+class ShardedTrainer(WatchedTrainer):
+    """A Trainer for a model that `shard` has split; every process takes part where it saves."""
 
     def create_accelerator_and_postprocess(self) -> None:
         """The Trainer's own, without DistributedDataParallel around the model."""
@@ -106,10 +106,6 @@ class UnwrappedTrainer(WatchedTrainer):
             return prepare(model, device_placement=False, evaluation_mode=True)
 
         self.accelerator.prepare_model = prepare_model
-
-
-class ShardedTrainer(UnwrappedTrainer):
-    """A Trainer for a model that `shard` has split; every process takes part where it saves."""
 
     def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
         """Each part is on its device, and hooks on parameters do not survive a move."""

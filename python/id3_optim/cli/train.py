@@ -39,7 +39,7 @@ from .settings import Settings, check_mask, check_settings, optimizer_options, r
 from .start import Start, load_start
 from .stopping import stopping
 from .tasks import Task
-from .trainer import encoded, make_trainer, run_trainer, trainer_arguments
+from .trainer import make_trainer, run_trainer, to_measure, trainer_arguments
 
 
 @dataclass
@@ -157,7 +157,7 @@ def fit(
     measured = trainer.evaluate()
     watch.check_end(start.model, trainer.state.global_step, measured["eval_loss"])
     if task.also:
-        measured |= trainer.evaluate(encoded(task.also, start, task, settings), metric_key_prefix="also")
+        measured |= trainer.evaluate(to_measure(task.also, start, task, settings), metric_key_prefix="also")
     checkpoints.remove_old()
     found = (f"{prefix}_{name}" for prefix in ("eval", "also") for name in metrics.NAMES)
     remove_unfinished(Path(settings.output))

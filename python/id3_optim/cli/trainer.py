@@ -68,16 +68,13 @@ def run_trainer(trainer: WatchedTrainer, checkpoint: Path | None) -> None:
 
 def make_trainer(start, task, optimizer, settings, callbacks, watch) -> WatchedTrainer:
     """The Trainer of `fit`, with the encoded rows of both files."""
-    length = min(settings.max_length, longest_input(start))
-    train = tasks.encode(task.train, task, start.tokenizer, length)
-    check_tokens(settings.model, start.model, train)
     kind = fsdp.ShardedTrainer if settings.fsdp else WatchedTrainer
     trainer = kind(
         watch,
         model=start.model,
         args=trainer_arguments(settings),
-        train_dataset=train,
-        eval_dataset=encoded(task.eval, start, task, settings),
+        train_dataset=encoded(task.train, start, task, settings),
+        eval_dataset=to_measure(task.eval, start, task, settings),
         data_collator=partial(tasks.collate, pad_token_id=tasks.padding_token(start.tokenizer)),
         optimizers=(optimizer, None),
         callbacks=callbacks,
@@ -89,8 +86,13 @@ def make_trainer(start, task, optimizer, settings, callbacks, watch) -> WatchedT
 
 
 def encoded(rows: list, start: Start, task: Task, settings: Settings) -> list[dict]:
-    """Rows to measure on. Those of similar length share a batch, which halves the padding; no metric depends
-    on their order."""
-    encoded = tasks.encode(rows, task, start.tokenizer, min(settings.max_length, longest_input(start)))
-    check_tokens(settings.model, start.model, encoded)
-    return sorted(encoded, key=lambda row: len(row["input_ids"]))
+    """Rows as the model's inputs. Raises ValueError for tokens that it lacks."""
+    inputs = tasks.encode(rows, task, start.tokenizer, min(settings.max_length, longest_input(start)))
+    check_tokens(settings.model, start.model, inputs)
+    return inputs
+
+
+def to_measure(rows: list, start: Start, task: Task, settings: Settings) -> list[dict]:
+    """`encoded`, so that rows of similar length share a batch, which halves the padding; no metric depends on
+    their order."""
+    return sorted(encoded(rows, start, task, settings), key=lambda row: len(row["input_ids"]))

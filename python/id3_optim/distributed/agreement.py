@@ -87,8 +87,7 @@ def check_agreement(
             same = int((rows[:, i] == own[i].cpu()).sum())
             raise ValueError(
                 f"{name}: expected the same on all {len(rows)} ranks, got {fact[:200]} on {same} of them, "
-                "this one included; start every rank with the same program, arguments and "
-                "seed"
+                "this one included; start every rank with the same program, arguments and seed"
             )
 
 
