@@ -35,6 +35,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "deploy": _from("deploy"),
     "reference": _from("reference"),
     "quantized": _from("quantized"),
+    "ranks": _from("ranks"),
     "quality": _from("quality.run"),
     "against": _from("against"),
     "report": _from("report"),

@@ -210,10 +210,11 @@ def test_sampled_gradients(order, dtype, tokens):
 def chunks_of(numels, active=None):
     library, length = emulated.library(), c_int32()
     rows = (emulated.Row * len(numels))(*(emulated.Row(numel=n) for n in numels))
-    active = emulated.entries(*(active or Entries.empty(len(numels))))[:3]
-    count = library.chunks_emulated(rows, *active, None, ctypes.byref(length))
+    active = active or Entries.empty(len(numels))  # named: the addresses below do not keep it
+    addresses = emulated.entries(*active)[:3]
+    count = library.chunks_emulated(rows, *addresses, None, ctypes.byref(length))
     table = torch.zeros(count, 5, dtype=torch.int64)
-    library.chunks_emulated(rows, *active, emulated.address(table), ctypes.byref(length))
+    library.chunks_emulated(rows, *addresses, emulated.address(table), ctypes.byref(length))
     return table, length.value
 
 

@@ -8,11 +8,11 @@ import torch
 from candidates import Candidates, collect, padded
 from hypothesis import given
 from hypothesis import strategies as st
+from split_runs import JUNK, split
 from updates import NUMBERS, Update
 
 from id3_kernels import Entries
 from id3_kernels.reference import wide_dtype
-from runs import JUNK, split
 
 COUNTS = st.integers(1, 3)
 SEEDS = st.integers(0, 2**32 - 1)

@@ -8,10 +8,10 @@ import torch
 from cases import BF16, F16, F32, F64, NAN
 from hypothesis import given
 from hypothesis import strategies as st
+from split_runs import JUNK, split
 
 from id3_kernels import Entries, reference
 from id3_kernels.reference import wide_dtype
-from runs import JUNK, split
 
 SEEDS = st.integers(0, 2**32 - 1)
 DTYPES = [F32, BF16, F16, F64]
