@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
+from torch.utils.checkpoint import checkpoint
 
 from ..step.products import Product, Rows
 from .weight import Weight
@@ -32,6 +34,14 @@ def lookup(ids: Tensor, weight: Tensor, padding_idx: int | None, site: Weight) -
     if _transforms():
         return F.embedding(ids, weight, padding_idx)
     return _Lookup.apply(ids, weight, padding_idx, site)
+
+
+@torch.compiler.disable(reason=_BREAKS)
+def recomputed(forward: Callable[..., Tensor], *inputs: Any, **named: Any) -> Tensor:
+    """The result of a forward pass without random numbers, which the backward pass computes again."""
+    if _transforms():
+        return forward(*inputs, **named)
+    return checkpoint(forward, *inputs, use_reentrant=False, preserve_rng_state=False, **named)
 
 
 def _transforms() -> bool:

@@ -12,7 +12,7 @@ from ..heuristics import D3, Heuristic
 from ..param_groups import selectable
 from ..ranks import world_size
 from ..wrappers import unwrapped, unwrapped_model
-from .layers import sparse_class
+from .layers import norm_class, sparse_class
 from .weight import Readers, Weight
 
 
@@ -56,7 +56,8 @@ def sparse_backward(model: nn.Module, optimizer: Any, select_from: str | None = 
     transformers' `Conv1D` and `nn.Embedding` that `optimizer` selects from. All other parameters go the way
     of released gradients (`release_gradients=True`, which this implies). So do, in steps that select, weights
     that are used more than once in a pass: tied ones, and those of a layer that is called twice. `report()`
-    of the result lists each parameter's way.
+    of the result lists each parameter's way. In a step that selects, RMSNorms
+    of transformers compute their normalised input again rather than keep it for the backward pass.
 
     Call it before the first step, or after a state was loaded. model: as it is trained, in any dtype that
     ID3AdamW takes, under autocast too. select_from: see `ID3AdamW`, whose own it is if
@@ -74,7 +75,8 @@ def sparse_backward(model: nn.Module, optimizer: Any, select_from: str | None = 
     for _, layers in found:
         weight = Weight(layers[0].weight, release, readers) if layers else None
         for layer in layers:
-            layer.sparse_weight, layer.__class__ = weight, sparse_class(type(layer))
+            layer.sparse_weight = weight
+            layer.__class__ = sparse_class(type(layer)) or norm_class(type(layer))
             changed.append((layer, weight))
     return SparseBackward([way for way, _ in found], changed)
 
@@ -141,10 +143,16 @@ def _ways(model: nn.Module, optimizer: Any) -> Iterator[tuple[Way, list[nn.Modul
             )
         why_not = next((why for holder in held if (why := _obstacle(holder))), None)
         if why_not:
-            yield Way(name, param.numel(), "released", why_not), []
+            norms = [holder.layer for holder in held if _is_norm(holder)]
+            yield Way(name, param.numel(), "released", why_not), norms
         else:
             whole = _whole(held, optimizer.heuristic)
             yield Way(name, param.numel(), "sparse", whole), [holder.layer for holder in held]
+
+
+def _is_norm(holder: _Holder) -> bool:
+    """Whether the layer is one of `norm_class` and has the forward pass of its class."""
+    return norm_class(type(holder.layer)) is not None and "forward" not in vars(holder.layer)
 
 
 def _obstacle(holder: _Holder) -> str | None:

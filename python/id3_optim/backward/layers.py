@@ -1,4 +1,4 @@
-"""Layers whose backward pass makes no gradient of the weight.
+"""Layers whose backward pass makes no gradient of the weight, and norms that keep less for theirs.
 
 A layer's class is replaced by a subclass that differs in `forward` alone, so that names, state dicts and
 `isinstance` stay. Its copies and pickles are plain layers.
@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import sys
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .functions import linear, lookup
+from .functions import linear, lookup, recomputed
 from .weight import Weight
 
 
@@ -26,11 +27,11 @@ class _Sparse:
         state = {name: value for name, value in self.__dict__.items() if name != "sparse_weight"}
         return _bare, (self.plain,), state
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, *inputs: Any, **named: Any) -> Tensor:
         trained = torch.is_grad_enabled() and self.weight.requires_grad and not torch.jit.is_tracing()
         if trained and self.sparse_weight.of(self.weight):
-            return self.sparse_forward(input)
-        return super().forward(input)
+            return self.sparse_forward(*inputs, **named)
+        return super().forward(*inputs, **named)
 
 
 def _bare(plain: type[nn.Module]) -> nn.Module:
@@ -51,6 +52,27 @@ class _Conv1D(_Sparse):
 class _Embedding(_Sparse):
     def sparse_forward(self, input: Tensor) -> Tensor:
         return lookup(input, self.weight, self.padding_idx, self.sparse_weight)
+
+
+class _RMSNorm(_Sparse):
+    """Written as separate operations, it keeps its input and, for the weight, its normalised input too.
+
+    A step that selects is where memory is highest; there the second is computed again.
+    """
+
+    def sparse_forward(self, *inputs: Any, **named: Any) -> Tensor:
+        plain = super(_Sparse, self).forward
+        if self.sparse_weight.release.selects():
+            return recomputed(plain, *inputs, **named)
+        return plain(*inputs, **named)
+
+
+@cache
+def norm_class(plain: type[nn.Module]) -> type[nn.Module] | None:
+    """The subclass for an RMSNorm of a model of transformers; None for every other class: torch's own norms,
+    and those of kernel libraries, keep no second tensor."""
+    known = plain.__module__.startswith("transformers.models.") and plain.__name__.endswith("RMSNorm")
+    return type(f"Sparse{plain.__name__}", (_RMSNorm, plain), {"plain": plain}) if known else None
 
 
 @cache
