@@ -68,7 +68,8 @@ def test_the_largest_tensors_have_chunks(dry, numel):
     library = emulated.library()
     assert library.chunks_of_emulated(c_int64(numel)) == -(-numel // 8192)
     row, numbers = (emulated.Row * 1)(emulated.Row(numel=numel)), (torch.zeros(2, dtype=torch.int64),) * 9
-    active, state = emulated.runs(*Entries.empty(1)), torch.zeros(2100, dtype=torch.int64)
+    nothing = Entries.empty(1)  # named: the addresses below do not keep it
+    active, state = emulated.runs(*nothing), torch.zeros(2100, dtype=torch.int64)
     for by_grid, launches in ((0, 3), (1, 14)):
         before = library.launches_emulated()
         library.collect_emulated(
