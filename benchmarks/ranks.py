@@ -51,7 +51,7 @@ def optimizer_of(inputs: Inputs) -> Ours:
 
 
 def process(rank: int, kind: str, options: argparse.Namespace, folder: str) -> None:
-    """Writes this process's median seconds of a step, and all active entries, into the folder."""
+    """Writes into the folder: median seconds of a step, all active entries, bytes of this process's state."""
     torch.set_num_threads(1)
     inputs = half(options.model, rank)
     if kind != "one":  # two apart have a group to begin each step together
@@ -65,42 +65,53 @@ def process(rank: int, kind: str, options: argparse.Namespace, folder: str) -> N
         begin = perf_counter()
         ours.step()
         seconds.append(perf_counter() - begin)
-    torch.save((median(seconds), ours.active()), f"{folder}/{kind}-{rank}.pt")
+    torch.save((median(seconds), ours.active(), ours.state_bytes()), f"{folder}/{kind}-{rank}.pt")
     if kind != "one":
         dist.destroy_process_group()
 
 
-def run(kind: str, options: argparse.Namespace) -> tuple[float, torch.Tensor]:
-    """The slowest process's median seconds, and the first one's active entries."""
+def run(kind: str, options: argparse.Namespace) -> tuple[float, torch.Tensor, int]:
+    """The slowest process's median seconds, the first one's active entries, the largest state in bytes."""
     processes = 1 if kind == "one" else RANKS
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(process, (kind, options, folder), nprocs=processes)
         found = [torch.load(f"{folder}/{kind}-{rank}.pt") for rank in range(processes)]
-    return max(seconds for seconds, _ in found), found[0][1]
+    seconds, active, state_bytes = zip(*found, strict=True)
+    return max(seconds), active[0], max(state_bytes)
 
 
-def check(options: argparse.Namespace, active: torch.Tensor) -> None:
-    """AssertionError where two ranks have chosen other entries than one process with the whole model."""
+def check(options: argparse.Namespace, active: torch.Tensor) -> int:
+    """Bytes of the state of one process with the whole model. AssertionError where it chose other entries."""
     whole = optimizer_of(make_inputs(options.model))
     for _ in range(1 + options.steps):
         whole.step()
     assert torch.equal(active, whole.active()), "the ranks chose other entries"
+    return whole.state_bytes()
 
 
-def measure(options: argparse.Namespace) -> dict[str, float]:
-    """Median milliseconds of a step by kind, over rounds in turns."""
+def measure(options: argparse.Namespace) -> dict[str, object]:
+    """Median milliseconds of a step by kind, over rounds in turns; bytes of a rank's and of a whole state."""
     seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    state_bytes = {}
     for turn in range(options.rounds):
         for kind, row in seconds.items():
-            taken, active = run(kind, options)
+            taken, active, state_bytes[kind] = run(kind, options)
             row.append(taken)
             if kind == "ranks" and turn == 0:
-                check(options, active)
-    return {kind: round(1e3 * median(row), 3) for kind, row in seconds.items()}
+                state_bytes["whole"] = check(options, active)
+    medians = {kind: round(1e3 * median(row), 3) for kind, row in seconds.items()}
+    return {"median_ms": medians, "state_bytes": state_bytes}
 
 
-def bars_of(medians: dict[str, float]) -> list[Bar]:
-    return [Bar("two ranks of half a model / one process with half", 1.3, medians["ranks"] / medians["one"])]
+def bars_of(results: dict) -> list[Bar]:
+    medians, state = results["median_ms"], results["state_bytes"]
+    share = state["ranks"] / state["whole"]
+    return [
+        Bar(
+            "two ranks of half a model / one process with half: time", 1.3, medians["ranks"] / medians["one"]
+        ),
+        Bar("one of two ranks / one process with the whole model: state", 1.05 / RANKS, share),
+    ]
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -110,12 +121,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--output", type=Path, default=RESULTS / "ranks")
     options = parser.parse_args(arguments)
-    medians = measure(options)
-    results = {"machine": describe(1), "model": options.model, "median_ms": medians}
-    results["bars"] = bar_rows(bars_of(medians))
+    results = {"machine": describe(1), "model": options.model, **measure(options)}
+    results["bars"] = bar_rows(bars_of(results))
     path = results_path(options.output, results["machine"])
     path.write_text(json.dumps(results, indent=1) + "\n")
-    print(table(["", "ms"], [[about, f"{medians[kind]:.2f}"] for kind, about in KINDS.items()]))
+    print(table(["", "ms"], [[about, f"{results['median_ms'][kind]:.2f}"] for kind, about in KINDS.items()]))
     print(bars_table(results["bars"]))
 
 
