@@ -9,6 +9,7 @@ import torch
 from .distributed.part import is_split
 from .method import Method
 from .ranks import check_builder, world_size
+from .running import Running
 from .state.layout import Layout
 
 SELECT_FROM = ("last", "max")
@@ -34,6 +35,11 @@ def _check_release(release_gradients: bool, select_from: str, method: Method) ->
         raise ValueError(
             "release_gradients: does not apply to strategy 'repeat': entries that come back would need "
             "gradients that are gone"
+        )
+    if isinstance(method.heuristic, Running):
+        raise ValueError(
+            "release_gradients: does not apply to the heuristic Running: it reads whole gradients before "
+            "each step"
         )
     for name in ("tensor_cap", "prune"):
         if getattr(method, name) is not None:

@@ -99,3 +99,13 @@ def test_what_is_refused():
     param.grad = torch.ones(3)
     with pytest.raises(ValueError, match=r"heuristic Running: expected watch\(optimizer\) before the first"):
         optimizer.step()
+
+
+def test_released_gradients_are_refused_by_name():
+    param = torch.nn.Parameter(torch.randn(30))
+    options = {"budget": 9, "total_steps": 3, "heuristic": Running("sum")}
+    refused = "release_gradients: does not apply to the heuristic Running"
+    with pytest.raises(ValueError, match=refused):
+        ID3AdamW([param], release_gradients=True, **options)
+    with pytest.raises(ValueError, match=refused):
+        ID3AdamW([param], **options).release_gradients()

@@ -253,6 +253,13 @@ def test_dense_groups_are_sent_by_their_changed_entries(train):
     assert_right(receiver, model)
 
 
+def test_split_parameters_are_refused_by_name(model, make, monkeypatch):
+    model, optimizer = make(model)
+    monkeypatch.setattr("id3_optim.delta.chain.is_split", lambda param: True)
+    with pytest.raises(ValueError, match="expected a whole parameter, got a DTensor; use weight_patches"):
+        WeightStream(model, optimizer)
+
+
 def test_what_a_stream_cannot_follow_is_refused(model, make, train):
     model, optimizer = make(model, keep_originals=False)
     with pytest.raises(ValueError, match="optimizer: expected keep_originals=True"):

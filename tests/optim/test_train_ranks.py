@@ -240,16 +240,28 @@ def test_another_number_of_processes_is_refused(ran, files, capsys):
     assert snapshot(files / "fsdp") == before
 
 
+EXCLUDED_BY_FSDP = (
+    ["--method", "bitfit"],
+    ["--sparse-backward"],
+    ["--memory-report"],
+    ["--tensor-cap", "0.5"],
+    ["--prune", "2"],
+    ["--heuristic", "d3-relative"],
+)
+
+
 def test_options_that_exclude_each_other(files, tmp_path, capsys, monkeypatch):
     code, _, error = run(capsys, words(files, tmp_path / "a", "--fsdp"))
     assert code == 2 and "--fsdp: expected the processes of a launcher, got none; start" in error
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
-    for option in (["--method", "bitfit"], ["--sparse-backward"], ["--memory-report"]):
+    for option in EXCLUDED_BY_FSDP:
         code, _, error = run(capsys, words(files, tmp_path / "a", "--fsdp", *option))
         assert code == 2 and f"error on rank 1: {option[0]}: does not apply to --fsdp: " in error
     code, _, error = run(capsys, words(files, tmp_path / "a", "--release-gradients"))
     assert code == 2 and "--release-gradients: needs --fsdp with several processes" in error
+    code, _, error = run(capsys, words(files, tmp_path / "a", "--sparse-backward"))
+    assert code == 2 and "--sparse-backward: does not apply to several processes" in error
     assert not (tmp_path / "a").exists()
 
 

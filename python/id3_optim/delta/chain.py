@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from id3_kernels import Entries
 
+from ..distributed.part import is_split
 from ..wrappers import check_holds, check_trained, plain_names, unwrapped
 from .coordinates import checkpoint_parts
 from .file import Change
@@ -32,8 +33,9 @@ class WeightStream:
     and indices of updates are those of the model's checkpoint (`save_pretrained` of transformers, which keeps
     the experts of a layer apart); in other models, those of its parameters. Dense groups are copied here.
 
-    Raises ValueError for an optimizer with keep_originals=False and for a parameter that the model lacks;
-    TypeError for another optimizer. A stream made after a dense group's first step needs its saved state.
+    Raises ValueError for an optimizer with keep_originals=False, a parameter that the model lacks, and a
+    DTensor; TypeError for another optimizer. A stream made after a dense group's first step needs its saved
+    state.
     """
 
     def __init__(self, model: nn.Module, optimizer: Any) -> None:
@@ -45,7 +47,7 @@ class WeightStream:
         check_holds(names, (p for group in groups for p in group["params"] if p.requires_grad))
         params = {names[id(p)]: p for group in groups for p in group["params"] if id(p) in names}
         for name, param in params.items():
-            check_param(name, param)
+            _check_whole(name, param)
         self._names, self._parts, self._kinds = names, checkpoint_parts(model), kinds_of(params)
         whole = ((n, p) for n in params for p in self._parts[n] if p.is_all_of(params[n]))
         self._whole = dict(whole)  # parameter name → the weight that is the whole parameter
@@ -179,6 +181,12 @@ class WeightStream:
                 if flat.numel():
                     found[part.name] = _Piece(part.shape, flat, old[selected], new[selected])
         return found
+
+
+def _check_whole(name: str, param: Tensor) -> None:
+    if is_split(param):
+        raise ValueError(f"{name}: expected a whole parameter, got a DTensor; use weight_patches")
+    check_param(name, param)
 
 
 class _Piece(NamedTuple):

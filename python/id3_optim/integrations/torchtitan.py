@@ -1,4 +1,4 @@
-"""ID3AdamW inside torchtitan, on whole parameters: one GPU, or DistributedDataParallel.
+"""ID3AdamW inside torchtitan. Tried on whole parameters alone: one GPU, or DistributedDataParallel.
 
     group = ParamGroupConfig(pattern=".*", optimizer_name="ID3AdamW", optimizer_kwargs={"lr": 1e-3})
     config.optimizer = ID3OptimizersContainer.Config(
@@ -6,8 +6,7 @@
         optimizer_factory_kwargs_by_name={"ID3AdamW": {"budget": 0.005, "total_steps": 1000}},
     )
 
-A group of `optimizer_kwargs={"dense": True, …}` is trained whole. Parameters that FSDP or tensor parallelism
-splits are refused by name.
+A group of `optimizer_kwargs={"dense": True, …}` is trained whole.
 """
 
 from __future__ import annotations
