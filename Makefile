@@ -49,7 +49,7 @@ bench: $(READY) $(VENV)/.has-bench
 	$(BIN)/python -m benchmarks
 
 # For a machine with a GPU and no network: uses its own Python (torch, triton, pytest, hypothesis, nvcc), not .venv.
-# PART: build, tests, bench, sanitize or e2e; all without it, in eight minutes.
+# PART: first, build, tests, bench, sanitize or e2e; all without it, in eight minutes.
 gpu-check:
 	PYTHONPATH=.:python $(PYTHON) -m benchmarks.gpu $(if $(PART),--part $(PART))
 

@@ -9,6 +9,7 @@ import torch
 from .distributed.part import is_split
 from .method import Method
 from .ranks import check_builder, world_size
+from .relative import Relative
 from .running import Running
 from .state.layout import Layout
 
@@ -77,6 +78,11 @@ def check_ranks(method: Method, alone: bool) -> None:
     for name in ("tensor_cap", "prune"):
         if not alone and getattr(method, name) is not None:
             raise ValueError(f"{name}: does not apply to DTensor parameters: no rank sees all their entries")
+    if not alone and isinstance(method.heuristic, Relative | Running):
+        kind = type(method.heuristic).__name__
+        raise ValueError(
+            f"heuristic {kind}: does not apply to DTensor parameters, of which a rank has a part; use D3"
+        )
 
 
 def check_devices(layout: Layout, tensors: Iterable[torch.Tensor], dense: bool = False) -> None:

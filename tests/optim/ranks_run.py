@@ -26,6 +26,8 @@ from id3_optim import (
 )
 from id3_optim.distributed import traffic as computed
 from id3_optim.integrations.run import numbers_to_log
+from id3_optim.relative import Relative
+from id3_optim.running import Running
 from id3_optim.step import selection
 
 
@@ -248,6 +250,9 @@ def refused(split):
     for option in ({"tensor_cap": 0.5}, {"prune": Prune(2)}):
         message = f"{next(iter(option))}: does not apply to DTensor"
         expect(ValueError, message, lambda option=option: step([overlapping[0]], **option))
+    for heuristic in (Relative(), Running("sum")):
+        message = f"heuristic {type(heuristic).__name__}: does not apply to DTensor"
+        expect(ValueError, message, lambda h=heuristic: step([overlapping[0]], heuristic=h))
     expect(
         ValueError,
         "0.weight: expected a whole parameter with sparse",

@@ -63,7 +63,7 @@ def add_data(group) -> None:
     )
     add("--text-column", nargs="+", default=["text"], metavar="NAME", help="one column, or two for pairs")
     add("--label-column", default="label", metavar="NAME", help="column of the class")
-    add("--encoding", default="utf-8", metavar="NAME", help="of both files, such as latin-1 or utf-16")
+    add("--encoding", default="utf-8", metavar="NAME", help="of all files of rows, such as latin-1 or utf-16")
     add(
         "--delimiter",
         type=delimiter,
@@ -143,7 +143,7 @@ def add_selection(group) -> None:
         "--optimizer",
         choices=("id3", "adamw"),
         default="id3",
-        help="adamw trains every entry, for comparison",
+        help="adamw trains every entry, for comparison; not with --method",
     )
     add("--budget", type=budget, default="0.5%", help="entries (320000) or a share of the model (0.5%%)")
     add(
@@ -177,7 +177,13 @@ def add_selection(group) -> None:
 
 
 def add_variants(add: Callable[..., None]) -> None:
-    add("--entry-warmup", type=int, default=0, metavar="STEPS", help="each entry's own, from its joining")
+    add(
+        "--entry-warmup",
+        type=int,
+        default=0,
+        metavar="STEPS",
+        help="an entry's learning rate grows from 0 over so many steps after it joins",
+    )
     add("--tensor-cap", type=float, metavar="SHARE", help="the most of the budget that one tensor gets")
     add(
         "--prune",
@@ -186,7 +192,7 @@ def add_variants(add: Callable[..., None]) -> None:
         help="in every such step the entries that moved least give their place to new ones",
     )
     add("--prune-share", type=float, default=0.1, metavar="SHARE", help="of the active entries, with --prune")
-    add("--mask", metavar="DELTA", help="train the entries of this delta, from the first step on")
+    add("--mask", metavar="DELTA", help="train the entries that this delta changes, from the first step on")
     add("--reuse-mask", action="store_true", help="train twice: anew with the first run's entries at once")
 
 

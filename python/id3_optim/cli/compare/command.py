@@ -52,7 +52,7 @@ def _add_grid(group) -> None:
     add("--steps", type=int, default=1000, help="optimizer steps of a run")
     add("--tune-steps", type=int, help="of the longest runs that tune (default: half of --steps)")
     add("--held-out", type=float, default=0.1, help="share of the training rows that tuning measures on")
-    add("--metric", help="orders the runs (default: accuracy, token_loss)")
+    add("--metric", help="orders the runs (default: accuracy, pearson, f1 or token_loss, by the task)")
     add("--against", metavar="METHOD", help="what all are compared with (default: the first method)")
     add("--jobs", type=int, default=1, help="runs at a time, each in its own process")
     add("--threads", type=int, help="of each run (default: as before, at first the cores divided by --jobs)")
