@@ -115,9 +115,11 @@ def bars_of(results: dict) -> list[dict]:
 _ALT = "Times of a whole training step as shares of full fine-tuning's"
 
 
-def _machine(machine: dict) -> str:
+def _machine(results: dict) -> str:
+    """The machine line; `renewed` of the results: what was measured later, and at which commit."""
+    machine, renewed = results["machine"], results.get("renewed")
     where = f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads"
-    when = f"commit {machine['commit']}, {machine['date']}"
+    when = f"commit {machine['commit']}, {machine['date']}" + (f"; {renewed}" if renewed else "")
     return f"{where}; torch {machine['torch']} ({machine['simd']}); {when}."
 
 
@@ -131,7 +133,7 @@ def readme_block(results: dict, picture: str) -> str:
     summary = (
         f"A Llama shape of {entries:.0f}M entries, 512 tokens, 0.17 % of the entries, selection in every "
         f"16th step: a training step takes {full} of full fine-tuning's, {lora} of LoRA's (r = 8), and "
-        f"{floor} of the forward pass and the gradients of activations alone. {_machine(results['machine'])}"
+        f"{floor} of the forward pass and the gradients of activations alone. {_machine(results)}"
     )
     return "\n\n".join([f"![{_ALT}]({picture})", summary, missed(results["bars"])])
 
@@ -141,7 +143,7 @@ def page_block(results: dict, picture: str) -> str:
     rounds = max(row["rounds"] for row in results["times"])
     return f"""![{_ALT}]({picture})
 
-{_machine(results["machine"])}
+{_machine(results)}
 Medians of {rounds} interleaved rounds in one process, forward, backward and step; texts of 128 tokens, no
 dropout, random weights; half the budget active. K: entries join in every K-th step; a step's time is the mean
 over K steps. Front-loaded: the first fifth of a run's steps select, the rest do not. Memory: a process for

@@ -80,9 +80,7 @@ def check_ranks(method: Method, alone: bool) -> None:
             raise ValueError(f"{name}: does not apply to DTensor parameters: no rank sees all their entries")
     if not alone and isinstance(method.heuristic, Relative | Running):
         kind = type(method.heuristic).__name__
-        raise ValueError(
-            f"heuristic {kind}: does not apply to DTensor parameters, of which a rank has a part; use D3"
-        )
+        raise ValueError(f"heuristic: does not apply to DTensor parameters: {kind} needs whole tensors")
 
 
 def check_devices(layout: Layout, tensors: Iterable[torch.Tensor], dense: bool = False) -> None:

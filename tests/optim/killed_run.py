@@ -70,3 +70,4 @@ def main(folder, where=None, rank=None):
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), *sys.argv[2:])
+    os._exit(0)  # gloo's threads can end a process that ends late with SIGABRT: pytorch#190489

@@ -251,7 +251,7 @@ def refused(split):
         message = f"{next(iter(option))}: does not apply to DTensor"
         expect(ValueError, message, lambda option=option: step([overlapping[0]], **option))
     for heuristic in (Relative(), Running("sum")):
-        message = f"heuristic {type(heuristic).__name__}: does not apply to DTensor"
+        message = f"heuristic: does not apply to DTensor parameters: {type(heuristic).__name__} needs"
         expect(ValueError, message, lambda h=heuristic: step([overlapping[0]], heuristic=h))
     expect(
         ValueError,
