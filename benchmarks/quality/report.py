@@ -213,7 +213,7 @@ def _how(reports: Reports, part: str, tasks: list[str]) -> str:
         versions = sorted({run["versions"] for run in report["runs"] if run.get("versions")})
         lines.append(
             f"- {task}: {report['steps']} steps, tuned with {report['tune_steps']}; {'; '.join(versions)}. "
-            f"Learning rates: {', '.join(rates)}."
+            f"Learning rates: {', '.join(rates) or 'none chosen yet'}."
         )
     return "\n".join(lines)
 
