@@ -41,14 +41,8 @@ def command(options: argparse.Namespace, name: str, task_name: str, files: tuple
     given += ["--results", options.runs / f"{task_name}.sqlite", "--metric", task.metric]
     given += ["--methods", *(with_rates(method, part) for method in methods_of(options, part))]
     given += ["--budgets", *part.budgets, "--seeds", *range(options.seeds or part.seeds)]
-    given += [
-        "--steps",
-        steps,
-        "--tune-steps",
-        max(1, steps // 2),
-        "--eval-every",
-        max(1, steps // task.evaluations),
-    ]
+    evaluate_every = max(1, steps // task.evaluations)
+    given += ["--steps", steps, "--tune-steps", max(1, steps // 2), "--eval-every", evaluate_every]
     given += ["--log-every", max(1, steps // 50), "--jobs", options.jobs]
     return [*map(str, given), *(["--cpu"] if options.cpu else [])]
 
