@@ -43,7 +43,7 @@ def command(options: argparse.Namespace, name: str, task_name: str, files: tuple
     given += ["--budgets", *part.budgets, "--seeds", *range(options.seeds or part.seeds)]
     evaluate_every = max(1, steps // task.evaluations)
     given += ["--steps", steps, "--tune-steps", max(1, steps // 2), "--eval-every", evaluate_every]
-    given += ["--log-every", max(1, steps // 50), "--jobs", options.jobs]
+    given += ["--log-every", max(1, steps // 50), "--jobs", options.jobs, "--group-by-length"]
     return [*map(str, given), *(["--cpu"] if options.cpu else [])]
 
 

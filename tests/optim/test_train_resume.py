@@ -45,9 +45,14 @@ def same_result(files, folder):
 
 
 @pytest.mark.parametrize(
-    "more", [["--method", "id3-adam"], ["--prune", "2", "--prune-share", "0.3", "--entry-warmup", "3"]]
+    "more",
+    [
+        ["--method", "id3-adam"],
+        ["--prune", "2", "--prune-share", "0.3", "--entry-warmup", "3"],
+        ["--group-by-length", "--batch-size", "12"],
+    ],
 )
-def test_sums_ages_and_pruning_go_on(files, tmp_path, capsys, more):
+def test_sums_ages_pruning_and_the_order_of_rows_go_on(files, tmp_path, capsys, more):
     straight, stopped = tmp_path / "straight", tmp_path / "run"
     assert run(capsys, words(files, straight, *OPTIONS, *more))[0] == 0
     shutil.copytree(straight / "checkpoint-4", stopped / "checkpoint-4")

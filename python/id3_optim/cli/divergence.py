@@ -7,6 +7,7 @@ import transformers
 
 from ..distributed.part import local
 from ..ranks import largest
+from .sampling import GroupedByLength
 
 LASTS = 3  # steps in a row without a finite loss: one alone can come from one batch
 
@@ -72,7 +73,7 @@ class FiniteLoss(transformers.TrainerCallback):
 
 
 class WatchedTrainer(transformers.Trainer):
-    """A Trainer that shows the loss of every batch to a `FiniteLoss`."""
+    """A Trainer that shows the loss of every batch to a `FiniteLoss`, and groups rows in an order of its own."""
 
     def __init__(self, watch: FiniteLoss, **options) -> None:
         super().__init__(**options)
@@ -83,3 +84,10 @@ class WatchedTrainer(transformers.Trainer):
         loss = super().training_step(*args, **kwargs)
         self.watch.see(self.state.global_step + 1, self.accelerator.reduce(loss.detach(), "mean"))
         return loss
+
+    def _get_train_sampler(self, train_dataset=None):
+        args, rows = self.args, self.train_dataset if train_dataset is None else train_dataset
+        if args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        lengths = [len(row["input_ids"]) for row in rows]
+        return GroupedByLength(lengths, args.train_batch_size, args.seed)

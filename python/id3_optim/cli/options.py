@@ -223,6 +223,7 @@ def add_batches(group) -> None:
     add = adder(group)
     add("--batch-size", type=int, default=16, help="rows of one forward pass")
     add("--accumulate", type=int, default=1, metavar="BATCHES", help="batches of one optimizer step")
+    add("--group-by-length", action="store_true", help="batches of texts of similar length: less padding")
     add("--head-lr", type=float, help="learning rate of a new head (default: that of all entries)")
     add("--warmup", type=float, default=0.05, help="steps, or a share of them, before the full learning rate")
     add("--weight-decay", type=float, default=0.0, help="on active entries alone, decoupled")

@@ -72,6 +72,7 @@ class Settings:
     max_grad_norm: float = 1.0
     batch_size: int = 16
     accumulate: int = 1
+    group_by_length: bool = False
     seed: int = 42
     bf16: bool = False
     release_gradients: bool = False

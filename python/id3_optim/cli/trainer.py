@@ -52,6 +52,7 @@ def trainer_arguments(settings: Settings) -> transformers.TrainingArguments:
         disable_tqdm=True,
         dataloader_pin_memory=torch.cuda.is_available() and not cpu,
         remove_unused_columns=False,
+        train_sampling_strategy="group_by_length" if settings.group_by_length else "random",
     )
 
 
