@@ -171,11 +171,11 @@ The folder has CoLA, MRPC and SST-2 as GLUE's files and `math/gsm8k.train.jsonl`
 project. Stop the first command at any moment: it goes on where it was, on another machine from the committed
 JSON. The second writes what has ended so far.
 
-**How.** All methods run through [`id3-optim compare`](guide/command-line.md#compare): the same batches, steps
-and schedule of the learning rate, mean pooling, and as many learning rates for each. Successive halving
-chooses the learning rate on one seed and on a tenth of the training rows, which tuning does not train on. The
-final runs train on all training rows. A task counts where full fine-tuning is {100 * ROOM:.0f} points or more
-better than the head alone.
+**How.** All methods run through [`id3-optim compare`](guide/command-line.md#compare): the same batches
+(rows of similar length in one, in random order), steps and schedule of the learning rate, mean pooling, and
+as many learning rates for each. Successive halving chooses the learning rate on one seed and on a tenth of
+the training rows, which tuning does not train on. The final runs train on all training rows. A task counts
+where full fine-tuning is {100 * ROOM:.0f} points or more better than the head alone.
 
 {MARKS}"""
 

@@ -73,7 +73,7 @@ class FiniteLoss(transformers.TrainerCallback):
 
 
 class WatchedTrainer(transformers.Trainer):
-    """A Trainer that shows the loss of every batch to a `FiniteLoss`, and groups rows in an order of its own."""
+    """A Trainer that shows the loss of every batch to a `FiniteLoss`, and groups rows in its own order."""
 
     def __init__(self, watch: FiniteLoss, **options) -> None:
         super().__init__(**options)

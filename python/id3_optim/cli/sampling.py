@@ -9,7 +9,7 @@ _POOL = 50  # batches, sorted by length together
 
 
 def grouped_by_length(lengths: Sequence[int], batch: int, generator: torch.Generator) -> list[int]:
-    """Indices of all rows, so that each `batch` of them in a row has similar lengths; an incomplete one is last.
+    """Indices of all rows, so that each `batch` of them has similar lengths; an incomplete one is last.
 
     Rows are sorted within random pools alone, and the batches shuffled: a run shall not see long texts first.
     """
@@ -23,9 +23,10 @@ def grouped_by_length(lengths: Sequence[int], batch: int, generator: torch.Gener
 
 
 class GroupedByLength(Sampler[int]):
-    """`grouped_by_length` anew in each epoch, from a seed of its own: `transformers.LengthGroupedSampler` draws
-    from the global generator, which methods with random masks and resumed runs have in other states, and
-    begins each pool with its longest texts.
+    """`grouped_by_length` anew in each epoch, from a seed of its own.
+
+    transformers' `LengthGroupedSampler` draws from the global generator, whose state depends on a method's
+    random mask and on a resume, and begins each pool with its longest texts.
     """
 
     def __init__(self, lengths: Sequence[int], batch: int, seed: int) -> None:
