@@ -1,5 +1,5 @@
 """The files of `id3-optim train` as rows: labelled text (CSV, TSV), tagged words (CoNLL), prompts with
-completions (JSONL).
+completions and conversations (JSONL).
 
 A mistake in a file raises ValueError with the file and the line.
 """
@@ -11,6 +11,8 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from .chat import Conversation, conversation
 
 # The first bytes of a file: its encoding. UTF-32's begin with UTF-16's, so they come first.
 _MARKS = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32"}
@@ -162,13 +164,17 @@ def _place(path: str, columns: list[str], name: str) -> int:
     return columns.index(name)
 
 
-def read_completions(path: str, encoding: str = "utf-8") -> list[Completion]:
-    """Reads JSONL: an object per line, with the strings `prompt` and `completion`; ignores other keys."""
+def read_completions(path: str, encoding: str = "utf-8") -> list[Completion | Conversation]:
+    """Reads JSONL: an object per line, with `messages` or the strings `prompt` and `completion`; other keys
+    are ignored."""
     rows = []
     for number, line in enumerate(read_text(path, encoding).split("\n"), 1):
         if not line.strip():
             continue
         row = _object(f"{path}:{number}", line)
+        if isinstance(row, dict) and "messages" in row:
+            rows.append(conversation(f"{path}:{number}", row["messages"]))
+            continue
         for key in ("prompt", "completion"):
             if not isinstance(row, dict) or not isinstance(row.get(key), str):
                 raise ValueError(
@@ -210,7 +216,7 @@ def _object(where: str, line: str) -> Any:
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         keys = [key for key, _ in pairs]
-        twice = next((key for key in ("prompt", "completion") if keys.count(key) > 1), None)
+        twice = next((key for key in ("prompt", "completion", "messages") if keys.count(key) > 1), None)
         if twice:
             raise ValueError(f"{where}: expected the key {twice!r} once, got it {keys.count(twice)} times")
         return dict(pairs)

@@ -14,6 +14,7 @@ from transformers import (
 )
 
 from . import tasks
+from .chat import check_template
 from .models import hub_options, load_config, load_mean_pooling, load_pretrained, reading
 from .settings import Settings
 from .tasks import Task
@@ -60,6 +61,7 @@ def load_start(settings: Settings, task: Task, device: torch.device | str = "cpu
     tokenizer = load_tokenizer(settings.model)
     check_fast(settings.model, tokenizer, task)
     check_tokenizer(settings.model, tokenizer, task)
+    check_template(settings.model, tokenizer, [*task.train, *task.eval, *task.also])
     low = settings.bf16 and settings.optimizer == "id3"
     dtype = torch.bfloat16 if low else torch.float32
     if settings.pooling == "mean":

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from .chat import Conversation, encode_conversation
 from .metrics import IGNORED
 from .reading import Completion, LabelledText, TaggedText, read_completions, read_labelled, read_tagged
 from .settings import Settings
@@ -17,6 +18,8 @@ _BY_ENDING = {
     ".jsonl": "causal-lm",
     ".conll": "token-classification",
 }
+Row = LabelledText | TaggedText | Completion | Conversation
+Rows = list[LabelledText] | list[TaggedText] | list[Completion | Conversation]
 FEW_CLASSES = 20  # so many labels are classes, however few rows there are
 
 
@@ -28,16 +31,18 @@ class Task:
     """
 
     kind: str
-    train: list[LabelledText] | list[TaggedText] | list[Completion]
-    eval: list[LabelledText] | list[TaggedText] | list[Completion]
+    train: Rows
+    eval: Rows
     labels: list[str]
-    also: list[LabelledText] | list[TaggedText] | list[Completion] = field(default_factory=list)
+    also: Rows = field(default_factory=list)
 
 
-def texts_of(row: LabelledText | TaggedText | Completion) -> tuple[str, ...]:
-    """The texts of a row, one or two."""
+def texts_of(row: Row) -> tuple[str, ...]:
+    """The texts of a row."""
     if isinstance(row, LabelledText):
         return row.texts
+    if isinstance(row, Conversation):
+        return tuple(message["content"] for message in row.messages)
     return (" ".join(row.words),) if isinstance(row, TaggedText) else tuple(row)
 
 
@@ -172,7 +177,12 @@ def sorted_labels(labels: set[str]) -> list[str]:
 def encode(rows: list, task: Task, tokenizer, max_length: int) -> list[dict]:
     """The model's inputs for each row (lists of ints, not padded), with `labels`."""
     if task.kind == "causal-lm":
-        return [encode_completion(row, tokenizer, max_length) for row in rows]
+        return [
+            (encode_conversation if isinstance(row, Conversation) else encode_completion)(
+                row, tokenizer, max_length
+            )
+            for row in rows
+        ]
     if task.kind == "token-classification":
         return encode_tagged(rows, task.labels, tokenizer, max_length)
     number = {label: i for i, label in enumerate(task.labels)}

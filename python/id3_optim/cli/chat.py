@@ -1,0 +1,94 @@
+"""Conversations: the rows of JSONL that have `messages`, as the tokenizer's chat template renders them."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from .failures import first_line
+from .metrics import IGNORED
+
+ROLES = ("system", "user", "assistant", "tool")
+
+
+class Conversation(NamedTuple):
+    """A row of a causal language model's task: messages with `role` and `content`, in order."""
+
+    messages: tuple[dict[str, str], ...]
+
+
+def conversation(where: str, messages: Any) -> Conversation:
+    """The value of `messages`, checked. Raises ValueError that begins with `where`, the file and line."""
+    if not isinstance(messages, list) or not messages:
+        raise ValueError(f"{where}: messages: expected a list of objects, got {_shown(messages)}")
+    for message in messages:
+        if not isinstance(message, dict) or not isinstance(message.get("content"), str):
+            expected = 'objects such as {"role": "user", "content": "a text"}'
+            raise ValueError(f"{where}: messages: expected {expected}, got {_shown(message)}")
+        if message.get("role") not in ROLES:
+            got = _shown(message.get("role"))
+            raise ValueError(f"{where}: messages: expected a role of {', '.join(ROLES)}, got {got}")
+    answers = [message["content"] for message in messages if message["role"] == "assistant"]
+    if not answers or not all(answer.strip() for answer in answers):
+        got = "none" if not answers else "an empty one"
+        raise ValueError(f"{where}: messages: expected a text of the assistant to learn, got {got}")
+    return Conversation(tuple(messages))
+
+
+def check_template(source: str, tokenizer, rows: Sequence[Any]) -> None:
+    """Raises ValueError for conversations and a tokenizer without a chat template, or without offsets."""
+    if not any(isinstance(row, Conversation) for row in rows):
+        return
+    if getattr(tokenizer, "chat_template", None) is None:
+        raise ValueError(
+            "--model: expected a tokenizer with a chat template for rows with messages, got none in "
+            f"{source}; take an instruct model, or rows with prompt and completion"
+        )
+    if not tokenizer.is_fast:
+        raise ValueError(f"--model: expected a fast tokenizer (tokenizer.json) for rows with messages, got "
+                         f"{type(tokenizer).__name__} in {source}")  # fmt: skip
+
+
+def encode_conversation(row: Conversation, tokenizer, max_length: int) -> dict:
+    """Tokens of the conversation up to the assistant's last turn, cut at its beginning; the loss covers the
+    assistant's turns, each with what the template puts after it.
+
+    Raises ValueError for a conversation that the template refuses, or whose earlier turns it changes later.
+    """
+    text, turns = _rendered(row, tokenizer)
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    tokens, places = encoded["input_ids"], encoded["offset_mapping"]
+    learnt = [any(begin <= place < end for begin, end in turns) for place, _ in places]
+    labels = [token if learn else IGNORED for token, learn in zip(tokens, learnt, strict=True)]
+    tokens, labels = tokens[-max_length:], labels[-max_length:]
+    return {"input_ids": tokens, "attention_mask": [1] * len(tokens), "labels": labels}
+
+
+def _rendered(row: Conversation, tokenizer) -> tuple[str, list[tuple[int, int]]]:
+    """The text up to the assistant's last turn, and where each of these turns begins and ends."""
+    text, turns = "", []
+    for i, message in enumerate(row.messages):
+        if message["role"] == "assistant":
+            before = _render(row.messages[:i], tokenizer, prompt=True)
+            after = _render(row.messages[: i + 1], tokenizer, prompt=False)
+            if not (before.startswith(text) and after.startswith(before)):
+                raise ValueError(
+                    "messages: expected a chat template that leaves earlier turns as they were, got one that "
+                    "changes them; write a row for each answer of the assistant"
+                )
+            text = after
+            turns.append((len(before), len(after)))
+    return text, turns
+
+
+def _render(messages: Sequence[dict[str, str]], tokenizer, prompt: bool) -> str:
+    try:
+        return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt)
+    except Exception as error:  # a template raises what it likes
+        reason = first_line(error)
+        raise ValueError(
+            f"messages: expected a conversation that the chat template takes, got {reason}"
+        ) from error
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}…"
