@@ -206,6 +206,27 @@ def test_a_causal_model_is_made_tuned_and_measured_on_what_it_knew(tmp_path, mon
     assert "every method on gsm8k at 1 %" in page, "two of three seeds, and no run"
 
 
+def test_times_are_of_one_run_at_a_time_and_stay_with_their_machine(tmp_path):
+    save_bert(tmp_path / "bert")
+    (tmp_path / "data" / "MRPC").mkdir(parents=True)
+    rows = [f"the film {i}\ta book was {word}\t{i % 2}" for i in range(20) for word in ("good", "bad")]
+    for name in ("train.tsv", "dev.tsv"):
+        text = "\n".join(["sentence1\tsentence2\tlabel", *rows, ""])
+        (tmp_path / "data" / "MRPC" / name).write_text(text)
+    words = ["--model", tmp_path / "bert", "--data", tmp_path / "data", "--runs", tmp_path / "runs"]
+    words += ["--part", "time", "--method", "full", "id3", "--steps", 3, "--jobs", 2, "--cpu", "--no-pages"]
+    words = [*map(str, words), "--output", str(tmp_path)]
+    assert run.main(words) == 0
+    made = json.loads((tmp_path / "time-mrpc.json").read_text())
+    page = report.page({("time", "mrpc"): made})
+    assert "| full |" in page and "| 1.00 |" in page and made["machine"]["cpu"] in page
+    options = run._parse([*words, "--runs", str(tmp_path / "elsewhere")])
+    command = run.command(options, "time", "mrpc", (tmp_path / "a", tmp_path / "b"))
+    assert command[command.index("--jobs") + 1] == "1"
+    run.restore(options, "time", "mrpc")
+    assert not options.runs.exists(), "another machine has times of its own"
+
+
 def test_the_documentation_of_python_is_a_corpus():
     texts = corpus()
     assert len(texts) > 1000 and sum(map(len, texts)) > 1_000_000 and texts == corpus()

@@ -64,14 +64,18 @@ WHY = (
     "id3-adam",
     "id3:head_lr=0.016",
     "id3:schedule=front-loaded:0.1,head_lr=0.016",
+    "id3:schedule=front-loaded:0.1,leave_out=embeddings",
+    "id3:schedule=front-loaded:0.1,leave_out=embeddings,head_lr=0.016",
     "random:head_lr=0.016",
+    "random:leave_out=embeddings",
 )
 EPS_AND_EXP = ("id3", *(f"id3:eps={eps},exp={exp}" for eps in (0.5, 1.0) for exp in (-1.0, 0.0, 1.0)))
 
 
 @dataclass(frozen=True)
 class Part:
-    """A grid on each of `tasks`. tuned: over seven learning rates, else a default of each kind."""
+    """A grid on each of `tasks`. tuned: over seven learning rates, else a default of each kind. steps: of a
+    run, instead of the task's. timed: one run at a time, for its time alone."""
 
     about: str
     methods: tuple[str, ...]
@@ -79,6 +83,8 @@ class Part:
     budgets: tuple[str, ...] = (MAIN_BUDGET,)
     seeds: int = 5
     tuned: bool = True
+    steps: int | None = None
+    timed: bool = False
 
     @property
     def causal(self) -> bool:
@@ -102,6 +108,15 @@ PARTS = {
         ("gsm8k",),
         ("1%",),
         seeds=3,
+    ),
+    "time": Part(
+        "The time of a run",
+        ("full", "id3", "id3:select_every=16,sparse_backward=true"),
+        ("mrpc",),
+        seeds=1,
+        tuned=False,
+        steps=500,
+        timed=True,
     ),
     "eps-exp": Part("ε and exp", EPS_AND_EXP, ("cola", "mrpc"), seeds=3),
 }

@@ -9,6 +9,7 @@ from statistics import fmean
 
 from benchmarks.quality.causal_table import causal_table
 from benchmarks.quality.parts import PARTS
+from benchmarks.quality.time_table import time_table
 from benchmarks.render import README, RESULTS, ROOT, Markers, replace_block, table
 from id3_optim.cli import budget
 from id3_optim.cli.compare.statistics import Paired, paired
@@ -185,8 +186,9 @@ def _part(reports: Reports, part: str) -> str:
     present = [task for task in PARTS[part].tasks if (part, task) in reports]
     if part == "main":
         lines += [_rooms(reports)]
-    if present and PARTS[part].causal:
-        lines += [causal_table(reports[part, task]) for task in present]
+    if present and (PARTS[part].causal or PARTS[part].timed):
+        own_table = causal_table if PARTS[part].causal else time_table
+        lines += [own_table(reports[part, task]) for task in present]
         lines += [_how(reports, part, present)]
     elif present:
         for budget in budgets_of(part):

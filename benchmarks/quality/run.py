@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from benchmarks.machine import describe
 from benchmarks.quality.base import make_base
 from benchmarks.quality.parts import PARTS, Part, with_rates
 from benchmarks.quality.report import QUALITY_RESULTS, write_pages
@@ -35,15 +37,16 @@ RUNS = ROOT / "runs" / "quality"
 def command(options: argparse.Namespace, name: str, task_name: str, files: tuple[Path, Path]) -> list[str]:
     """The words of `id3-optim compare` for a part on a task."""
     part, task = PARTS[name], TASKS[task_name]
-    steps = options.steps or task.steps
+    steps = options.steps or part.steps or task.steps
     given = ["compare", *model_and_rows(options, task, files), "--task", task.kind]
     given += ["--max-length", task.length, "--batch-size", task.batch]
-    given += ["--results", options.runs / f"{task_name}.sqlite", "--metric", task.metric]
+    given += ["--results", results_of(options, name, task_name), "--metric", task.metric]
     given += ["--methods", *(with_rates(method, part) for method in methods_of(options, part))]
     given += ["--budgets", *part.budgets, "--seeds", *range(options.seeds or part.seeds)]
     evaluate_every = max(1, steps // task.evaluations)
     given += ["--steps", steps, "--tune-steps", max(1, steps // 2), "--eval-every", evaluate_every]
-    given += ["--log-every", max(1, steps // 50), "--jobs", options.jobs, "--group-by-length"]
+    given += ["--log-every", max(1, steps // 50), "--group-by-length"]
+    given += ["--jobs", 1, "--threads", os.cpu_count()] if part.timed else ["--jobs", options.jobs]
     return [*map(str, given), *(["--cpu"] if options.cpu else [])]
 
 
@@ -68,9 +71,16 @@ def grids(options: argparse.Namespace) -> Iterator[tuple[str, str]]:
             yield from ((name, task) for task in part.tasks if not options.task or task in options.task)
 
 
-def restore(options: argparse.Namespace, task: str) -> None:
-    """Takes the runs of a task's JSON files into its file of results."""
-    with Store(options.runs / f"{task}.sqlite") as store:
+def results_of(options: argparse.Namespace, name: str, task: str) -> Path:
+    """The file of a task's runs, which all parts share; times of a machine have one of their own."""
+    return options.runs / f"{'time-' if PARTS[name].timed else ''}{task}.sqlite"
+
+
+def restore(options: argparse.Namespace, name: str, task: str) -> None:
+    """Takes the runs of a task's JSON files into its file of results: times of another machine stay away."""
+    if PARTS[name].timed:
+        return
+    with Store(results_of(options, name, task)) as store:
         for path in sorted(options.output.glob(f"*-{task}.json")):
             store.restore(json.loads(path.read_text())["runs"])
 
@@ -84,7 +94,7 @@ def whole(plan: Plan, part: Part) -> Plan:
 
 def export(options: argparse.Namespace, name: str, task: str) -> Path | None:
     """Writes the JSON of a part on a task, whole or not; None where it has no results."""
-    source = options.runs / f"{task}.sqlite"
+    source = results_of(options, name, task)
     if not source.is_file():
         return None
     with Store(source, create=False) as store:
@@ -96,6 +106,8 @@ def export(options: argparse.Namespace, name: str, task: str) -> Path | None:
     report = {"part": name, "task": task, "rows_subset": TASKS[task].rows, **exported(plan, used)}
     if PARTS[name].causal:
         report["base"] = json.loads((options.runs / "base" / "base.json").read_text())
+    if PARTS[name].timed:
+        report["machine"] = describe(plan.threads)
     path = options.output / f"{name}-{task}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text_of(report))
@@ -140,7 +152,7 @@ def main(arguments: list[str] | None = None) -> int:
     for name, task in grids(options):
         if not options.export:
             files = prepare(task, options.data, options.runs / "data")
-            restore(options, task)
+            restore(options, name, task)
             if PARTS[name].causal:
                 make_base(options.runs / "base")
             print(f"{name}, {task}: {PARTS[name].about}", flush=True)
