@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from tiny_models import save_bert, write_reviews
 
-from benchmarks.quality import causal_table, parts, report, run, tasks
+from benchmarks.quality import causal_table, guide, parts, report, run, tasks
 from benchmarks.quality.base import corpus, make_base
 from benchmarks.quality.parts import PARTS
 from benchmarks.render import README, block
@@ -49,6 +49,7 @@ def test_the_pages_show_the_committed_results():
         "python -m benchmarks quality --export"
     )
     assert report.EVIDENCE.read_text() == report.page(reports)
+    assert block(guide.GUIDE, guide.MARKERS) == guide.guide_block(reports)
 
 
 def test_without_results_the_pages_say_so(tmp_path):
@@ -60,6 +61,15 @@ def test_without_results_the_pages_say_so(tmp_path):
         assert len(list(report.empty(reports, name))) == len(part.methods) * len(part.tasks) * len(
             part.budgets
         )
+
+
+def test_the_guide_has_the_methods_that_were_run_and_where_entries_lay(reports):
+    found = {"roles": ["query", "embeddings"], "active": [[0, 1], [3, 0]]}
+    reports["main", "cola"]["runs"] = [{"method": "id3", "tuning": False, "allocation": found}]
+    text = guide.guide_block(reports)
+    assert "| ID3, the paper's settings | 62.0 ± 1.6 (5 seeds) | 0.001 | 62.0" in text
+    assert "On cola, 75 % of the entries" in text and "On mrpc it is not recorded" in text
+    assert "LoRA" not in text and guide.guide_block({}) == guide.NOTHING
 
 
 def test_the_table_has_every_method_and_names_empty_cells(reports):

@@ -62,11 +62,11 @@ WHY = (
     *(f"id3-sum:select_every={every}" for every in (4, 16, 64)),
     "id3-mean",
     "id3-adam",
-    "id3:head_lr=0.016",
-    "id3:schedule=front-loaded:0.1,head_lr=0.016",
+    "id3:head_lr=0.008",
+    "id3:schedule=front-loaded:0.1,head_lr=0.008",
     "id3:schedule=front-loaded:0.1,leave_out=embeddings",
-    "id3:schedule=front-loaded:0.1,leave_out=embeddings,head_lr=0.016",
-    "random:head_lr=0.016",
+    "id3:schedule=front-loaded:0.1,leave_out=embeddings,head_lr=0.008",
+    "random:head_lr=0.008",
     "random:leave_out=embeddings",
 )
 EPS_AND_EXP = ("id3", *(f"id3:eps={eps},exp={exp}" for eps in (0.5, 1.0) for exp in (-1.0, 0.0, 1.0)))
@@ -101,6 +101,12 @@ PARTS = {
     "pools": Part("LoRA and adapters as pools", ON_A_POOL, ("cola", "mrpc")),
     "why": Part(
         "Where the gain comes from: mask, schedule, windows, scores, warm-up, pruning", WHY, ("sst2", "mrpc")
+    ),
+    "recipe": Part(
+        "What SST-2 has chosen, on other tasks and not tuned",
+        ("id3", "random:leave_out=embeddings"),
+        ("cola", "mrpc"),
+        tuned=False,
     ),
     "causal": Part(
         "A causal model: the loss on GSM8K, and what it forgets",

@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import fmean
 
 from benchmarks.quality.causal_table import causal_table
+from benchmarks.quality.guide import GUIDE, MARKERS, guide_block
 from benchmarks.quality.parts import PARTS
 from benchmarks.quality.time_table import time_table
 from benchmarks.render import README, RESULTS, ROOT, Markers, replace_block, table
@@ -235,8 +236,11 @@ def _paper(reports: Reports) -> str:
     return "\n\n".join(["## Beside the paper", about, table(header, lines)])
 
 
-def write_pages(folder: Path = QUALITY_RESULTS, readme: Path = README, evidence: Path = EVIDENCE) -> None:
-    """Writes README's block and the page from the results in a folder."""
+def write_pages(
+    folder: Path = QUALITY_RESULTS, readme: Path = README, evidence: Path = EVIDENCE, guide: Path = GUIDE
+) -> None:
+    """Writes README's block, that of the guide, and the page from the results in a folder."""
     reports = read(folder)
     replace_block(readme, QUALITY, readme_block(reports))
+    replace_block(guide, MARKERS, guide_block(reports))
     evidence.write_text(page(reports))

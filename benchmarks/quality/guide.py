@@ -1,0 +1,73 @@
+"""The table of docs/guide/budgets.md: what the evidence has so far for the choice of a method.
+
+from __future__ import annotations
+
+from statistics import fmean
+
+from benchmarks.quality.parts import MAIN_BUDGET
+from benchmarks.render import ROOT, Markers, table
+from id3_optim.cli import budget
+
+GUIDE = ROOT / "docs" / "guide" / "budgets.md"
+MARKERS: Markers = ("<!-- quality:begin -->", "<!-- quality:end -->")
+NOTHING = "Nothing has been measured yet."
+# Method of a part: what the guide calls it.
+_SHOWN = {
+    ("main", "full"): "full fine-tuning",
+    ("why", "random:leave_out=embeddings"): "random mask outside the embeddings",
+    ("main", "lora"): "LoRA with as many entries",
+    ("main", "random"): "random mask",
+    ("main", "fish"): "Fish mask",
+    (
+        "why",
+        "id3:schedule=front-loaded:0.1,leave_out=embeddings,head_lr=0.008",
+    ): "ID3 outside the embeddings, its budget spent in a tenth of the run, a head with a rate of its own",
+    ("main", "id3"): "ID3, the paper's settings",
+    ("main", "head"): "the new head alone",
+}
+
+
+def guide_block(reports: dict[tuple[str, str], dict]) -> str:
+    """A row for each method that has scores, with its tuned learning rate, by task."""
+    tasks = sorted({task for part, task in reports if part == "main"})
+    lines = []
+    for (part, method), words in _SHOWN.items():
+        rows = [_row(reports.get((part, task)), method) for task in tasks]
+        if any(rows):
+            lines.append([words, *(cell for row in rows for cell in _cells(row))])
+    if not lines:
+        return NOTHING
+    header = ["trained", *(column for task in tasks for column in (f"{task}, %", "at rate"))]
+    return "\n\n".join([table(header, lines), *(_allocation(reports["main", task], task) for task in tasks)])
+
+
+def _row(report: dict | None, method: str) -> dict | None:
+    rows = [] if report is None else report["rows"]
+    return next((row for row in rows if row["method"] == method and row["scores"] and _budget(row)), None)
+
+
+def _budget(row: dict) -> bool:
+    return row["budget"] in (None, budget(MAIN_BUDGET))
+
+
+def _cells(row: dict | None) -> tuple[str, str]:
+    if row is None:
+        return "–", "–"
+    sd = "" if row["sd"] is None else f" ± {100 * row['sd']:.1f}"
+    return f"{100 * row['mean']:.1f}{sd} ({len(row['scores'])} seeds)", f"{row['lr']:.2g}"
+
+
+def _allocation(report: dict, task: str) -> str:
+    """How much of ID3's budget the embeddings got."""
+    maps = [
+        run["allocation"]
+        for run in report["runs"]
+        if run["method"] == "id3" and not run["tuning"] and "allocation" in run
+    ]
+    if not maps:
+        return f"On {task} it is not recorded where ID3's entries lay."
+    shares = [sum(found["active"][found["roles"].index("embeddings")]) for found in maps]
+    totals = [sum(map(sum, found["active"])) for found in maps]
+    share = fmean(part / whole for part, whole in zip(shares, totals, strict=True))
+    whose = "the entries that ID3 chose with the paper's settings"
+    return f"On {task}, {100 * share:.0f} % of {whose} lay in embeddings."
