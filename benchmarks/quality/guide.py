@@ -1,4 +1,4 @@
-"""The table of docs/guide/budgets.md: what the evidence has so far for the choice of a method.
+"""The table of docs/guide/budgets.md: what the evidence has so far for the choice of a method."""
 
 from __future__ import annotations
 
