@@ -14,6 +14,7 @@ from .delta.toolkit import load_toolkit_summary
 from .delta.update import WeightUpdate, load_update
 from .heuristics import D3, Bias, Fisher, Magnitude, Random, fisher_scores
 from .method import Prune
+from .methods import recipe
 from .optimizer import ID3AdamW
 from .originals import ReferenceModel, dense_copies, original_weights
 from .step.grad_scaler import GradScaler
@@ -46,6 +47,7 @@ __all__ = [
     "merge",
     "original_weights",
     "push_delta_to_hub",
+    "recipe",
     "save_delta",
     "sparse_backward",
     "weight_patches",

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from . import pools, schedules
-from .heuristics import D3, Bias, Fisher, Heuristic, Magnitude, Random, fisher_scores, largest, snip
+from .heuristics import Fisher, Heuristic, Random, fisher_scores
+from .method_table import ALIASES, DESCRIPTIONS, ON_A_POOL, RATES, SELECTIVE, WHOLE
 from .optimizer import ID3AdamW
 from .running import Running
 
@@ -23,64 +24,6 @@ LossOf = Callable[[nn.Module, Any], Tensor]
 SAMPLES = 1024  # examples that a mask is computed from, as in the paper
 LORA_RANK = 8  # of the pool
 _DIFF_BATCH, _DIFF_LR = 16, 2e-5
-
-# Name: heuristic and strategy. A heuristic that is a string is computed before training, from examples; one
-# that has state is made anew each time.
-SELECTIVE: dict[str, tuple[Heuristic | str, str]] = {
-    "id3": (D3(), "increment"),
-    "id3-sum": (partial(Running, "sum"), "increment"),
-    "id3-mean": (partial(Running, "mean"), "increment"),
-    "id3-adam": (partial(Running, "adam"), "increment"),
-    "repeat-d3": (D3(), "repeat"),
-    "static-d3": (D3(), "static"),
-    "random": (Random(), "static"),
-    "fish": ("fisher", "static"),
-    "pafi": (Magnitude(), "static"),
-    "bitfit": (Bias(), "static"),
-    "gradient": (D3(1.0, 0.0), "static"),
-    "gradient-dynamic": (D3(1.0, 0.0), "repeat"),
-    "snip": (snip, "static"),
-    "snip-dynamic": (snip, "repeat"),
-    "weights": (largest, "static"),
-    "weights-dynamic": (largest, "repeat"),
-    "diff": ("diff", "static"),
-}
-# Name: the selective method, and the pool that it selects from. LoRA has no bias, and SNIP scores all of a
-# new LoRA 0: B is 0 and A has no gradient. "id3+lora" is IncreLoRA's idea, growth by a score, by entries.
-ON_A_POOL = {
-    f"{name}+{pool}": (name, pool)
-    for pool in ("lora", "adapter")
-    for name in SELECTIVE
-    if pool != "lora" or name not in ("bitfit", "snip", "snip-dynamic")
-}
-ALIASES = {"sparse-adapter": "snip+adapter"}
-WHOLE = ("full", "head", "lora", "adalora", "shira", "adapter")  # every entry of the pool is trained
-DESCRIPTIONS = {
-    "full": "every entry",
-    "head": "the fresh parameters alone",
-    "lora": "LoRA of the largest rank that fits the budget (peft)",
-    "adalora": "AdaLoRA whose final ranks fit the budget (peft)",
-    "shira": "random entries of each linear layer, as many as LoRA has (peft)",
-    "adapter": "a bottleneck adapter in each block, all of it",
-    "id3": "the best entries by |g| / (|θ| + eps)^exp, some at each step",
-    "id3-sum": "ID3 by the sum of the gradients since the last selection (for select_every)",
-    "id3-mean": "ID3 by a running mean of the gradients",
-    "id3-adam": "ID3 by the running mean over the root of the running mean square",
-    "repeat-d3": "a fresh choice by D3 at every step",
-    "static-d3": "one choice by D3 at the first step",
-    "random": "random entries",
-    "fish": "the largest mean squared gradients of 1024 examples",
-    "pafi": "the smallest weights",
-    "bitfit": "bias terms",
-    "gradient": "the largest gradients of the first batch",
-    "gradient-dynamic": "the largest gradients of every batch",
-    "snip": "the largest |θ·g| of the first batch",
-    "snip-dynamic": "the largest |θ·g| of every batch",
-    "weights": "the largest weights",
-    "weights-dynamic": "the largest weights at every step",
-    "diff": "what moves farthest while all entries train on 1024 examples",
-    "sparse-adapter": "SparseAdapter: snip+adapter",
-}
 
 
 @dataclass(frozen=True)
@@ -115,6 +58,13 @@ def describe(name: str) -> str:
     method, pool = ON_A_POOL[name]
     where = {"lora": f"of LoRA with rank {LORA_RANK}", "adapter": "of bottleneck adapters"}
     return f"{DESCRIPTIONS[method]}, {where[pool]}"
+
+
+def default_rate(name: str | None) -> float:
+    """A learning rate to begin from; None: ID3. Raises ValueError for an unknown name."""
+    if name is not None:
+        check_name(name)
+    return RATES.get(name, 1e-3)
 
 
 def needs_examples(name: str) -> bool:
@@ -169,6 +119,8 @@ def prepare(
     with _seeded(seed):
         merge, after_step = _add_pool(method, pool, model, entries, total_steps, seed)
     _freeze(model, head, leave_out)
+    if method == "recipe":
+        _freeze(model, head, embeddings(model))
     groups = _groups(model, head, method not in SELECTIVE, head_options or {})
     competing = sum(p.numel() for p in _trainable(model, head).values())
     allowed = min(entries, competing) if method in SELECTIVE else competing
@@ -180,6 +132,33 @@ def prepare(
     if isinstance(optimizer.heuristic, Running):
         optimizer.heuristic.watch(optimizer)
     return Prepared(model, optimizer, competing, allowed, after_step, merge)
+
+
+def recipe(
+    model: nn.Module,
+    fresh: Iterable[str] = (),
+    *,
+    total_steps: int,
+    budget: int | float = 0.0017,
+    lr: float | None = None,
+    **options: Any,
+) -> ID3AdamW:
+    """Freezes the model's embeddings, in place, and returns an optimizer of a random mask over the rest.
+
+    The settings are those of `docs/evidence.md`, and change with it; `ID3AdamW(...)` has the paper's. A mask
+    drawn at random selects nothing later, so that `sparse_backward(model, optimizer)` makes no weight
+    gradient in any step but the first.
+
+    fresh: names of parameters without pre-trained values, such as a new head; they are trained whole, at the
+        same rate. total_steps: of the run. budget: entries, or a share of the model's own pre-trained
+        entries, embeddings included. lr: None for that of `default_rate`, 1e-2. options: further arguments of
+        ID3AdamW, such as `max_grad_norm`; a `seed` draws another mask.
+    Raises ValueError for a name in `fresh` that no parameter has, before anything changes.
+    """
+    rate = default_rate("recipe") if lr is None else lr
+    return prepare(
+        "recipe", model, fresh, budget=budget, lr=rate, total_steps=total_steps, **options
+    ).optimizer
 
 
 def _fresh_and_left_out(
@@ -197,6 +176,12 @@ def _fresh_and_left_out(
     if name == "head" and not fresh:
         raise ValueError("fresh: expected parameters to train by the method head, got none")
     return [named[known] for known in fresh]
+
+
+def embeddings(model: nn.Module) -> list[str]:
+    """The names of the embeddings' weights; a head that is tied to them is among them."""
+    found = {id(layer.weight) for layer in model.modules() if isinstance(layer, nn.Embedding)}
+    return [name for name, p in model.named_parameters() if id(p) in found]
 
 
 def _trainable(model: nn.Module, head: list[Tensor]) -> dict[str, Tensor]:

@@ -5,9 +5,14 @@ import copy
 import pytest
 import torch
 from tiny_models import save_bert, save_llama, word_tokenizer
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
-from id3_optim import D3, ID3AdamW, methods, pools
+from id3_optim import D3, ID3AdamW, methods, pools, recipe
 
 HEAD = {"classifier.weight", "classifier.bias"}
 BUDGET = 200
@@ -230,3 +235,51 @@ def test_refusals_change_nothing(bert, name, options, message):
 def test_every_method_is_described():
     assert all(methods.describe(name) for name in methods.names())
     assert len(set(map(methods.describe, methods.names()))) == len(methods.names())
+
+
+def test_the_recipe_leaves_embeddings_out_and_counts_them(bert):
+    before = {n: p.detach().clone() for n, p in bert.named_parameters()}
+    own = sum(p.numel() for n, p in before.items() if n not in HEAD)
+    optimizer = recipe(bert, HEAD, total_steps=4, budget=0.1, max_grad_norm=1.0)
+    assert all(group["lr"] == 1e-2 for group in optimizer.param_groups)
+    for batch in batches(4):
+        bert(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    changed = differing(before, bert)
+    embedded = [n for n in changed if "_embeddings.weight" in n]
+    assert len(embedded) == 3 and not any(changed[n] for n in embedded)
+    assert optimizer.n_active == int(0.1 * own) and all(changed[n] for n in HEAD)
+
+
+def test_a_recipe_draws_by_its_seed_and_takes_another_rate(bert):
+    masks = []
+    for seed in (0, 1):
+        model = copy.deepcopy(bert)
+        optimizer = recipe(model, HEAD, total_steps=4, lr=3e-3, seed=seed)
+        assert optimizer.param_groups[0]["lr"] == 3e-3
+        model(**batches(1)[0]).loss.backward()
+        optimizer.step()
+        masks.append(torch.cat([t.indices for t in optimizer.touched()]))
+    assert not torch.equal(*masks)
+
+
+def test_a_head_that_is_tied_to_the_embeddings_stays():
+    model = LlamaForCausalLM(LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        tie_word_embeddings=True,
+    ))  # fmt: skip
+    assert methods.embeddings(model) == ["model.embed_tokens.weight"]
+    recipe(model, total_steps=4)
+    assert not model.lm_head.weight.requires_grad and model.model.norm.weight.requires_grad
+
+
+def test_a_recipe_with_a_wrong_head_changes_nothing(bert):
+    with pytest.raises(ValueError, match="fresh: expected names of the model's parameters, got 'no'"):
+        recipe(bert, ["no"], total_steps=4)
+    assert all(p.requires_grad for p in bert.parameters())
+
+
+@pytest.mark.parametrize(("name", "rate"), [(None, 1e-3), ("id3", 1e-3), ("recipe", 1e-2), ("full", 2e-5)])
+def test_methods_have_rates_to_begin_from(name, rate):
+    assert methods.default_rate(name) == rate

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from train_command import run, save_train_files, words
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertModel
 
 from id3_optim import methods, pools
 from id3_optim.cli.reading import read_labelled
@@ -58,6 +58,20 @@ def test_id3_by_name_is_the_default(capsys, files, tmp_path):
         assert run(capsys, words(files, tmp_path / folder, *more))[0] == 0
     a, b = ((tmp_path / folder / "model.safetensors").read_bytes() for folder in "ab")
     assert a == b
+
+
+def test_the_recipe_has_its_own_rate_and_leaves_embeddings_alone(capsys, files, tmp_path):
+    report = tmp_path / "report.json"
+    more = ["--method", "recipe", "--report", report, "--sparse-backward"]
+    code, _, error = run(capsys, words(files, tmp_path / "out", *more, steps=60))
+    assert code == 0, error
+    found = json.loads(report.read_text())
+    assert found["settings"]["lr"] == 1e-2 and found["metrics"]["eval_loss"] < found["history"][0]["loss"]
+    trained = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").state_dict()
+    kept = {
+        n: w for n, w in BertModel.from_pretrained(files / "bert").state_dict().items() if "_embeddings" in n
+    }
+    assert len(kept) == 3 and all(w.equal(trained[f"bert.{n}"]) for n, w in kept.items())
 
 
 def test_the_rows_that_fish_sees_are_of_all_classes(capsys, files, tmp_path):

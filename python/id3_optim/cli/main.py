@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from ..extras import require
+from ..methods import default_rate
 from ..plots import save_plots
 from ..ranks import writes_files
 from . import failures
@@ -65,6 +66,8 @@ def run_train(arguments: argparse.Namespace) -> None:
     names = Settings.__dataclass_fields__
     options = {name: value for name, value in vars(arguments).items() if name in names}
     options |= {name: tuple(options[name]) for name in ("text_column", "save_at", "report_to", "leave_out")}
+    if options["lr"] is None:
+        options["lr"] = default_rate(options["method"])
     settings = Settings(**options)
     check_settings(settings)
     check_paths(settings)
