@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import textwrap
 from statistics import fmean
 
 from benchmarks.quality.parts import MAIN_BUDGET
-from benchmarks.render import ROOT, Markers, table
+from benchmarks.render import ROOT, WIDTH, Markers, table
 from id3_optim.cli import budget
 
 GUIDE = ROOT / "docs" / "guide" / "budgets.md"
@@ -38,7 +39,17 @@ def guide_block(reports: dict[tuple[str, str], dict]) -> str:
     if not lines:
         return NOTHING
     header = ["trained", *(column for task in tasks for column in (f"{task}, %", "at rate"))]
-    return "\n\n".join([table(header, lines), *(_allocation(reports["main", task], task) for task in tasks)])
+    texts = [_allocation(reports["main", task], task) for task in tasks]
+    texts += [_untuned(report, task) for (part, task), report in reports.items() if part == "recipe"]
+    return "\n\n".join([table(header, lines), *(textwrap.fill(text, WIDTH) for text in texts)])
+
+
+def _untuned(report: dict, task: str) -> str:
+    """What the recipe and ID3 reach on a task that nothing was chosen on."""
+    words = {"id3": "ID3 with the paper's settings", "random:leave_out=embeddings": "the recipe"}
+    rows = [(row, words[row["method"]]) for row in report["rows"] if row["scores"]]
+    found = [f"{whose} {_cells(row)[0]}, at {_cells(row)[1]}" for row, whose in rows]
+    return f"Not tuned, on {task} ({report['metric']}, %): {'; '.join(found)}."
 
 
 def _row(report: dict | None, method: str) -> dict | None:
