@@ -81,8 +81,9 @@ def restore(options: argparse.Namespace, name: str, task: str) -> None:
     if PARTS[name].timed:
         return
     with Store(results_of(options, name, task)) as store:
-        for path in sorted(options.output.glob(f"*-{task}.json")):
-            store.restore(json.loads(path.read_text())["runs"])
+        for part in (part for part in PARTS if not PARTS[part].timed):
+            if (path := options.output / f"{part}-{task}.json").is_file():
+                store.restore(json.loads(path.read_text())["runs"])
 
 
 def whole(plan: Plan, part: Part) -> Plan:

@@ -14,7 +14,7 @@ threads. Scores of runs this short, not tuned, say nothing."""
 def time_table(report: dict) -> str:
     """A row for each method: its mean step over the seeds."""
     times = {}
-    for run in report["runs"]:
+    for run in (run for run in report["runs"] if "step_ms" in run):  # a run that diverged has none
         times.setdefault(run["method"], []).append(run["step_ms"]["total"])
     means = {method: fmean(found) for method, found in times.items()}
     full = means.get("full")

@@ -61,9 +61,7 @@ def describe(name: str) -> str:
 
 
 def default_rate(name: str | None) -> float:
-    """A learning rate to begin from; None: ID3. Raises ValueError for an unknown name."""
-    if name is not None:
-        check_name(name)
+    """A learning rate to begin from, not tuned for any task; None: ID3's."""
     return RATES.get(name, 1e-3)
 
 
@@ -113,14 +111,13 @@ def prepare(
     parameter has, before anything changes.
     """
     method, pool = _parts(name)
+    fresh, leave_out = tuple(fresh), tuple(leave_out)
     head = _fresh_and_left_out(model, name, fresh, leave_out, examples)
     own = sum(p.numel() for p in _trainable(model, head).values())
     entries = schedules.resolve_budget(budget, own)
     with _seeded(seed):
         merge, after_step = _add_pool(method, pool, model, entries, total_steps, seed)
-    _freeze(model, head, leave_out)
-    if method == "recipe":
-        _freeze(model, head, embeddings(model))
+    _freeze(model, head, leave_out, embeddings(model) if method == "recipe" else [])
     groups = _groups(model, head, method not in SELECTIVE, head_options or {})
     competing = sum(p.numel() for p in _trainable(model, head).values())
     allowed = min(entries, competing) if method in SELECTIVE else competing
@@ -145,20 +142,20 @@ def recipe(
 ) -> ID3AdamW:
     """Freezes the model's embeddings, in place, and returns an optimizer of a random mask over the rest.
 
-    The settings are those of `docs/evidence.md`, and change with it; `ID3AdamW(...)` has the paper's. A mask
-    drawn at random selects nothing later, so that `sparse_backward(model, optimizer)` makes no weight
-    gradient in any step but the first.
+    What `docs/evidence.md` favours, and it changes with it; `ID3AdamW(...)` has the paper's settings. Let the
+    learning rate rise and decay as always. A mask drawn at random selects nothing later, so that
+    `sparse_backward(model, optimizer)` makes no weight gradient in any step but the first.
 
     fresh: names of parameters without pre-trained values, such as a new head; they are trained whole, at the
         same rate. total_steps: of the run. budget: entries, or a share of the model's own pre-trained
         entries, embeddings included. lr: None for that of `default_rate`, 1e-2. options: further arguments of
-        ID3AdamW, such as `max_grad_norm`; a `seed` draws another mask.
+        ID3AdamW, such as `max_grad_norm` (here 1.0 by default); a `seed` draws another mask.
     Raises ValueError for a name in `fresh` that no parameter has, before anything changes.
     """
     rate = default_rate("recipe") if lr is None else lr
-    return prepare(
-        "recipe", model, fresh, budget=budget, lr=rate, total_steps=total_steps, **options
-    ).optimizer
+    options = {"max_grad_norm": 1.0, **options}
+    ready = prepare("recipe", model, fresh, budget=budget, lr=rate, total_steps=total_steps, **options)
+    return ready.optimizer
 
 
 def _fresh_and_left_out(
@@ -207,9 +204,11 @@ def _add_pool(method: str, pool: str, model: nn.Module, budget: int, total_steps
     return None, None
 
 
-def _freeze(model: nn.Module, head: list[Tensor], leave_out: Iterable[str]) -> None:
+def _freeze(
+    model: nn.Module, head: list[Tensor], leave_out: Iterable[str], whole_names: Iterable[str]
+) -> None:
     for name, p in model.named_parameters():
-        if any(part in name for part in leave_out):
+        if name in whole_names or any(part in name for part in leave_out):
             p.requires_grad_(False)
     for p in head:
         p.requires_grad_(True)

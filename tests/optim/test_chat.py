@@ -59,8 +59,32 @@ def test_a_template_that_changes_earlier_turns():
 
 def test_a_template_that_refuses():
     refusing = "{{ raise_exception('roles must alternate') }}"
-    with pytest.raises(ValueError, match="that the chat template takes, got roles must alternate"):
+    with pytest.raises(ValueError, match="takes, got roles must alternate for 'the film'"):
         encoded("the film", "is red", template=refusing)
+
+
+def test_a_long_answer_is_cut_at_its_end():
+    assert encoded("the film", "is red was good", max_length=3) == ("two is red", "is red")
+
+
+def test_a_prompt_that_thinks_is_learnt_from_where_turns_leave_it():
+    thinking = TEMPLATE.replace("two {% endif %}", "two a {% endif %}")
+    assert encoded("the film", "is red", template=thinking)[1] == "is red </s>"
+
+
+def test_a_greeting_is_read_and_not_learnt():
+    row = Conversation(({"role": "assistant", "content": "good"}, *talk("the film", "is red")))
+    made = encode_conversation(row, tokenizer(), 64)
+    assert made["labels"].count(tasks.IGNORED) == 8 and len(made["labels"]) == 11
+
+
+def test_a_row_with_a_completion_is_no_conversation(tmp_path):
+    rows = [
+        {"prompt": "a", "completion": "b", "messages": None},
+        {"prompt": "a", "completion": "b", "messages": 1},
+    ]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert reading.read_completions(str(tmp_path / "a.jsonl")) == [("a", "b")] * 2
 
 
 @pytest.mark.parametrize(
@@ -74,8 +98,15 @@ def test_a_template_that_refuses():
             "a.jsonl:2: messages: expected objects such as",
         ),
         ([{"role": "bot", "content": "x"}], "a.jsonl:2: messages: expected a role of system, .*, got 'bot'"),
-        (talk("x"), "a.jsonl:2: messages: expected a text of the assistant to learn, got none"),
-        (talk("x", " "), "a.jsonl:2: messages: expected a text of the assistant to learn, got an empty one"),
+        (
+            [{"role": "assistant", "content": "x"}, *talk("y")],
+            "a.jsonl:2: messages: expected an answer of the assistant to learn, got none",
+        ),
+        (talk("x"), "a.jsonl:2: messages: expected an answer of the assistant to learn, got none"),
+        (
+            talk("x", " "),
+            "a.jsonl:2: messages: expected an answer of the assistant to learn, got an empty one",
+        ),
     ],
 )
 def test_mistakes_in_messages(tmp_path, messages, message):

@@ -283,3 +283,10 @@ def test_a_recipe_with_a_wrong_head_changes_nothing(bert):
 @pytest.mark.parametrize(("name", "rate"), [(None, 1e-3), ("id3", 1e-3), ("recipe", 1e-2), ("full", 2e-5)])
 def test_methods_have_rates_to_begin_from(name, rate):
     assert methods.default_rate(name) == rate
+
+
+def test_a_recipe_freezes_embeddings_alone_and_takes_any_iterable():
+    model = torch.nn.ModuleDict({"emb": torch.nn.Embedding(9, 4), "class_emb": torch.nn.Linear(4, 4)})
+    optimizer = recipe(model, (name for name in ["class_emb.bias"]), total_steps=2, budget=4)
+    assert [p.requires_grad for p in model.parameters()] == [False, True, True]
+    assert [group["dense"] for group in optimizer.param_groups] == [False, True]

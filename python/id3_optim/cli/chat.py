@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from .failures import first_line
 from .metrics import IGNORED
 
+_SHOWN = 60  # characters of a value in an error
 ROLES = ("system", "user", "assistant", "tool")
 
 
@@ -26,10 +27,10 @@ def conversation(where: str, messages: Any) -> Conversation:
         if message.get("role") not in ROLES:
             got = _shown(message.get("role"))
             raise ValueError(f"{where}: messages: expected a role of {', '.join(ROLES)}, got {got}")
-    answers = [message["content"] for message in messages if message["role"] == "assistant"]
+    answers = [message["content"] for message in messages[1:] if message["role"] == "assistant"]
     if not answers or not all(answer.strip() for answer in answers):
         got = "none" if not answers else "an empty one"
-        raise ValueError(f"{where}: messages: expected a text of the assistant to learn, got {got}")
+        raise ValueError(f"{where}: messages: expected an answer of the assistant to learn, got {got}")
     return Conversation(tuple(messages))
 
 
@@ -49,46 +50,62 @@ def check_template(source: str, tokenizer, rows: Sequence[Any]) -> None:
 
 def encode_conversation(row: Conversation, tokenizer, max_length: int) -> dict:
     """Tokens of the conversation up to the assistant's last turn, cut at its beginning; the loss covers the
-    assistant's turns, each with what the template puts after it.
+    assistant's turns, each with what the template puts after it, but not a greeting before the first message.
 
+    Of a last turn that is too long by itself the end is cut, so that its first token has one before it.
     Raises ValueError for a conversation that the template refuses, or whose earlier turns it changes later.
     """
     text, turns = _rendered(row, tokenizer)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    tokens, places = encoded["input_ids"], encoded["offset_mapping"]
-    learnt = [any(begin <= place < end for begin, end in turns) for place, _ in places]
+    tokens, ends = encoded["input_ids"], [end for _, end in encoded["offset_mapping"]]
+    learnt = [any(begin < end <= last for begin, last in turns) for end in ends]
     labels = [token if learn else IGNORED for token, learn in zip(tokens, learnt, strict=True)]
-    tokens, labels = tokens[-max_length:], labels[-max_length:]
+    last = next((i for i, end in enumerate(ends) if end > turns[-1][0]), len(ends))
+    first = max(0, min(len(tokens) - max_length, last - 1))
+    tokens, labels = tokens[first : first + max_length], labels[first : first + max_length]
     return {"input_ids": tokens, "attention_mask": [1] * len(tokens), "labels": labels}
 
 
 def _rendered(row: Conversation, tokenizer) -> tuple[str, list[tuple[int, int]]]:
-    """The text up to the assistant's last turn, and where each of these turns begins and ends."""
+    """The text up to the assistant's last turn, and where each of these turns begins and ends.
+
+    A turn begins behind the template's prompt for one, as far as the turn repeats it: the prompt of some
+    reasoning models goes on with a thought that finished turns lack.
+    """
     text, turns = "", []
     for i, message in enumerate(row.messages):
-        if message["role"] == "assistant":
-            before = _render(row.messages[:i], tokenizer, prompt=True)
-            after = _render(row.messages[: i + 1], tokenizer, prompt=False)
-            if not (before.startswith(text) and after.startswith(before)):
-                raise ValueError(
-                    "messages: expected a chat template that leaves earlier turns as they were, got one that "
-                    "changes them; write a row for each answer of the assistant"
-                )
-            text = after
-            turns.append((len(before), len(after)))
+        if message["role"] != "assistant" or i == 0:
+            continue
+        before, after = (_render(row, n, tokenizer, prompt=False) for n in (i, i + 1))
+        if not (before.startswith(text) and after.startswith(before)):
+            raise ValueError(
+                "messages: expected a chat template that leaves earlier turns as they were, got one that "
+                f"changes them in {_shown(before[-_SHOWN:])}; write a row for each answer of the assistant"
+            )
+        shared = _common(_render(row, i, tokenizer, prompt=True), after)
+        text = after
+        turns.append((max(shared, len(before)), len(after)))
     return text, turns
 
 
-def _render(messages: Sequence[dict[str, str]], tokenizer, prompt: bool) -> str:
+def _common(a: str, b: str) -> int:
+    """How many characters both begin with."""
+    differing = (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
+    return next(differing, min(len(a), len(b)))
+
+
+def _render(row: Conversation, n: int, tokenizer, prompt: bool) -> str:
+    """The first n messages. prompt: with the beginning of an answer behind them."""
+    messages = list(row.messages[:n])
     try:
-        return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt)
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
     except Exception as error:  # a template raises what it likes
-        reason = first_line(error)
         raise ValueError(
-            f"messages: expected a conversation that the chat template takes, got {reason}"
+            f"messages: expected a conversation that the chat template takes, got {first_line(error)} for "
+            f"{_shown(row.messages[0]['content'])}"
         ) from error
 
 
 def _shown(value: Any) -> str:
     text = repr(value)
-    return text if len(text) <= 60 else f"{text[:60]}…"
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"

@@ -7,7 +7,7 @@ import transformers
 
 from ..distributed.part import local
 from ..ranks import largest
-from .sampling import GroupedByLength
+from .sampling import EachEpoch, GroupedByLength
 
 LASTS = 3  # steps in a row without a finite loss: one alone can come from one batch
 
@@ -73,11 +73,17 @@ class FiniteLoss(transformers.TrainerCallback):
 
 
 class WatchedTrainer(transformers.Trainer):
-    """A Trainer that shows the loss of every batch to a `FiniteLoss`, and groups rows in its own order."""
+    """A Trainer that shows the loss of every batch to a `FiniteLoss`. grouped: rows of similar length share a
+    batch, and the batches of all processes in one step."""
 
-    def __init__(self, watch: FiniteLoss, **options) -> None:
+    def __init__(self, watch: FiniteLoss, grouped: bool = False, **options) -> None:
         super().__init__(**options)
-        self.watch = watch
+        self.watch, self._grouped = watch, None
+        if grouped:
+            lengths = [len(row["input_ids"]) for row in self.train_dataset]
+            rows = self.args.train_batch_size * self.args.world_size
+            self._grouped = GroupedByLength(lengths, rows, self.args.seed)
+            self.add_callback(EachEpoch(self._grouped))
 
     def training_step(self, *args, **kwargs):
         """The Trainer's own step; its loss [] is watched, of several processes the mean on each of them."""
@@ -86,8 +92,4 @@ class WatchedTrainer(transformers.Trainer):
         return loss
 
     def _get_train_sampler(self, train_dataset=None):
-        args, rows = self.args, self.train_dataset if train_dataset is None else train_dataset
-        if args.train_sampling_strategy != "group_by_length":
-            return super()._get_train_sampler(train_dataset)
-        lengths = [len(row["input_ids"]) for row in rows]
-        return GroupedByLength(lengths, args.train_batch_size, args.seed)
+        return super()._get_train_sampler(train_dataset) if self._grouped is None else self._grouped

@@ -172,7 +172,7 @@ def read_completions(path: str, encoding: str = "utf-8") -> list[Completion | Co
         if not line.strip():
             continue
         row = _object(f"{path}:{number}", line)
-        if isinstance(row, dict) and "messages" in row:
+        if isinstance(row, dict) and row.get("messages") is not None and "completion" not in row:
             rows.append(conversation(f"{path}:{number}", row["messages"]))
             continue
         for key in ("prompt", "completion"):

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 import torch
+import transformers
 from torch.utils.data import Sampler
 
 _POOL = 50  # batches, sorted by length together
@@ -23,7 +24,7 @@ def grouped_by_length(lengths: Sequence[int], batch: int, generator: torch.Gener
 
 
 class GroupedByLength(Sampler[int]):
-    """`grouped_by_length` anew in each epoch, from a seed of its own.
+    """`grouped_by_length` anew in each epoch, from seed + epoch, as torch's DistributedSampler has it.
 
     transformers' `LengthGroupedSampler` draws from the global generator, whose state depends on a method's
     random mask and on a resume, and begins each pool with its longest texts.
@@ -41,3 +42,13 @@ class GroupedByLength(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
         return iter(grouped_by_length(self.lengths, self.batch, generator))
+
+
+class EachEpoch(transformers.TrainerCallback):
+    """Tells the sampler the epoch: accelerate does not reach it where several processes resume."""
+
+    def __init__(self, sampler: GroupedByLength) -> None:
+        self._sampler = sampler
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self._sampler.set_epoch(int(state.epoch or 0))

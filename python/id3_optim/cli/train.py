@@ -58,7 +58,8 @@ def build_optimizer(settings: Settings, start: Start, mask: Mask | None = None) 
     """
     if settings.optimizer == "adamw":
         params = [p for p in start.model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(params, lr=settings.lr, weight_decay=settings.weight_decay)
+        options = {"lr": settings.lr, "weight_decay": settings.weight_decay, "fused": not settings.fsdp}
+        optimizer = torch.optim.AdamW(params, **options)
         if settings.fsdp:  # ID3AdamW takes over whole states by itself
             optimizer.register_load_state_dict_pre_hook(fsdp.split_moments)
         return optimizer

@@ -52,7 +52,6 @@ def trainer_arguments(settings: Settings) -> transformers.TrainingArguments:
         disable_tqdm=True,
         dataloader_pin_memory=torch.cuda.is_available() and not cpu,
         remove_unused_columns=False,
-        train_sampling_strategy="group_by_length" if settings.group_by_length else "random",
     )
 
 
@@ -72,6 +71,7 @@ def make_trainer(start, task, optimizer, settings, callbacks, watch) -> WatchedT
     kind = fsdp.ShardedTrainer if settings.fsdp else WatchedTrainer
     trainer = kind(
         watch,
+        settings.group_by_length,
         model=start.model,
         args=trainer_arguments(settings),
         train_dataset=encoded(task.train, start, task, settings),

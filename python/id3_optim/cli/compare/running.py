@@ -80,7 +80,7 @@ def _model_hash(source: str) -> str:
         return source
     digest = hashlib.sha256()
     for path in sorted(Path(source).iterdir()):
-        if path.suffix in (".json", ".safetensors", ".bin", ".txt", ".model"):
+        if path.suffix in (".json", ".jinja", ".safetensors", ".bin", ".txt", ".model"):
             digest.update(path.name.encode())
             with open(path, "rb") as file:
                 while block := file.read(1 << 24):
