@@ -14,7 +14,7 @@ MAIN_BUDGET = "0.17%"
 # Seven learning rates for each kind of method.
 _RATES = {
     "full": "5e-6:3.2e-4",
-    "whole": "1e-4:6.4e-3",  # new weights: heads, LoRA, adapters
+    "whole": "4e-4:2.56e-2",  # new weights: heads, LoRA, adapters
     "sparse": "5e-4:3.2e-2",
     "random": "1e-3:6.4e-2",
 }
