@@ -6,6 +6,7 @@ import textwrap
 from statistics import fmean
 
 from benchmarks.quality.parts import MAIN_BUDGET
+from benchmarks.quality.rows import Reports, row_of
 from benchmarks.render import ROOT, WIDTH, Markers, table
 from id3_optim.cli import budget
 
@@ -28,12 +29,12 @@ _SHOWN = {
 }
 
 
-def guide_block(reports: dict[tuple[str, str], dict]) -> str:
+def guide_block(reports: Reports) -> str:
     """A row for each method that has scores, with its tuned learning rate, by task."""
     tasks = sorted({task for part, task in reports if part == "main"})
     lines = []
     for (part, method), words in _SHOWN.items():
-        rows = [_row(reports.get((part, task)), method) for task in tasks]
+        rows = [_scored(row_of(reports, part, task, method, budget(MAIN_BUDGET))) for task in tasks]
         if any(rows):
             lines.append([words, *(cell for row in rows for cell in _cells(row))])
     if not lines:
@@ -52,13 +53,8 @@ def _untuned(report: dict, task: str) -> str:
     return f"Not tuned, on {task} ({report['metric']}, %): {'; '.join(found)}."
 
 
-def _row(report: dict | None, method: str) -> dict | None:
-    rows = [] if report is None else report["rows"]
-    return next((row for row in rows if row["method"] == method and row["scores"] and _budget(row)), None)
-
-
-def _budget(row: dict) -> bool:
-    return row["budget"] in (None, budget(MAIN_BUDGET))
+def _scored(row: dict | None) -> dict | None:
+    return row if row and row["scores"] else None
 
 
 def _cells(row: dict | None) -> tuple[str, str]:

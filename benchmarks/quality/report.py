@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import fmean
@@ -10,6 +9,7 @@ from statistics import fmean
 from benchmarks.quality.causal_table import causal_table
 from benchmarks.quality.guide import GUIDE, MARKERS, guide_block
 from benchmarks.quality.parts import PARTS
+from benchmarks.quality.rows import Reports, read, row_of
 from benchmarks.quality.time_table import time_table
 from benchmarks.render import README, RESULTS, ROOT, Markers, replace_block, table
 from id3_optim.cli import budget
@@ -28,20 +28,6 @@ PAPER = {
     "id3": {"cola": 72.07, "mrpc": 91.26, "sst2": 95.95},
 }
 NOTHING = "The main grid has not been run yet, so no score is shown: `python -m benchmarks quality` runs it."
-Reports = dict[tuple[str, str], dict]
-
-
-def read(folder: Path) -> Reports:
-    """(part, task): the report of each grid that has one."""
-    reports = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-    return {(report["part"], report["task"]): report for report in reports}
-
-
-def row_of(reports: Reports, part: str, task: str, method: str, budget: float | None) -> dict | None:
-    """The row of a method; of one without a budget its only row. None where no run has ended."""
-    rows = reports.get((part, task), {}).get("rows", [])
-    found = [row for row in rows if row["method"] == method and row["budget"] in (None, budget)]
-    return found[0] if found and (found[0]["scores"] or found[0]["diverged"]) else None
 
 
 def budgets_of(part: str) -> list[float]:

@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from .failures import first_line
+from .failures import first_line, shortened
 from .metrics import IGNORED
 
-_SHOWN = 60  # characters of a value in an error
+_TAIL = 60  # characters of a text, its end alone, in an error
 ROLES = ("system", "user", "assistant", "tool")
 
 
@@ -19,13 +19,13 @@ class Conversation(NamedTuple):
 def conversation(where: str, messages: Any) -> Conversation:
     """The value of `messages`, checked. Raises ValueError that begins with `where`, the file and line."""
     if not isinstance(messages, list) or not messages:
-        raise ValueError(f"{where}: messages: expected a list of objects, got {_shown(messages)}")
+        raise ValueError(f"{where}: messages: expected a list of objects, got {shortened(messages)}")
     for message in messages:
         if not isinstance(message, dict) or not isinstance(message.get("content"), str):
             expected = 'objects such as {"role": "user", "content": "a text"}'
-            raise ValueError(f"{where}: messages: expected {expected}, got {_shown(message)}")
+            raise ValueError(f"{where}: messages: expected {expected}, got {shortened(message)}")
         if message.get("role") not in ROLES:
-            got = _shown(message.get("role"))
+            got = shortened(message.get("role"))
             raise ValueError(f"{where}: messages: expected a role of {', '.join(ROLES)}, got {got}")
     answers = [message["content"] for message in messages[1:] if message["role"] == "assistant"]
     if not answers or not all(answer.strip() for answer in answers):
@@ -60,8 +60,8 @@ def encode_conversation(row: Conversation, tokenizer, max_length: int) -> dict:
     tokens, ends = encoded["input_ids"], [end for _, end in encoded["offset_mapping"]]
     learnt = [any(begin < end <= last for begin, last in turns) for end in ends]
     labels = [token if learn else IGNORED for token, learn in zip(tokens, learnt, strict=True)]
-    last = next((i for i, end in enumerate(ends) if end > turns[-1][0]), len(ends))
-    first = max(0, min(len(tokens) - max_length, last - 1))
+    answer = next((i for i, end in enumerate(ends) if end > turns[-1][0]), len(ends))
+    first = max(0, min(len(tokens) - max_length, answer - 1))
     tokens, labels = tokens[first : first + max_length], labels[first : first + max_length]
     return {"input_ids": tokens, "attention_mask": [1] * len(tokens), "labels": labels}
 
@@ -80,7 +80,7 @@ def _rendered(row: Conversation, tokenizer) -> tuple[str, list[tuple[int, int]]]
         if not (before.startswith(text) and after.startswith(before)):
             raise ValueError(
                 "messages: expected a chat template that leaves earlier turns as they were, got one that "
-                f"changes them in {_shown(before[-_SHOWN:])}; write a row for each answer of the assistant"
+                f"changes them in {shortened(before[-_TAIL:])}; write a row for each answer of the assistant"
             )
         shared = _common(_render(row, i, tokenizer, prompt=True), after)
         text = after
@@ -102,10 +102,5 @@ def _render(row: Conversation, n: int, tokenizer, prompt: bool) -> str:
     except Exception as error:  # a template raises what it likes
         raise ValueError(
             f"messages: expected a conversation that the chat template takes, got {first_line(error)} for "
-            f"{_shown(row.messages[0]['content'])}"
+            f"{shortened(row.messages[0]['content'])}"
         ) from error
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"

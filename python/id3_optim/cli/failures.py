@@ -23,6 +23,7 @@ _OF_THE_SYSTEM = re.compile(r"\(os error \d+\)")  # how libraries in Rust report
 _NO_MEMORY = re.compile(r"DefaultCPUAllocator: (?:can't|not enough)")
 # What gloo and this package say where another process has ended; NCCL's errors have a class.
 _NO_ANSWER = re.compile(r"gloo/transport|expected an answer of every rank")
+_SHOWN = 60  # characters of a value in a message
 _LONGEST = 500  # characters of a message; those of libraries can list every model that there is
 
 # The package's errors name arguments of Python: here they are options.
@@ -82,6 +83,12 @@ def _report(error: BaseException) -> int:
     kind = type(error).__name__
     print(f"{prefix}: unexpected {kind}: {line}; --debug shows where", file=sys.stderr)
     return UNEXPECTED
+
+
+def shortened(value: object) -> str:
+    """The value as Python writes it, its beginning alone where it is long."""
+    text = repr(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
 
 
 def first_line(error: BaseException) -> str:

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .chat import Conversation, conversation
+from .failures import shortened
 
 # The first bytes of a file: its encoding. UTF-32's begin with UTF-16's, so they come first.
 _MARKS = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32"}
 _MARKS |= {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
-_SHOWN = 60  # characters of a value in an error
 
 
 class LabelledText(NamedTuple):
@@ -151,7 +151,7 @@ def _place(path: str, columns: list[str], name: str) -> int:
         )
     if name not in columns:
         if columns[0].lstrip().startswith("{"):
-            got = _shortened(",".join(columns))
+            got = shortened(",".join(columns))
             raise ValueError(
                 f"{path}: expected CSV or TSV with a column {name!r}, got {got}, which looks like JSONL; "
                 "--task causal-lm reads it"
@@ -178,11 +178,11 @@ def read_completions(path: str, encoding: str = "utf-8") -> list[Completion | Co
         for key in ("prompt", "completion"):
             if not isinstance(row, dict) or not isinstance(row.get(key), str):
                 raise ValueError(
-                    f"{path}:{number}: expected an object with the string {key!r}, got {_shortened(row)}"
+                    f"{path}:{number}: expected an object with the string {key!r}, got {shortened(row)}"
                 )
         if not row["completion"].strip():
             raise ValueError(
-                f"{path}:{number}: completion: expected a text to learn, got {_shortened(row['completion'])}"
+                f"{path}:{number}: completion: expected a text to learn, got {shortened(row['completion'])}"
             )
         rows.append(Completion(row["prompt"], row["completion"]))
     if not rows:
@@ -201,7 +201,7 @@ def read_tagged(path: str, encoding: str = "utf-8") -> list[TaggedText]:
         fields = line.split()
         if fields and fields[0] != "-DOCSTART-":
             if len(fields) < 2:
-                raise ValueError(f"{path}:{number}: expected a word and its tag, got {_shortened(line)}")
+                raise ValueError(f"{path}:{number}: expected a word and its tag, got {shortened(line)}")
             sentence.append((fields[0], fields[-1]))
         elif sentence:
             rows.append(TaggedText(*zip(*sentence, strict=True)))
@@ -224,12 +224,7 @@ def _object(where: str, line: str) -> Any:
     try:
         return json.loads(line, object_pairs_hook=once)
     except json.JSONDecodeError as error:
-        got = _shortened(line.strip())
+        got = shortened(line.strip())
         raise ValueError(f"{where}: expected JSON, got {got} ({error.msg})") from None
     except RecursionError:
-        raise ValueError(f"{where}: expected an object, got {_shortened(line)}, nested too deeply") from None
-
-
-def _shortened(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
+        raise ValueError(f"{where}: expected an object, got {shortened(line)}, nested too deeply") from None
