@@ -37,6 +37,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "quantized": _from("quantized"),
     "ranks": _from("ranks"),
     "quality": _from("quality.run"),
+    "toolkit": _from("quality.toolkit"),
     "against": _from("against"),
     "report": _from("report"),
     "gpu": _from("gpu.check"),

@@ -2,9 +2,9 @@
 
 import itertools
 import json
-from pathlib import Path
 
 import pytest
+from glue_files import write_data
 from tiny_models import save_bert, write_reviews
 
 from benchmarks.quality import causal_table, guide, parts, report, run, tasks
@@ -149,19 +149,6 @@ def parser_rates(method, tuned):
     from id3_optim.cli.compare.methods import read_method
 
     return read_method(parts.with_rates(method, PARTS["main" if tuned else "untuned"])).rates
-
-
-def write_data(folder: Path) -> Path:
-    """GLUE's form: tab-separated, and a quote mark is text."""
-    (folder / "CoLA").mkdir(parents=True)
-    telling = {"good": 1, "bad": 0, "fine": 1, "awful": 0}
-    lines = [f'the "film {i} was {word}\t{label}' for i in range(8) for word, label in telling.items()]
-    for name in ("train.tsv", "dev.tsv"):
-        (folder / "CoLA" / name).write_text("\n".join(["sentence1\tlabel", *lines, ""]))
-    (folder / "math").mkdir()
-    rows = [{"question": f"What is {i} and {i}?", "answer": f"#### {2 * i}"} for i in range(520)]
-    (folder / "math" / "gsm8k.train.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    return folder
 
 
 def test_data_becomes_files_that_the_tool_reads(tmp_path):

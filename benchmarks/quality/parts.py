@@ -96,7 +96,9 @@ _ALL = ("cola", "mrpc", "sst2", "banking77")
 PARTS = {
     "main": Part("Every method tuned alike", MAIN, _ALL),
     "untuned": Part("One default learning rate for each kind of method", MAIN, _ALL, tuned=False),
-    "budgets": Part("Other budgets", ("id3", "fish", "lora"), _ALL, ("0.05%", "1%")),
+    "budgets": Part(
+        "Other budgets", ("id3", "fish", "lora", "random:leave_out=embeddings"), _ALL, ("0.05%", "1%")
+    ),
     "rivals": Part("Rivals at equal counts of trained entries", RIVALS, _ALL),
     "pools": Part("LoRA and adapters as pools", ON_A_POOL, ("cola", "mrpc")),
     "why": Part(

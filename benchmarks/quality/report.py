@@ -11,6 +11,7 @@ from benchmarks.quality.guide import GUIDE, MARKERS, guide_block
 from benchmarks.quality.parts import PARTS
 from benchmarks.quality.rows import Reports, read, row_of
 from benchmarks.quality.time_table import time_table
+from benchmarks.quality.toolkit_table import TITLE, toolkit_table
 from benchmarks.render import README, RESULTS, ROOT, Markers, replace_block, table
 from id3_optim.cli import budget
 from id3_optim.cli.compare.statistics import Paired, paired
@@ -140,7 +141,8 @@ def readme_block(reports: Reports) -> str:
 
 def page(reports: Reports) -> str:
     """The whole of docs/evidence.md."""
-    sections = [_INTRODUCTION, *(_part(reports, part) for part in PARTS), _paper(reports)]
+    toolkit = [f"## {TITLE}", toolkit_table(reports.get(("toolkit", "sst2")))]
+    sections = [_INTRODUCTION, *(_part(reports, part) for part in PARTS), *toolkit, _paper(reports)]
     return "\n\n".join(sections) + "\n"
 
 
