@@ -13,10 +13,8 @@ import argparse
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from itertools import pairwise
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from benchmarks.machine import describe
@@ -32,8 +30,6 @@ from id3_optim.cli.tasks import Task, task_of
 from id3_optim.cli.train import build_optimizer, fit
 from id3_optim.integrations.groups import parameter_groups
 from id3_optim.integrations.huggingface import ID3Callback
-
-Masks = list[torch.Tensor]
 
 
 @dataclass
@@ -68,24 +64,41 @@ def toolkit_optimizer(settings: Settings, start: Start) -> torch.optim.Optimizer
     )
 
 
-def masks_of(toolkit: torch.optim.Optimizer) -> Masks:
-    """The masks of the tensors that the toolkit selects from."""
-    return toolkit.param_groups[0]["chosen_masks"]
+def chosen_by(toolkit: torch.optim.Optimizer) -> torch.Tensor:
+    """bool [N]: the entries that the toolkit trains, of all tensors one after the other; no whole head."""
+    return torch.cat([mask.flatten() for mask in toolkit.param_groups[0]["chosen_masks"]])
 
 
-def active_of(optimizer: ID3AdamW) -> Masks:
-    """The same of ID3AdamW: bool, one for each tensor."""
+def active_of(optimizer: ID3AdamW) -> torch.Tensor:
+    """The same of ID3AdamW."""
     masks = []
     for entry in optimizer.touched():
-        mask = torch.zeros(entry.param.numel(), dtype=torch.bool)
-        mask[entry.indices.long()] = True
-        masks.append(mask.view(entry.param.shape))
-    return masks
+        masks.append(torch.zeros(entry.param.numel(), dtype=torch.bool))
+        masks[-1][entry.indices.long()] = True
+    return torch.cat(masks)
 
 
-def places(masks: Masks) -> np.ndarray:
-    """int64 [n]: the set entries' places in all tensors one after the other, ascending."""
-    return torch.cat([mask.flatten() for mask in masks]).nonzero()[:, 0].numpy()
+class Joins:
+    """The step at which each entry joined: int16 [N], -1 for one that is not active. Neither set shrinks."""
+
+    def __init__(self) -> None:
+        self.at, self.steps = torch.empty(0, dtype=torch.int16), 0
+
+    def see(self, active: torch.Tensor) -> None:
+        """Takes the active set, bool [N], after one more step."""
+        if self.steps == 0:
+            self.at = torch.full(active.shape, -1, dtype=torch.int16)
+        self.at[active & (self.at < 0)] = self.steps
+        self.steps += 1
+
+    def sizes(self) -> torch.Tensor:
+        """int64 [steps]: how many entries are active after each step."""
+        return self.at[self.at >= 0].long().bincount(minlength=self.steps).cumsum(0)
+
+    def shared(self, other: Joins) -> list[float]:
+        """The part of this set that the other one has too, after each step."""
+        both = torch.maximum(self.at, other.at)[(self.at >= 0) & (other.at >= 0)].long()
+        return (both.bincount(minlength=self.steps).cumsum(0) / self.sizes()).tolist()
 
 
 class SameStep:
@@ -94,28 +107,26 @@ class SameStep:
     def __init__(self, optimizer: ID3AdamW, toolkit: torch.optim.Optimizer, per_step: int):
         self.choices: list[Choice] = []
         self._optimizer, self._toolkit, self._per_step = optimizer, toolkit, per_step
-        self._before = [mask.clone() for mask in masks_of(toolkit)]
+        self._before = chosen_by(toolkit)
         optimizer.register_step_pre_hook(self._choose)
         optimizer.register_step_post_hook(self._compare)
 
     def _choose(self, *_) -> None:
-        for mask, before in zip(masks_of(self._toolkit), self._before, strict=True):
-            mask.copy_(before)
+        masks = self._toolkit.param_groups[0]["chosen_masks"]
+        parts = self._before.split([mask.numel() for mask in masks])
+        for mask, before in zip(masks, parts, strict=True):
+            mask.copy_(before.view(mask.shape))
         self._toolkit.update_chosen()
 
     def _compare(self, *_) -> None:
-        before, now = places(self._before), active_of(self._optimizer)
-        ours = np.setdiff1d(places(now), before, assume_unique=True)
-        theirs = np.setdiff1d(places(masks_of(self._toolkit)), before, assume_unique=True)
-        differing = np.setdiff1d(ours, theirs, assume_unique=True).size
-        self.choices.append(Choice(int(differing), int(theirs.size - self._per_step)))
+        now, theirs = active_of(self._optimizer), chosen_by(self._toolkit) & ~self._before
+        differing = (now & ~self._before & ~theirs).sum()
+        self.choices.append(Choice(int(differing), int(theirs.sum() - self._per_step)))
         self._before = now
 
 
-def run(
-    settings: Settings, task: Task, kind: str, same_step: bool
-) -> tuple[float, list[np.ndarray], list[Choice]]:
-    """One run of `kind`, "id3" or "toolkit": its score, the active set after each step, and the choices of
+def run(settings: Settings, task: Task, kind: str, same_step: bool) -> tuple[float, Joins, list[Choice]]:
+    """One run of `kind`, "id3" or "toolkit": its score, when its entries joined, and the choices of
     `SameStep`, which is beside an ID3 with `same_step`."""
     with tempfile.TemporaryDirectory(prefix="id3-toolkit-") as folder:
         settings = Settings(**asdict(settings) | {"output": folder})
@@ -124,30 +135,17 @@ def run(
             optimizer = build_optimizer(settings, start)
             beside = toolkit_optimizer(settings, start) if same_step else None
             watched = beside and SameStep(optimizer, beside, settings.budget // settings.steps)
-            found, masks = _fit(settings, task, start, optimizer, lambda: active_of(optimizer))
-            return found, masks, watched.choices if watched else []
-        optimizer = toolkit_optimizer(settings, start)
-        return *_fit(settings, task, start, optimizer, lambda: masks_of(optimizer)), []
+            return *_fit(settings, task, start, optimizer, active_of), watched.choices if watched else []
+        return *_fit(settings, task, start, toolkit_optimizer(settings, start), chosen_by), []
 
 
 def _fit(
-    settings: Settings, task: Task, start: Start, optimizer: torch.optim.Optimizer, masks: Callable[[], Masks]
-) -> tuple[float, list[np.ndarray]]:
-    sets: list[np.ndarray] = []
-    callbacks = [ID3Callback()] if isinstance(optimizer, ID3AdamW) else []
-    watch = Steps(lambda: sets.append(places(masks())))
+    settings: Settings, task: Task, start: Start, optimizer: torch.optim.Optimizer, active: Callable
+) -> tuple[float, Joins]:
+    joins, callbacks = Joins(), [ID3Callback()] if isinstance(optimizer, ID3AdamW) else []
+    watch = Steps(lambda: joins.see(active(optimizer)))
     measured = fit(start, task, optimizer, settings, callbacks, progress=watch).metrics
-    return measured["eval_accuracy"], sets
-
-
-def shared(ours: list[np.ndarray], theirs: list[np.ndarray]) -> list[float]:
-    """The share of our active set that the other one has, after each step."""
-    return [np.intersect1d(a, b, assume_unique=True).size / a.size for a, b in zip(ours, theirs, strict=True)]
-
-
-def grew(sets: list[np.ndarray]) -> list[int]:
-    """How many entries joined at each step, less those that left."""
-    return [sets[0].size, *(int(b.size - a.size) for a, b in pairwise(sets))]
+    return measured["eval_accuracy"], joins
 
 
 def compare(settings: Settings, task: Task, seeds: int) -> list[dict]:
@@ -162,8 +160,8 @@ def compare(settings: Settings, task: Task, seeds: int) -> list[dict]:
                 "seed": seed,
                 "id3": score,
                 "toolkit": their_score,
-                "shared": shared(ours, theirs),
-                "surplus": sum(grew(theirs)) - sum(grew(ours)),
+                "shared": ours.shared(theirs),
+                "surplus": int(theirs.sizes()[-1] - ours.sizes()[-1]),
                 "choices": [asdict(choice) for choice in choices],
             }
         )

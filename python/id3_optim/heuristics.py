@@ -17,6 +17,7 @@ from torch import Tensor
 from .distributed.blocks import Blocks
 from .distributed.part import block_of, is_split, like, local, part_of
 from .hashing import INCREMENT, SLICE, mix64, shifted_right
+from .pieces import Rows, rows_of
 
 
 def _number(name: str, value: float, expected: str) -> float:
@@ -113,12 +114,14 @@ def scores(
     position: int,
     name: str | None,
     owner: Tensor | None = None,
+    rows: Rows | None = None,
 ) -> Tensor | None:
     """One parameter's scores by any heuristic except D3.
 
     Larger scores join first; only finite normal numbers > 0 are selected.
     position: the parameter's number in the order of the param groups. name: its name, None where unknown.
-    owner: the DTensor of which param and grad are what this rank holds; a function gets it and its gradient.
+    owner: the DTensor of which param and grad are what this rank holds, or with `rows` the tensor of which
+    they are that piece; a function gets it and its gradient.
     Returns a tensor of the parameter's shape on its device, float32 (float64 for float64 parameters),
     or None where no entry of this parameter can be selected (no gradient; not a bias). Mutates nothing.
     Raises ValueError or TypeError, with the heuristic's name, where it does not fit the parameter.
@@ -131,17 +134,18 @@ def scores(
             case Magnitude():
                 return _magnitude_scores(param)
             case Random(seed):
-                return _random_scores(seed, position, param, owner)
+                begin = 0 if rows is None else rows.bounds(owner.shape)[0]
+                return _random_scores(seed, position, param, owner, begin)
             case Bias():
                 return _bias_scores(param, name)
             case Fisher(given):
-                return _fisher_scores_of(given, owner, position, name)
+                return rows_of(_fisher_scores_of(given, owner, position, name), rows)
             case D3():
                 raise TypeError(
                     "scores: expected a heuristic other than D3, got D3; use id3_kernels.d3_score"
                 )
         given = heuristic(owner, grad if owner is param else owner.grad)
-        return _held(_checked(_title(heuristic), given, owner), owner)
+        return rows_of(_held(_checked(_title(heuristic), given, owner), owner), rows)
 
 
 def describe(heuristic: Heuristic) -> dict[str, Any]:
@@ -277,16 +281,19 @@ def _checked(title: str, score: Tensor, param: Tensor) -> Tensor:
     return score.to(_score_dtype(param))
 
 
-def _random_scores(seed: int, position: int, param: Tensor, owner: Tensor) -> Tensor:
-    """The top 31 bits of hash(seed, position, flat index), scaled to the bit patterns of normal floats."""
+def _random_scores(seed: int, position: int, param: Tensor, owner: Tensor, begin: int) -> Tensor:
+    """The top 31 bits of hash(seed, position, flat index), scaled to the bit patterns of normal floats.
+
+    begin: the flat index in owner where param begins, if it is a piece.
+    """
     seed_bits, tensor_bits = torch.tensor([seed, position], dtype=torch.int64, device="cpu")
     key = mix64(mix64(seed_bits + INCREMENT) + tensor_bits * INCREMENT).item()
     size, device = param.numel(), param.device
-    blocks = Blocks([part_of(owner)], [True], device)
+    blocks = Blocks([part_of(owner)], [True], device)  # of a piece without effect: its owner is no DTensor
     out = torch.empty(size, dtype=torch.float32, device=device)
     for start in range(0, size, SLICE):
         index = torch.arange(start, min(start + SLICE, size), dtype=torch.int64, device=device)
-        index = blocks.whole_index(torch.zeros_like(index), index)
+        index = begin + blocks.whole_index(torch.zeros_like(index), index)
         uniform = shifted_right(mix64(index * INCREMENT + key), 33)
         patterns = ((uniform * 0x7F000000) >> 31) + 0x00800000
         out[start : start + SLICE] = patterns.to(torch.int32).view(torch.float32)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .distributed.part import local
+from .pieces import Rows, pieces_of
 from .state.layout import moved
 
 
@@ -29,6 +31,24 @@ def members(groups: list[dict[str, Any]], dense: bool, since: int = 0) -> Iterat
         if i >= since and group["dense"] == dense:
             yield from (Member(position + j, i, p) for j, p in enumerate(group["params"]))
         position += len(group["params"])
+
+
+class Piece(NamedTuple):
+    """A parameter, or the rows of it that are one of its pieces. number: that of the tensor where each piece
+    counts, which orders the entries; without pieces it is the parameter's position."""
+
+    number: int
+    rows: Rows | None
+    member: Member
+
+
+def in_pieces(rows: Iterable[Member], extra: int) -> Iterator[Piece]:
+    """Each parameter, or its pieces. extra: how many more than one the parameters before them have in all."""
+    for member in rows:
+        ranges = pieces_of(f"parameter {member.position}", local(member.param).shape) or [None]
+        for i, own in enumerate(ranges):
+            yield Piece(member.position + extra + i, own, member)
+        extra += len(ranges) - 1
 
 
 def selectable(groups: list[dict[str, Any]]) -> Iterator[Tensor]:

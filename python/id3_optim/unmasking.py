@@ -47,10 +47,8 @@ class Unmasking:
         self.growth: list[tuple[int, int]] = []  # (step, entries) of every growth of the budget
         self.last_selection: Selection | None = None
         self.phase_seconds = {"select": 0.0, "update": 0.0}
-        self.active, self.progress = (
-            ActiveSet(layout),
-            Progress(layout.capturable, select_every=method.select_every),
-        )
+        self.active = ActiveSet(layout)
+        self.progress = Progress(layout.capturable, select_every=method.select_every)
         self.release: Release | None = None
         self.replicas: Replicas | None = None
         self.agreed = False  # whether the ranks were found to have the same settings since the last load
@@ -116,6 +114,7 @@ class Unmasking:
         group = groups[i]
         validation.check_group(group, i)
         validation.check_names(self.method.heuristic, groups[0])
+        compatibility.check_large(self.method, self.replicas is not None, [group])
         held = (p for shard in active.shards for p in shard.owners)
         compatibility.check_devices(active.layout, chain(held, group["params"]), group["dense"])
         names = parameter_names(groups)
@@ -151,8 +150,8 @@ class Unmasking:
     def set_total_steps(self, total_steps: int) -> None:
         """See `ID3AdamW.set_total_steps`."""
         schedules.check_total_steps(total_steps)
-        if total_steps == self.total_steps:  # what a captured graph reads stays in its place
-            return
+        if total_steps == self.total_steps:
+            return  # what a captured graph reads stays in its place
         if self.progress.steps_done > 0:
             expected = f"{self.total_steps} as at the first step"
             raise ValueError(f"total_steps: expected {expected} (it cannot change), got {total_steps}")
@@ -172,6 +171,7 @@ class Unmasking:
         if not self.active.shards and (n_entries or self.progress.steps_done == 0):
             for i, group in enumerate(groups):
                 validation.check_params(group, i)
+            compatibility.check_large(self.method, self.replicas is not None, groups)
         if n_entries == 0:
             validation.check_nothing_to_train(groups, self.active.names)
             return

@@ -17,6 +17,7 @@ from .distributed.part import check_part, is_split, local
 from .heuristics import Bias, Heuristic
 from .method import Method
 from .param_groups import members, trainable_entries
+from .pieces import pieces_of, rows_of
 from .ranks import check_whole
 
 _NOT_APPLICABLE = {
@@ -127,16 +128,9 @@ def check_params(group: dict[str, Any], i: int) -> None:
         else:
             if is_split(p):
                 check_part(name, p)
-            check_countable_entries(name, local(p))
-            checks.plain(name, local(p))
+            ranges = pieces_of(name, local(p).shape)
+            checks.plain(name, rows_of(local(p), ranges and ranges[0]))
             check_memory(name, local(p))
-
-
-def check_countable_entries(name: str, p: torch.Tensor) -> None:
-    """Refuses a parameter whose entries int32 does not count."""
-    if p.numel() >= 2**31:
-        raise ValueError(f"{name}: expected fewer than 2^31 entries, got {p.numel()}; "
-                         "leave it out of the param groups")  # fmt: skip
 
 
 def check_memory(name: str, p: torch.Tensor) -> None:

@@ -3,6 +3,7 @@
 import copy
 import json
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -12,9 +13,9 @@ pytest.importorskip("transformers", reason="the experts are those of transformer
 import transformers
 from safetensors.torch import load_file
 
-from id3_optim import Delta, ID3AdamW, WeightReceiver, diff, load_delta, save_delta
+from id3_optim import Delta, ID3AdamW, WeightReceiver, diff, load_delta, pieces, save_delta
 from id3_optim.cli.main import main
-from id3_optim.delta import Change, coordinates
+from id3_optim.delta import Change
 from id3_optim.delta.coordinates import checkpoint_parts
 from id3_optim.delta.fingerprint import fingerprint
 
@@ -129,7 +130,7 @@ def test_a_large_weight_is_ranges_of_rows(monkeypatch):
     with torch.no_grad():
         tuned.weight.view(-1)[::7] += 1
         tuned.bias += 1
-    monkeypatch.setattr(coordinates, "LARGEST", 100)
+    monkeypatch.setattr(pieces, "LARGEST", 100)
     names = [part.name for part in checkpoint_parts(base)["weight"]]
     assert names == ["weight[0:6]", "weight[6:12]", "weight[12:18]", "weight[18:20]"]
     delta = diff(base, tuned)
@@ -139,7 +140,7 @@ def test_a_large_weight_is_ranges_of_rows(monkeypatch):
         assert_same_bits(model, tuned)
     assert_same_bits(model, base)
     assert WeightReceiver(model)._weights.keys() == {*names, "bias"}
-    monkeypatch.setattr(coordinates, "LARGEST", 10)
+    monkeypatch.setattr(pieces, "LARGEST", 10)
     with pytest.raises(ValueError, match="weight: expected rows of at most 10 entries, got 16"):
         checkpoint_parts(base)
 
@@ -165,9 +166,31 @@ def test_more_than_two_to_the_31_entries(tmp_path):
     assert [model.experts[place].item() for place in places] == [0] * 6
 
 
-@pytest.mark.parametrize("dense", [False, True])
-def test_the_optimizer_refuses_so_many_entries_and_says_what_to_do(dense):
-    weight = nn.Parameter(torch.empty(2**16, 2**15 + 1, dtype=torch.bfloat16, device="meta"))
-    expected = f"experts: expected fewer than 2.31 entries, got {weight.numel()}; leave it out of the param"
-    with pytest.raises(ValueError, match=expected):
-        ID3AdamW([{"params": [("experts", weight)], "dense": dense}], budget=1, total_steps=1)
+def pages_of_zeros(*shape):
+    """bfloat16 zeros that take no memory before they are written to: torch.zeros writes to all."""
+    return torch.from_numpy(np.zeros(shape, dtype=np.int16)).view(torch.bfloat16)
+
+
+def test_more_than_two_to_the_31_entries_are_trained(tmp_path):
+    """Experts [3, 2^10, 2^20], whose pages of zeros take no memory before they are written to."""
+    places = [(0, 0, 7), (0, 1023, 2**20 - 1), (1, 511, 3), (2, 0, 0), (2, 1023, 2**20 - 1)]
+    model = nn.Module()
+    model.experts = nn.Parameter(pages_of_zeros(3, 2**10, 2**20))
+    optimizer = ID3AdamW(model.named_parameters(), budget=5, total_steps=2, lr=0.5)
+    for _ in range(2):
+        model.experts.grad = pages_of_zeros(3, 2**10, 2**20)
+        for i, place in enumerate(places):
+            model.experts.grad[place] = 1 + i
+        optimizer.step()
+    (touched,) = optimizer.touched()
+    assert touched.indices.dtype == torch.int64
+    assert touched.indices.tolist() == [(e << 30) + (r << 20) + c for e, r, c in places]
+    held = [model.experts[place].item() for place in places]
+    assert held == pytest.approx([-0.372, -0.372, -0.372, -1, -1], abs=0.005)  # three are new in step 2
+    save_delta(tmp_path / "delta", model, optimizer, originals=True)
+    assert load_delta(tmp_path / "delta").changes.keys() == {"experts[0:1]", "experts[1:2]", "experts[2:3]"}
+    state = optimizer.state_dict()
+    again = ID3AdamW(model.named_parameters(), budget=5, total_steps=2, lr=0.5)
+    again.load_state_dict(state)
+    (reloaded,) = again.touched()
+    assert torch.equal(reloaded.indices, touched.indices)

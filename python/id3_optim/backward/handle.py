@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from .. import pieces
 from ..distributed.part import is_split
 from ..heuristics import D3, Heuristic
 from ..param_groups import selectable
@@ -164,6 +165,8 @@ def _obstacle(holder: _Holder) -> str | None:
         return f"the {name} of a {type(layer).__name__}"
     if layer.weight.numel() == 0:
         return "without entries"
+    if layer.weight.numel() > pieces.LARGEST:
+        return "of more entries than int32 counts"
     if getattr(layer, "scale_grad_by_freq", False):
         return "of an Embedding with scale_grad_by_freq"
     if isinstance(layer, nn.Embedding) and (layer.sparse or layer.max_norm is not None):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from id3_kernels import Entries
 
+from .. import pieces
 from ..distributed.part import is_split
 from ..wrappers import check_holds, check_trained, plain_names, unwrapped
 from .coordinates import checkpoint_parts
@@ -186,6 +187,10 @@ class WeightStream:
 def _check_whole(name: str, param: Tensor) -> None:
     if is_split(param):
         raise ValueError(f"{name}: expected a whole parameter, got a DTensor; use weight_patches")
+    if param.numel() > pieces.LARGEST:
+        raise ValueError(
+            f"{name}: expected at most {pieces.LARGEST} entries, got {param.numel()}; use weight_patches"
+        )
     check_param(name, param)
 
 

@@ -15,9 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .. import pieces
 from ..wrappers import plain_parameters, unwrapped_model
-
-LARGEST = 2**31 - 1  # the most entries of a weight whose indices are int32
+from .file import Change
 
 
 class Part(NamedTuple):
@@ -71,7 +71,7 @@ def checkpoint_parts(model: nn.Module) -> dict[str, list[Part]]:
     For a model of transformers these are the names and shapes of `save_pretrained`, by the conversions of
     `transformers.core_model_loading`; in other models each parameter is one weight under its own name. A
     tied parameter counts once. A parameter that a checkpoint keeps in a form that is no view has no parts.
-    A weight of more than `LARGEST` entries is several parts, `name[first:end]` of its rows.
+    A weight of more than `pieces.LARGEST` entries is several parts, `name[first:end]` of its rows.
     """
     params, owner = {}, set()
     for name, param in plain_parameters(model).items():
@@ -95,24 +95,44 @@ def checkpoint_parts(model: nn.Module) -> dict[str, list[Part]]:
 
 
 def _split(part: Part) -> list[Part]:
-    """The part, or parts of its rows of at most `LARGEST` entries."""
-    if math.prod(part.shape) <= LARGEST:
+    """The part, or parts of its rows of at most `pieces.LARGEST` entries."""
+    ranges, row = pieces.pieces_of(part.name, part.shape), part.shape[1:]
+    if ranges is None:
         return [part]
-    rows, *row = part.shape
-    step = LARGEST // math.prod(row)
-    if step == 0:
-        raise ValueError(f"{part.name}: expected rows of at most {LARGEST} entries, got {math.prod(row)}")
-    found = []
-    for first in range(0, rows, step):
-        end, offset = min(first + step, rows), part.offset + first * part.strides[0]
-        found.append(Part(f"{part.name}[{first}:{end}]", (end - first, *row), offset, part.strides))
-    return found
+    return [
+        part._replace(
+            name=f"{part.name}[{first}:{end}]",
+            shape=(end - first, *row),
+            offset=part.offset + first * part.strides[0],
+        )
+        for first, end in ranges
+    ]
 
 
 def part_views(model: nn.Module) -> dict[str, Tensor]:
     """The weights of the model's checkpoint by name, as views of its parameters."""
     params, parts = plain_parameters(model), checkpoint_parts(model)
     return {part.name: part.view(params[name]) for name, views in parts.items() for part in views}
+
+
+def in_parts(model: nn.Module, name: str, change: Change) -> dict[str, Change]:
+    """The change of a parameter as changes of the weights that a checkpoint keeps it in, with int32 indices.
+
+    Raises ValueError for a parameter whose checkpoint holds a copy of it.
+    """
+    parts, found = checkpoint_parts(model)[name], {}
+    if not parts:
+        raise ValueError(
+            f"{name}: expected a parameter whose checkpoint holds views of it, got a conversion that copies"
+        )
+    for part in parts:
+        held, flat = part.locate(change.indices)
+        if flat.numel():
+            kept = None if change.originals is None else change.originals[held]
+            found[part.name] = Change(
+                part.shape, change.dtype, flat.to(torch.int32), change.values[held], kept
+            )
+    return found
 
 
 class _View(Tensor):

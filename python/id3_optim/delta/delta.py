@@ -9,12 +9,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..distributed.part import any_split, full
 from ..ranks import writes_files
 from ..wrappers import check_holds, check_trained, plain_names, unwrapped
 from . import file, hub
+from .coordinates import in_parts
 from .file import Change, Contents, DeltaError
 from .fingerprint import fingerprint, same_bits
 from .patches import Patch, check_param, find, first_changed, read, write
@@ -261,22 +263,26 @@ def save_delta(
         raise ValueError(
             "originals: expected an optimizer with keep_originals=True, got keep_originals=False"
         )
-    rows = {names[id(t.param)]: (t.indices, t.originals) for t in touched}
+    changes = _collect(model, touched, dense, names, known)
+    sparse = {name: change for name, change in changes.items() if change.indices is not None}
+    rows = {name: (change.indices, change.originals) for name, change in sparse.items()}
     mark = fingerprint(rows) if known else None
-    changes = _collect(touched, dense, names, originals)
+    if not originals:
+        changes |= {name: change._replace(originals=None) for name, change in sparse.items()}
     delta = Delta(changes, mark, optimizer.settings())
     if writes_files() or not any_split(optimizer.param_groups):
         delta.save(path, compact, allow_nonfinite)
 
 
 def _collect(
-    touched: Sequence[Any], dense: Sequence[Tensor], names: dict, originals: bool
+    model: nn.Module, touched: Sequence[Any], dense: Sequence[Tensor], names: dict, known: bool
 ) -> dict[str, Change]:
+    """Every change by name, with originals where they are known."""
     changes = {}
     for t, patch in zip(touched, read([Patch(t.param, t.indices, t.param) for t in touched]), strict=True):
-        kept = t.originals.cpu() if originals else None
-        shape = tuple(t.param.shape)
-        changes[names[id(t.param)]] = Change(shape, t.param.dtype, t.indices.cpu(), patch.values.cpu(), kept)
+        name, kept = names[id(t.param)], t.originals.cpu() if known else None
+        change = Change(tuple(t.param.shape), t.param.dtype, t.indices.cpu(), patch.values.cpu(), kept)
+        changes |= {name: change} if t.indices.dtype == torch.int32 else in_parts(model, name, change)
     for param in dense:
         changes[names[id(param)]] = Change(tuple(param.shape), param.dtype, None, full(param.detach()).cpu())
     return changes

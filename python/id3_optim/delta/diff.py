@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from .. import pieces
 from ..distributed.part import full, local
 from ..wrappers import plain_name, plain_parameters
 from . import coordinates
@@ -62,7 +63,7 @@ def _tensors(model: Model) -> dict[str, Tensor]:
     """Detached tensors by their plain names, a tied one under each of its names."""
     if isinstance(model, nn.Module):
         params = {name: param.detach() for name, param in plain_parameters(model).items()}
-        large = {name for name, param in params.items() if param.numel() > coordinates.LARGEST}
+        large = {name for name, param in params.items() if param.numel() > pieces.LARGEST}
         parts = coordinates.checkpoint_parts(model) if large else {}
         views = {p.name: p.view(params[name]) for name in large & parts.keys() for p in parts[name]}
         return {name: param for name, param in params.items() if name not in large} | views

@@ -12,6 +12,7 @@ import id3_kernels
 from id3_kernels import Entries
 
 from ..distributed.part import block_of, check_part, full, is_split, local
+from ..pieces import cut
 from ..wrappers import plain_parameters
 from .coordinates import part_views
 from .file import VALUE_DTYPES, Change, DeltaError
@@ -21,7 +22,8 @@ from .values import rounded
 
 
 class Patch(NamedTuple):
-    """Values of a parameter: at flat indices (int32 [n]), or of the whole parameter when indices is None."""
+    """Values of a parameter: at flat indices (int32 [n], int64 where it has pieces), or of all of it when
+    indices is None."""
 
     param: Tensor
     indices: Tensor | None
@@ -112,11 +114,25 @@ def first_changed(patches: Mapping[str, Patch]) -> Difference | None:
     return None
 
 
-def _sparse_groups(patches: Sequence[Patch]) -> Iterator[tuple[list[int], list[Tensor], Entries]]:
-    sparse = [i for i, p in enumerate(patches) if p.indices is not None and not is_split(p.param)]
-    for kind in by_kind([patches[i].param for i in sparse]):
+class _Held(NamedTuple):
+    """Entries of a patch: all of them, or those in one piece of its parameter, by their indices in that."""
+
+    patch: int
+    param: Tensor
+    entries: slice
+    indices: Tensor
+
+
+def _sparse_groups(patches: Sequence[Patch]) -> Iterator[tuple[list[_Held], list[Tensor], Entries]]:
+    sparse = [
+        _Held(i, *own)
+        for i, patch in enumerate(patches)
+        if patch.indices is not None and not is_split(patch.param)
+        for own in cut(patch.param, patch.indices)
+    ]
+    for kind in by_kind([held.param for held in sparse]):
         members = [sparse[i] for i in kind]
-        params, rows = [patches[i].param for i in members], [patches[i].indices for i in members]
+        params, rows = [held.param for held in members], [held.indices for held in members]
         offsets, indices = Entries.from_lists(rows, rows[0].device)
         yield members, params, Entries(offsets.to(params[0].device), indices.to(params[0].device))
 
@@ -131,9 +147,11 @@ def read(patches: Sequence[Patch]) -> list[Patch]:
     for i, values in zip(split, read_split([patches[i][:2] for i in split]), strict=True):
         held[i] = patches[i]._replace(values=values)
     for members, params, entries in _sparse_groups(patches):
-        parts = id3_kernels.gather(params, entries).split([patches[i].indices.numel() for i in members])
-        for i, values in zip(members, parts, strict=True):
-            held[i] = patches[i]._replace(values=values)
+        parts = id3_kernels.gather(params, entries).split([own.indices.numel() for own in members])
+        for own, values in zip(members, parts, strict=True):
+            before = held[own.patch]  # the entries of the pieces before this one
+            joined = values if before is None else torch.cat([before.values, values])
+            held[own.patch] = patches[own.patch]._replace(values=joined)
     return held
 
 
@@ -141,7 +159,7 @@ def read(patches: Sequence[Patch]) -> list[Patch]:
 def write(patches: Sequence[Patch]) -> None:
     """Puts each patch's values into its parameter, in place."""
     for members, params, entries in _sparse_groups(patches):
-        values = torch.cat([patches[i].values.to(params[0].device) for i in members])
+        values = torch.cat([patches[own.patch].values[own.entries].to(params[0].device) for own in members])
         id3_kernels.scatter_(params, entries, values)
     for param, indices, values in patches:
         if indices is None:

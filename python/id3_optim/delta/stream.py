@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..distributed.part import full
+from ..pieces import index_dtype
 from ..wrappers import check_holds, plain_names, unwrapped
 from .patches import Patch, read
 
@@ -16,8 +17,8 @@ from .patches import Patch, read
 class WeightPatch(NamedTuple):
     """New values of one parameter: the fields of vLLM's `SparseWeightPatch` (vllm-project/vllm#40096).
 
-    indices: int32 [n], flat row-major, ascending. values: [n] of the parameter's dtype, absolute. Both are
-    contiguous copies on the parameter's device.
+    indices: int32 [n], flat row-major, ascending; int64 for a parameter of 2^31 entries or more. values: [n]
+    of the parameter's dtype, absolute. Both are contiguous copies on the parameter's device.
     """
 
     name: str
@@ -42,7 +43,7 @@ def weight_patches(model: nn.Module, optimizer: Any, since: int = 0) -> Iterator
 def _patch(names: dict[int, str], param: Tensor, indices: Tensor | None) -> WeightPatch:
     check_holds(names, [param])
     if indices is None:
-        indices = torch.arange(param.numel(), dtype=torch.int32, device=param.device)
+        indices = torch.arange(param.numel(), dtype=index_dtype(param), device=param.device)
         return WeightPatch(names[id(param)], indices, full(param.detach()).reshape(-1).clone())
     values = read([Patch(param.detach(), indices, param)])[0].values
     return WeightPatch(names[id(param)], indices.clone(), values)

@@ -14,7 +14,8 @@ from id3_kernels import Entries
 
 from ..distributed.many_ranks import ManyRanks
 from ..distributed.part import part_of
-from ..param_groups import Member
+from ..param_groups import Member, Piece, in_pieces
+from ..pieces import index_dtype
 from ..ranks import OneProcess
 from . import repeat
 from .layout import Layout
@@ -26,7 +27,8 @@ Joined = list[tuple[Shard, Entries, int]]  # what a join has added to which run,
 
 
 class Touched(NamedTuple):
-    """Entries of one parameter that training may have changed: indices int32 [n], flat and ascending.
+    """Entries of one parameter that training may have changed: indices int32 [n], flat and ascending; int64
+    for a parameter of 2^31 entries or more.
 
     From `changed_since`, indices is None for a parameter of a dense group: all of it may have changed. The
     tensors are the optimizer's own: clone what is to outlive the next step.
@@ -60,9 +62,10 @@ class ActiveSet:
 
     def adopt(self, rows: Iterable[Member]) -> None:
         """Takes parameters in the order of their positions into the shards, and makes missing shards."""
-        taken: dict[Shard, list[Member]] = {}
-        for row in rows:
-            taken.setdefault(self.shard_for(row.position, row.param), []).append(row)
+        taken: dict[Shard, list[Piece]] = {}
+        held = sum(len(shard.params) for shard in self.shards)
+        for piece in in_pieces(rows, held - len(self._located())):
+            taken.setdefault(self.shard_for(piece.member.position, piece.member.param), []).append(piece)
         for shard, added in taken.items():
             shard.extend(added)
         self._map()
@@ -115,10 +118,19 @@ class ActiveSet:
                 shard.reserve(shard.limit)
 
     def locate(self, p: Tensor) -> tuple[int, int] | None:
-        """(i, j): the parameter is tensor j of shard i. None before it was adopted."""
+        """(i, j): the parameter is tensor j of shard i, or its first piece is. None before it was adopted."""
+        return self._located().get(id(p))
+
+    def _located(self) -> dict[int, tuple[int, int]]:
         if self._at is None:
-            self._at = {id(p): (i, j) for i, s in enumerate(self.shards) for j, p in enumerate(s.owners)}
-        return self._at.get(id(p))
+            every = [(p, i, j) for i, s in enumerate(self.shards) for j, p in enumerate(s.owners)]
+            self._at = {id(p): (i, j) for p, i, j in reversed(every)}
+        return self._at
+
+    def tensors_of(self, p: Tensor) -> list[tuple[int, int]]:
+        """As `locate` has it, of a parameter with pieces each of these. It was adopted."""
+        i, j = self.locate(p)
+        return [(i, n) for n in self.shards[i].pieces(j)]
 
     def name(self, position: int) -> str:
         return self.names[position] if self.names else f"parameter {position}"
@@ -144,6 +156,11 @@ class ActiveSet:
             raise
         return joined
 
+    @property
+    def n_numbers(self) -> int:
+        """More than the largest number of a tensor."""
+        return 1 + max(number for shard in self.shards for number in shard.numbers)
+
     def count_up(self, number: Tensor) -> None:
         """Counts the entries that a step has chosen on many ranks, once the step is done."""
         self.count.copy_(number if self.layout.repeat else self.count + number)
@@ -168,7 +185,7 @@ class ActiveSet:
         for p in params:
             at = self.locate(p)
             if at is None:
-                yield Touched(p, torch.empty(0, dtype=torch.int32, device=p.device), None)
+                yield Touched(p, torch.empty(0, dtype=index_dtype(p), device=p.device), None)
             elif whole is None:
                 yield Touched(p, *self._held(*at))
             else:
@@ -176,10 +193,15 @@ class ActiveSet:
                 yield Touched(p, whole[i][j]["indices"], whole[i][j].get("originals"))
 
     def _held(self, i: int, j: int) -> tuple[Tensor, Tensor | None]:
-        """(indices, originals) of tensor j of shard i."""
-        if self.layout.repeat:
-            return self.ever[i].of(j)
-        return tuple(self.shards[i].column(name, j) for name in ("indices", "originals"))
+        """(indices, originals) of the parameter whose first tensor is j of shard i."""
+        shard, found = self.shards[i], []
+        for n in shard.pieces(j):
+            of_run = [shard.column(name, n) for name in ("indices", "originals")]
+            found.append(self.ever[i].of(n) if self.layout.repeat else of_run)
+        if len(found) == 1:
+            return tuple(found[0])
+        indices, originals = zip(*found, strict=True)
+        return shard.joined(j, indices), None if originals[0] is None else torch.cat(originals)
 
     def _touched_over_ranks(self, i: int) -> list[dict[str, Tensor]]:
         if self.layout.repeat:

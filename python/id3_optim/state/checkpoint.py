@@ -58,9 +58,9 @@ class Restored(NamedTuple):
 def sparse_state(active: ActiveSet) -> dict[Tensor, dict[str, Any]]:
     """Every parameter's own state: copies, so that later steps leave what was saved alone."""
     return {
-        p: state
+        shard.owners[j]: state
         for i, shard in enumerate(active.shards)
-        for p, state in zip(shard.owners, saved_states(active, i), strict=True)
+        for j, state in zip(shard.firsts(), saved_states(active, i), strict=True)
     }
 
 

@@ -45,6 +45,8 @@ def originals_in(active: ActiveSet) -> Iterator[None]:
 
 def _swaps(active: ActiveSet) -> Iterator[_Swap]:
     for i, shard in enumerate(active.shards):
+        if shard.split:
+            shard.renew()
         params = [p.data for p in shard.params]
         if active.layout.repeat:
             runs = [(active.ever[i].entries, active.ever[i].originals)]

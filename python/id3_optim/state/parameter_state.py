@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -13,6 +13,7 @@ from id3_kernels import Entries
 
 from ..distributed.part import is_split
 from ..param_groups import Member
+from ..pieces import index_dtype, inside
 from .active_set import ActiveSet
 from .layout import Layout
 from .repeat import EverActive
@@ -27,14 +28,25 @@ _REMEDY = "; cast=True converts the state of a parameter of another dtype"
 
 
 def saved_states(active: ActiveSet, i: int) -> Iterator[dict[str, Any]]:
-    """The state of each tensor of shard i, over all ranks: copies."""
+    """The state of each parameter of shard i, in the order of its tensors, over all ranks: copies."""
     shard = active.shards[i]
     names = [name for name in active.layout.columns(shard.dtype) if name != "indices"]
     ever = active.ever_columns(i) if active.layout.repeat else [{} for _ in shard.owners]
-    for j, (columns, more) in enumerate(zip(active.columns(i, names), ever, strict=True)):
-        state = {name: column.clone() for name, column in columns.items()}
-        state |= {"step": shard.steps[j].clone(), "shape": list(shard.owners[j].shape)}
-        yield state | {f"ever_{name}": column.clone() for name, column in more.items()}
+    every = list(zip(active.columns(i, names), ever, strict=True))
+    for j in shard.firsts():
+        columns, more = (
+            _joined(shard, j, found) for found in zip(*(every[n] for n in shard.pieces(j)), strict=True)
+        )
+        state = {"step": shard.steps[j].clone(), "shape": list(shard.owners[j].shape)}
+        yield columns | state | {f"ever_{name}": column for name, column in more.items()}
+
+
+def _joined(shard: Shard, j: int, found: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The columns of the parameter whose first tensor is j, from those of its pieces: copies."""
+    state = {name: torch.cat([columns[name] for columns in found]) for name in found[0]}
+    if "indices" in state:
+        state["indices"] = shard.joined(j, [columns["indices"] for columns in found]).clone()
+    return state
 
 
 def by_hooks(state: dict[str, Any]) -> dict[str, Any]:
@@ -44,9 +56,9 @@ def by_hooks(state: dict[str, Any]) -> dict[str, Any]:
 
 def without_entries(p: Tensor, layout: Layout) -> dict[str, Any]:
     """The state of a parameter that has no active entry and had no gradient yet."""
-    dtypes = layout.columns(p.dtype)
+    dtypes = layout.columns(p.dtype) | {"indices": index_dtype(p)}
     if layout.repeat:
-        dtypes["ever_indices"] = torch.int32
+        dtypes["ever_indices"] = index_dtype(p)
         dtypes |= {"ever_originals": p.dtype} if layout.originals else {}
     empty = {name: torch.empty(0, dtype=dtype) for name, dtype in dtypes.items()}
     return empty | {"step": 0, "shape": list(p.shape)}
@@ -70,13 +82,13 @@ def checked(member: Member, state: dict[str, Any], layout: Layout, cast: bool) -
     """The saved state of a parameter, or its conversion where `cast` allows one. Raises ValueError if it does
     not fit the parameter and the layout."""
     where, p = f"state[{member.position}]", member.param
-    columns = layout.columns(p.dtype)
     for name in ("shape", "step", "indices"):
         if name not in state:
             raise ValueError(f"{where}: {name}: expected it in the saved state, got none")
     check_shape(where, list(state["shape"]), p)
+    columns = layout.columns(p.dtype) | {"indices": index_dtype(p)}
     for name in ("indices", "ever_indices"):
-        _check_indices(f"{where}: {name}", state.get(name, state["indices"]), p.numel())
+        _check_indices(f"{where}: {name}", state.get(name, state["indices"]), p)
     if cast:
         state = _converted(state, columns, p)
     _check_columns(where, state, columns, p.dtype)
@@ -117,10 +129,11 @@ def _converted(state: dict[str, Any], columns: dict[str, torch.dtype], p: Tensor
     return {name: value for name, value in state.items() if name != "master"} | cast
 
 
-def _check_indices(where: str, rows: Tensor, numel: int) -> None:
-    inside = rows.numel() == 0 or (rows[0] >= 0 and rows[-1] < numel)
-    if rows.dtype != torch.int32 or not inside or not bool((rows.diff() > 0).all()):
-        raise ValueError(f"{where}: expected ascending int32 below {numel}, got something else")
+def _check_indices(where: str, rows: Tensor, p: Tensor) -> None:
+    inside = rows.numel() == 0 or (rows[0] >= 0 and rows[-1] < p.numel())
+    if rows.dtype != index_dtype(p) or not inside or not bool((rows.diff() > 0).all()):
+        expected = str(index_dtype(p)).removeprefix("torch.")
+        raise ValueError(f"{where}: expected ascending {expected} below {p.numel()}, got something else")
 
 
 def fill(active: ActiveSet, sparse: dict[int, dict[str, Any]], steps_done: int) -> None:
@@ -137,14 +150,18 @@ def fill(active: ActiveSet, sparse: dict[int, dict[str, Any]], steps_done: int) 
 
 def _own(shard: Shard, j: int, state: dict[str, Any]) -> dict[str, Any]:
     """The state of tensor j at the entries that this rank holds, by their indices in its part."""
-    if shard.blocks is None:
+    rows = shard.ranges[j]
+    if shard.blocks is None and rows is None:
         return state
     found = dict(state)
     for prefix, names in (("", _COLUMNS), ("ever_", ("indices", "originals"))):
         if f"{prefix}indices" in state:
-            indices, inside = own_part(shard, j, state[f"{prefix}indices"])
             held = [f"{prefix}{name}" for name in names if f"{prefix}{name}" in state]
-            found |= {name: state[name].to(shard.device)[inside] for name in held}
+            if rows is None:
+                indices, at = own_part(shard, j, state[f"{prefix}indices"])
+            else:
+                at, indices = inside(rows, shard.shapes[j], state[f"{prefix}indices"])
+            found |= {name: state[name].to(shard.device)[at] for name in held}
             found[f"{prefix}indices"] = indices
     return found
 

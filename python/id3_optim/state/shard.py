@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,9 +13,9 @@ from id3_kernels import Entries, backend, table
 from id3_kernels.entries import sort_keys
 
 from ..distributed.blocks import Blocks
-from ..distributed.part import is_split, local
-from ..param_groups import Member
+from ..param_groups import Piece
 from .layout import Layout, moved
+from .tensors import Tensors
 
 _MASKS_KEPT = 64  # patterns of missing gradients
 # A recent run of at most this part of the capacity: a larger one costs more at each join, a smaller one is
@@ -24,15 +23,7 @@ _MASKS_KEPT = 64  # patterns of missing gradients
 RECENT_SHARE = 32
 
 
-class Slice(NamedTuple):
-    """The tensors first:last of a shard, which all belong to param group `group`."""
-
-    group: int
-    first: int
-    last: int
-
-
-class Shard:
+class Shard(Tensors):
     """The active entries of all selectable tensors of one device and dtype, and their state.
 
     `arrays["indices"]` and the arrays beside it hold the active entries in one or two runs, each in (tensor,
@@ -40,8 +31,7 @@ class Shard:
     table. The settled run begins at 0. A recent run at the far end of the arrays takes what joins, so that a
     join moves few entries; `settle` merges it into the first when it is full. What lies outside is padding.
 
-    `owners` are the tensors that the optimizer was given, `params` what this rank holds of them: the same but
-    for DTensors. Indices are those of `params`; `blocks` maps them to the whole tensors' where ranks share.
+    Indices are those of `params`; `blocks` maps them to the whole tensors' where ranks share.
 
     `steps` int64 [M] counts the steps in which each tensor had a gradient; `updated_at` int64 [M] is the
     optimizer's step count after the last of them. `n_active`, `column` and `leave` synchronise with a GPU;
@@ -49,26 +39,19 @@ class Shard:
     """
 
     def __init__(self, device: torch.device, dtype: torch.dtype, layout: Layout):
+        super().__init__()
         self.device, self.dtype, self.layout = device, dtype, layout
         if device.type == "cpu" and layout.backend is None and backend.native() is None:
             why = backend.available_backends()["cpu"]
             warnings.warn(f"id3_optim runs its slow reference kernels: {why}", stacklevel=2)
         self.kernels = table.kernels_for(device, layout.backend)
-        self.owners: list[Tensor] = []
-        self.params: list[Tensor] = []
         self.blocks: Blocks | None = None
-        self.split = False  # whether a tensor is a DTensor
-        self.positions: list[int] = []
-        self.shapes: list[torch.Size] = []  # when added: the indices are those of this shape
-        self.strides: list[tuple[int, ...]] = []  # when last checked
-        self.slices: list[Slice] = []
         # Row 0: the settled run's offsets. Row 1: the recent run's, counted from `_begin`, zeros without one.
         self._rows = torch.zeros(2, 1, dtype=torch.int64, device=device)
         self.offsets = self._rows[:1]
         self.steps = torch.zeros(0, dtype=torch.int64, device=device)
         self.updated_at = torch.zeros(0, dtype=torch.int64, device=device)
-        self.position_table = torch.zeros(0, dtype=torch.int64, device=device)
-        self.numel = 0
+        self.number_table = torch.zeros(0, dtype=torch.int64, device=device)
         self.limit = 0  # the most entries that may ever be active here
         self.arrays = {
             name: torch.empty(0, dtype=d, device=device) for name, d in layout.arrays(dtype).items()
@@ -86,35 +69,18 @@ class Shard:
         self.__dict__.update(state)
         self.kernels = table.kernels_for(self.device, self.layout.backend)
 
-    def extend(self, rows: list[Member]) -> None:
-        """Appends tensors; positions must ascend. Settles."""
+    def extend(self, added: list[Piece]) -> None:
+        """Appends tensors; numbers must ascend. Settles."""
         self.settle()
-        for position, group, owner in rows:
-            param = local(owner)
-            self.split |= is_split(owner)
-            self.owners.append(owner)
-            self.params.append(param)
-            self.positions.append(position)
-            self.shapes.append(param.shape)
-            self.strides.append(param.stride())
-            self.numel += param.numel()
-            n = len(self.params)
-            if self.slices and self.slices[-1].group == group:
-                self.slices[-1] = self.slices[-1]._replace(last=n)
-            else:
-                self.slices.append(Slice(group, n - 1, n))
+        super().extend(added)
         # Each table grows once for all rows: a copy per tensor would be quadratic in their number.
-        self._rows = torch.cat([self._rows, self._rows[:, -1:].expand(-1, len(rows))], 1)
+        self._rows = torch.cat([self._rows, self._rows[:, -1:].expand(-1, len(added))], 1)
         self.offsets = self._rows[:1]
-        added = torch.tensor([row.position for row in rows], device=self.device)
-        self.position_table = torch.cat([self.position_table, added])
+        numbers = torch.tensor([row.number for row in added], device=self.device)
+        self.number_table = torch.cat([self.number_table, numbers])
         self._bounds, self._masks = None, {}
-        self.steps = torch.cat([self.steps, torch.zeros_like(added)])
-        self.updated_at = torch.cat([self.updated_at, torch.zeros_like(added)])
-
-    def renew(self) -> None:
-        """Takes what this rank holds of split tensors anew: a trainer may have moved it to other memory."""
-        self.params = [local(owner) for owner in self.owners]
+        self.steps = torch.cat([self.steps, torch.zeros_like(numbers)])
+        self.updated_at = torch.cat([self.updated_at, torch.zeros_like(numbers)])
 
     # --- entries -----------------------------------------------------------------------------------
 
@@ -286,7 +252,7 @@ class Shard:
     def tables(self) -> list[Tensor]:
         """All tensors with an element per tensor."""
         own = [] if self._begin is None else [self.offsets]
-        return [*own, self._rows, self.steps, self.updated_at, self.position_table]
+        return [*own, self._rows, self.steps, self.updated_at, self.number_table]
 
     # --- steps -------------------------------------------------------------------------------------
 

@@ -13,19 +13,19 @@ from id3_kernels.table import candidate_room
 
 from ..distributed.choice import GATHERED, NO_PLACE, best_of
 from ..distributed.many_ranks import ManyRanks
-from ..heuristics import D3, Heuristic, scores
+from ..heuristics import D3, Heuristic
 from ..state.active_set import ActiveSet
 from ..state.layout import moved
 from ..state.progress import Wanted
 from ..state.shard import Shard
-from .selection import best_of_all, concatenated, entries_at
+from .selection import best_of_all, concatenated, entries_at, scored
 
 
 class Best(NamedTuple):
     """The candidates of a shard, on its device: the best k so far are among them. Padding: 0, -1, 0."""
 
     score: Tensor  # [capacity]
-    place: Tensor  # int64 [capacity]: tensor position << 32 | flat index
+    place: Tensor  # int64 [capacity]: tensor number << 32 | flat index
     grad: Tensor  # [capacity]
     state: Tensor  # int64, the backend's own
 
@@ -123,16 +123,16 @@ class Candidates:
     ) -> None:
         i, j = at
         shard = active.shards[i]
-        param, position = shard.params[j], shard.positions[j]
+        param = shard.params[j]
         score, d3 = None, (0.0, 0.0)
         if isinstance(heuristic, D3):
             d3 = heuristic.eps, heuristic.exp
         elif best.score.numel():
-            name = active.names[position] if active.names else None
-            score = scores(heuristic, param, grad, position, name, shard.owners[j])
+            name = active.names[shard.positions[j]] if active.names else None
+            score = scored(shard, j, heuristic, grad, name)
             best = Best.empty(0, shard) if score is None else best
         active_entries = shard.offsets[:, j : j + 2], shard.arrays["indices"]
-        take = (param, grad, score, *active_entries, values, add, position << 32)
+        take = (param, grad, score, *active_entries, values, add, shard.numbers[j] << 32)
         shard.kernels.collect_(*take, *best, self._k[i], may_hold, *d3)
 
     def collect_part(
@@ -154,7 +154,7 @@ class Candidates:
         i, j = at
         param, grad = rows
         offsets, indices, values = held
-        place = (active.shards[i].positions[j] << 32) + first
+        place = (active.shards[i].numbers[j] << 32) + first
         take = (param, grad, None, offsets, indices, values, False, place)
         d3 = heuristic.eps, heuristic.exp
         active.shards[i].kernels.collect_(*take, *self.best[i], self._k[i], may_hold, *d3)
@@ -212,7 +212,7 @@ def _values_at(shard: Shard, new: Entries, best: Best) -> Tensor:
     """The gradients of entries that are all among the candidates."""
     owner = owners(new, new.indices.numel())
     place, order = best.place.sort()
-    at = torch.searchsorted(place, (shard.position_table[owner] << 32) | new.indices)
+    at = torch.searchsorted(place, (shard.number_table[owner] << 32) | new.indices)
     return best.grad[order][at]
 
 

@@ -139,5 +139,4 @@ class Exchange:
         dense = [member.param.grad for member in members(groups, dense=True)]
         self.replicas.average_(kept + [gradient for gradient in dense if gradient is not None])
         if candidates.wanted is not None:
-            n_tensors = 1 + max(position for shard in active.shards for position in shard.positions)
-            candidates.meet(self.replicas.ranks, n_tensors)
+            candidates.meet(self.replicas.ranks, active.n_numbers)

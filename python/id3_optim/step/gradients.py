@@ -14,7 +14,8 @@ from ..distributed.norm import sums_of_squares
 from ..distributed.part import local, local_gradient
 from ..param_groups import members
 from ..state.active_set import ActiveSet
-from ..state.shard import Shard, Slice
+from ..state.shard import Shard
+from ..state.tensors import Slice
 from ..validation import check_memory
 from .warmup import count_ages
 
@@ -170,7 +171,7 @@ def of_step(active: ActiveSet, groups: list[dict[str, Any]]) -> list[Whole]:
     for shard in active.shards:
         if shard.split:
             shard.renew()
-        whole.append(Whole([local_gradient(p) if shard.split else p.grad for p in shard.owners]))
+        whole.append(Whole(shard.gradients() if shard.split else [p.grad for p in shard.owners]))
     for shard, gradients in zip(active.shards, whole, strict=True):
         if not _plain(shard, gradients.tensors):
             for j, gradient in enumerate(gradients.tensors):
@@ -194,8 +195,8 @@ def check(active: ActiveSet, shard: Shard, j: int, gradient: Tensor | None) -> N
     if param.dtype != shard.dtype or param.device != shard.device:
         expected, got = f"{shard.dtype} on {shard.device}", f"{param.dtype} on {param.device}"
         raise ValueError(f"{name}: expected {expected} as at the first step, got {got}")
-    if param.shape != shard.shapes[j]:
-        expected, got = tuple(shard.shapes[j]), tuple(param.shape)
+    if (shape := local(shard.owners[j]).shape) != shard.shapes[j]:
+        expected, got = tuple(shard.shapes[j]), tuple(shape)
         raise ValueError(f"{name}: expected shape {expected} as at the first step, got {got}")
     check_memory(name, param)
     _check_gradient(name, param, gradient)

@@ -20,9 +20,10 @@ from ..distributed.part import local_gradient
 from ..distributed.replicas import Replicas
 from ..heuristics import Heuristic
 from ..param_groups import selectable
+from ..pieces import rows_of
 from ..state.active_set import ActiveSet
 from ..state.progress import Wanted
-from . import gradients
+from . import gradients, hooks
 from .candidates import Candidates
 from .exchange import Exchange
 from .gradients import Kept
@@ -63,7 +64,7 @@ class Release:
         self._handles: dict[int, torch.utils.hooks.RemovableHandle] = {}
         self._lock = threading.Lock()  # autograd has a thread for each device
         self._streams = Streams()
-        weakref.finalize(self, _remove, self._handles).atexit = False
+        weakref.finalize(self, hooks.remove, self._handles).atexit = False
 
     def rebind(self, begin: Begin, params: Iterable[Tensor]) -> None:
         """Makes a deep copy, or what was unpickled, another optimizer's own, with hooks on its parameters."""
@@ -93,14 +94,14 @@ class Release:
         """
         if not self.hooked:
             return
-        take = partial(_take, weakref.ref(self))
+        take = partial(hooks.take, weakref.ref(self))
         for p in params:
             if p.requires_grad and id(p) not in self._handles and not torch.nn.parameter.is_lazy(p):
                 self._handles[id(p)] = p.register_post_accumulate_grad_hook(take)
 
     def remove_hooks(self) -> None:
         self.hooked = False
-        _remove(self._handles)
+        hooks.remove(self._handles)
 
     def take(self, param: Tensor) -> None:
         """What a hook does. Does not synchronise with a GPU."""
@@ -262,12 +263,18 @@ class Release:
         self._follow_all()
 
     def _collect(self, param: Tensor) -> None:
-        i, j = self._active.locate(param)
-        shard, kept = self._active.shards[i], self.kept[i]
+        tensors = self._active.tensors_of(param)
+        i, _ = tensors[0]
         self._follow(i)
-        if shard.split:
-            shard.renew()
+        if self._active.shards[i].split:
+            self._active.shards[i].renew()
         gradient = local_gradient(param)
+        for _, j in tensors:
+            self._collect_tensor(i, j, rows_of(gradient, self._active.shards[i].ranges[j]))
+        param.grad = None
+
+    def _collect_tensor(self, i: int, j: int, gradient: Tensor) -> None:
+        shard, kept = self._active.shards[i], self.kept[i]
         gradients.check(self._active, shard, j, gradient)
         seen = kept.seen[j]
         # Candidates of earlier passes are forgotten before each pass unless the best of all is chosen.
@@ -280,21 +287,3 @@ class Release:
             if self.selects(has_gradient=True):
                 self.exchange.search_gradient(self.candidates, *place, repeated)
         kept.seen[j] = True
-        param.grad = None
-
-
-def _take(release: weakref.ref[Release], param: Tensor) -> None:
-    alive = release()
-    if alive is None or param.grad is None:  # a Function that gives no gradient calls the hook all the same
-        return
-    if torch.is_grad_enabled():  # create_graph=True
-        with torch.no_grad():
-            alive.take(param)
-    else:
-        alive.take(param)
-
-
-def _remove(handles: dict) -> None:
-    for handle in handles.values():
-        handle.remove()
-    handles.clear()

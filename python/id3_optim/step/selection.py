@@ -1,7 +1,7 @@
 """Chooses the entries that join: the k of the largest score over all shards. Nothing synchronises with a GPU.
 
 Lists have the length of their capacity and end in padding, since the number of entries is known on the device
-alone. Where shards or tensors are compared, an entry is a `place`: tensor position << 32 | flat index.
+alone. Where shards or tensors are compared, an entry is a `place`: tensor number << 32 | flat index.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def _by_boundary(
     active: ActiveSet, place: Tensor, score: Tensor, offered: Tensor, k: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same for a large k, of this rank's entries alone. Synchronises with a GPU."""
-    n_tensors = 1 + max(position for shard in active.shards for position in shard.positions)
+    n_tensors = active.n_numbers
     boundary = active.ranks.boundary(place, torch.where(offered, score, 0), k, n_tensors)
     own = boundary.chosen(place, score)
     place, order = place[own].sort()
@@ -123,7 +123,7 @@ def _by_boundary(
 
 def _over_ranks(shard: Shard, place: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(places in the whole tensors, scores, bool: whether no other rank offers the entry)."""
-    owner = torch.searchsorted(shard.position_table, place >> 32).clamp_(max=shard.position_table.numel() - 1)
+    owner = torch.searchsorted(shard.number_table, place >> 32).clamp_(max=shard.number_table.numel() - 1)
     index = shard.blocks.whole_index(owner, place & 0xFFFFFFFF)
     held = place < NO_PLACE
     return torch.where(held, (place >> 32 << 32) | index, NO_PLACE), score, held & shard.blocks.first[owner]
@@ -140,14 +140,14 @@ def concatenated(found: Sequence[tuple[Tensor, Tensor]], device: torch.device) -
 def entries_at(shard: Shard, place: Tensor) -> tuple[Entries, Tensor]:
     """Those places that lie in the shard, as its entries, and the position of each of them in `place`."""
     place = moved(place, shard.device)
-    positions = shard.position_table
-    owner = torch.searchsorted(positions, place >> 32).clamp_(max=positions.numel() - 1)
-    inside, index = positions[owner] == place >> 32, place & 0xFFFFFFFF
+    numbers = shard.number_table
+    owner = torch.searchsorted(numbers, place >> 32).clamp_(max=numbers.numel() - 1)
+    inside, index = numbers[owner] == place >> 32, place & 0xFFFFFFFF
     if shard.blocks is not None:
         index, held = shard.blocks.local_index(owner, index)
         inside = inside & held
     ordered, order = torch.where(inside, (owner << 32) | index, NO_PLACE).sort()
-    edges = torch.arange(positions.numel() + 1, device=shard.device) << 32
+    edges = torch.arange(numbers.numel() + 1, device=shard.device) << 32
     found = Entries(torch.searchsorted(ordered, edges), (ordered & 0xFFFFFFFF).to(torch.int32))
     # A rank gets a share of the places: its arrays are to grow by no more.
     return found if shard.blocks is None else found.trimmed(), order
@@ -178,8 +178,16 @@ def _placed(shard: Shard, offsets: Tensor, indices: Tensor, score: Tensor) -> tu
     at = torch.arange(indices.numel(), device=shard.device)
     owner = torch.searchsorted(offsets[1:], at, right=True).clamp_(max=len(shard.params) - 1)
     held = at < offsets[-1]
-    place = torch.where(held, (shard.position_table[owner] << 32) | indices, NO_PLACE)
+    place = torch.where(held, (shard.number_table[owner] << 32) | indices, NO_PLACE)
     return place, torch.where(held, score, 0)
+
+
+def scored(
+    shard: Shard, j: int, heuristic: Heuristic, grad: Tensor | None, name: str | None
+) -> Tensor | None:
+    """`heuristics.scores` of tensor j."""
+    owner, rows = shard.owners[j], shard.ranges[j]
+    return scores(heuristic, shard.params[j], grad, shard.positions[j], name, owner, rows)
 
 
 def _by_tensor(
@@ -195,7 +203,7 @@ def _by_tensor(
     offsets, indices = _active(shard, fresh)
     nothing = torch.zeros(0, dtype=torch.int64, device=shard.device)
     kept = [(nothing, nothing.to(shard.arrays["exp_avg"].dtype))]
-    for j, (param, position) in enumerate(zip(shard.params, shard.positions, strict=True)):
+    for j, (param, number) in enumerate(zip(shard.params, shard.numbers, strict=True)):
         own, grad, k, capacity = offsets[..., j : j + 2], gradients.tensors[j], *wanted[:2]
         if per_tensor is not None:
             held = (own[..., 1] - own[..., 0]).sum()
@@ -207,12 +215,12 @@ def _by_tensor(
             numbers = heuristic.eps, heuristic.exp
             ends, index, value = shard.kernels.select_topk([param], [grad], own, indices, *room, *numbers)
         else:
-            score = scores(heuristic, param, grad, position, names[position], shard.owners[j])
+            score = scored(shard, j, heuristic, grad, names[shard.positions[j]])
             if score is None:
                 continue
             ends, index, value = shard.kernels.select_topk_by_score([score], own, indices, *room)
         held = torch.arange(index.numel(), device=shard.device) < ends[-1]
-        found = torch.where(held, (position << 32) | index.long(), NO_PLACE), torch.where(held, value, 0)
+        found = torch.where(held, (number << 32) | index.long(), NO_PLACE), torch.where(held, value, 0)
         kept.append(found)
         if sum(place.numel() for place, _ in kept) > MERGED_AT * wanted.capacity:
             kept = [best(*concatenated(kept, shard.device), *wanted[:2])]

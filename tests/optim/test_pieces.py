@@ -1,0 +1,221 @@
+"""Tensors of more entries than int32 counts, as pieces of rows. A limit of 40 entries stands for 2^31 - 1.
+
+A run whose tensors have pieces is held to the same run without: entries, bits, states, deltas.
+"""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from id3_optim import (
+    D3,
+    Bias,
+    Fisher,
+    ID3AdamW,
+    Magnitude,
+    Random,
+    diff,
+    load_delta,
+    original_weights,
+    pieces,
+    save_delta,
+    sparse_backward,
+    weight_patches,
+)
+from id3_optim.heuristics import snip
+
+STEPS, LIMIT = 6, 40
+SIZES = {"experts": (7, 3, 5), "table": (11, 9), "flat": (97,), "bias": (9,)}
+
+
+class Model(nn.Module):
+    """Large tensors between small ones, one of them strided, whose gradients are the inputs."""
+
+    def __init__(self, dtype=torch.float32):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        for name, shape in SIZES.items():
+            setattr(self, name, nn.Parameter(torch.randn(shape, generator=generator).to(dtype)))
+        self.strided = nn.Parameter(torch.randn(9, 11, generator=generator).to(dtype).t())
+
+    def loss(self, step):
+        generator = torch.Generator().manual_seed(step)
+        terms = [(p * torch.randn(p.shape, generator=generator).to(p.dtype)).sum() for p in self.parameters()]
+        return sum(terms)
+
+
+def trained(large, monkeypatch, dtype=torch.float32, steps=STEPS, begin=None, **options):
+    """The model and its optimizer after some steps, with pieces where `large`."""
+    monkeypatch.setattr(pieces, "LARGEST", LIMIT if large else 2**31 - 1)
+    model = Model(dtype)
+    options = {"budget": 90, "total_steps": STEPS, "lr": 0.1, "max_grad_norm": 1.0, **options}
+    optimizer = ID3AdamW(model.named_parameters(), **options)
+    if begin is not None:
+        model.load_state_dict(begin[0])
+        optimizer.load_state_dict(begin[1])
+    for step in range(optimizer.steps_done, steps):
+        model.loss(step).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model, optimizer
+
+
+def assert_same(one, other):
+    """Models, active sets and states of the same bits; indices may be of another dtype."""
+    for a, b in zip(one[0].parameters(), other[0].parameters(), strict=True):
+        assert torch.equal(a, b)
+    for a, b in zip(one[1].touched(), other[1].touched(), strict=True):
+        assert torch.equal(a.indices.long(), b.indices.long()) and torch.equal(a.originals, b.originals)
+    states = [run[1].state_dict()["state"] for run in (one, other)]
+    assert states[0].keys() == states[1].keys()
+    for position, state in states[0].items():
+        for name, value in state.items():
+            found = states[1][position][name]
+            assert torch.equal(value.long(), found.long()) if "indices" in name else equal(value, found)
+
+
+def equal(a, b):
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def by_size(param, grad):
+    return param.detach().abs().float() * torch.arange(param.numel()).view(param.shape)
+
+
+SCORES = {n: torch.rand(s, generator=torch.Generator().manual_seed(1)) for n, s in SIZES.items()}
+SCORES["strided"] = torch.rand(11, 9)
+WAYS = {
+    "d3": {},
+    "bfloat16": {"dtype": torch.bfloat16},
+    "exp": {"heuristic": D3(eps=0.5, exp=1.0)},
+    "windows": {"select_every": 3},
+    "released": {"release_gradients": True},
+    "released-max": {"release_gradients": True, "select_from": "max"},
+    "released-magnitude": {"release_gradients": True, "heuristic": Magnitude()},
+    "magnitude": {"heuristic": Magnitude(), "strategy": "static"},
+    "random": {"heuristic": Random(3), "strategy": "static"},
+    "fisher": {"heuristic": Fisher(SCORES), "strategy": "static"},
+    "bias": {"heuristic": Bias(), "strategy": "static", "budget": 9},
+    "snip": {"heuristic": snip},
+    "function": {"heuristic": by_size},
+    "repeat": {"strategy": "repeat"},
+    "warm-up": {"entry_warmup": 3},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_pieces_change_no_bit(way, monkeypatch):
+    whole = trained(False, monkeypatch, **WAYS[way])
+    cut = trained(True, monkeypatch, **WAYS[way])
+    assert_same(whole, cut)
+    kinds = {t.indices.dtype for t in cut[1].touched() if t.param.numel() > LIMIT}
+    assert kinds == {torch.int64} and cut[1].n_active == whole[1].n_active > 0
+
+
+def test_a_run_goes_on_with_its_pieces(monkeypatch):
+    expected = trained(True, monkeypatch)
+    model, optimizer = trained(True, monkeypatch, steps=3)
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    assert_same(expected, trained(True, monkeypatch, begin=saved))
+
+
+def test_a_state_with_indices_of_the_other_width_is_refused(monkeypatch):
+    model, optimizer = trained(False, monkeypatch, steps=3)
+    saved = model.state_dict(), optimizer.state_dict()
+    with pytest.raises(ValueError, match=r"state\[0\]: indices: expected ascending int64 below 105"):
+        trained(True, monkeypatch, begin=saved)
+
+
+def test_a_delta_has_the_ranges_of_rows_and_fits(monkeypatch, tmp_path):
+    base = Model()
+    base.strided.data = base.strided.data.contiguous()
+    model, optimizer = trained(True, monkeypatch)
+    save_delta(tmp_path / "delta", model, optimizer, originals=True)
+    delta = load_delta(tmp_path / "delta")
+    assert {"experts[0:2]", "experts[6:7]", "bias"} <= delta.changes.keys() and "experts" not in delta.changes
+    with delta.applied(base):
+        for a, b in zip(base.parameters(), model.parameters(), strict=True):
+            assert torch.equal(a, b)
+    model.strided.data = model.strided.data.contiguous()
+    found = diff(base, model).changes
+    assert all(set(found[n].indices.tolist()) <= set(delta.changes[n].indices.tolist()) for n in found)
+
+
+def test_originals_come_and_go(monkeypatch):
+    base = [p.detach().clone() for p in Model().parameters()]
+    model, optimizer = trained(True, monkeypatch)
+    after = [p.detach().clone() for p in model.parameters()]
+    with original_weights(model, optimizer):
+        assert all(torch.equal(p, b) for p, b in zip(model.parameters(), base, strict=True))
+    assert all(torch.equal(p, a) for p, a in zip(model.parameters(), after, strict=True))
+
+
+def test_weight_patches_have_int64_indices(monkeypatch):
+    base = Model()
+    model, optimizer = trained(True, monkeypatch)
+    patches = list(weight_patches(model, optimizer))
+    assert {p.name: p.indices.dtype for p in patches}["table"] == torch.int64
+    for name, indices, values in patches:
+        param = base.get_parameter(name).data
+        param[torch.unravel_index(indices.long(), param.shape)] = values
+    for a, b in zip(base.parameters(), model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_memory_that_a_trainer_moves_is_followed(monkeypatch):
+    whole = trained(False, monkeypatch)
+    model, optimizer = trained(True, monkeypatch, steps=2)
+    for p in model.parameters():
+        p.data = p.data.clone()
+    for step in range(2, STEPS):
+        model.loss(step).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert_same(whole, (model, optimizer))
+
+
+def test_groups_that_come_later_keep_the_order(monkeypatch):
+    def run(large):
+        monkeypatch.setattr(pieces, "LARGEST", LIMIT if large else 2**31 - 1)
+        model, late = Model(), Model()
+        groups = [{"params": list(model.parameters())}]
+        optimizer = ID3AdamW(groups, budget=0.2, total_steps=STEPS, lr=0.1)
+        for step in range(STEPS):
+            if step == 2:
+                optimizer.add_param_group({"params": list(late.parameters())})
+                optimizer.grow_budget()
+            (model.loss(step) + late.loss(step)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return nn.ModuleList([model, late]), optimizer
+
+    assert_same(run(False), run(True))
+
+
+def test_sparse_backward_leaves_large_weights_to_released_gradients(monkeypatch):
+    monkeypatch.setattr(pieces, "LARGEST", LIMIT)
+    model = nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 20))
+    optimizer = ID3AdamW(model.named_parameters(), budget=20, total_steps=2)
+    report = sparse_backward(model, optimizer).report()
+    assert "80  released  of more entries than int32 counts" in report
+    for _ in range(2):
+        model(torch.ones(3, 8)).sum().backward()
+        optimizer.step()
+    assert optimizer.n_active == 20
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"tensor_cap": 0.1}, "tensor_cap: does not apply to experts"),
+        ({}, "flat: expected rows of at most 0 entries, got 1"),
+    ],
+)
+def test_what_cannot_be_cut_is_refused(options, message, monkeypatch):
+    monkeypatch.setattr(pieces, "LARGEST", LIMIT if options else 0)
+    model = Model()
+    params = list(model.named_parameters())
+    with pytest.raises(ValueError, match=message):
+        ID3AdamW(params if options else params[2:3], budget=9, total_steps=2, **options)
