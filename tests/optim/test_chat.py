@@ -34,7 +34,7 @@ def talk(*contents):
 
 def encoded(*contents, template=TEMPLATE, max_length=64):
     made = tokenizer(template)
-    row = encode_conversation(Conversation(tuple(talk(*contents))), made, max_length)
+    row, _ = encode_conversation(Conversation(tuple(talk(*contents)), "a.jsonl:7: "), made, max_length)
     learnt = [t for t, label in zip(row["input_ids"], row["labels"], strict=True) if label == t]
     assert {*row["labels"]} <= {*learnt, tasks.IGNORED} and len(row["attention_mask"]) == len(row["labels"])
     return tuple(" ".join(made.convert_ids_to_tokens(ids)) for ids in (row["input_ids"], learnt))
@@ -59,7 +59,8 @@ def test_a_template_that_changes_earlier_turns():
 
 def test_a_template_that_refuses():
     refusing = "{{ raise_exception('roles must alternate') }}"
-    with pytest.raises(ValueError, match="takes, got roles must alternate for 'the film'"):
+    message = r"^a.jsonl:7: messages: .* takes, got roles must alternate for 'the film'"
+    with pytest.raises(ValueError, match=message):
         encoded("the film", "is red", template=refusing)
 
 
@@ -74,7 +75,8 @@ def test_a_prompt_that_thinks_is_learnt_from_where_turns_leave_it():
 
 def test_a_greeting_is_read_and_not_learnt():
     row = Conversation(({"role": "assistant", "content": "good"}, *talk("the film", "is red")))
-    made = encode_conversation(row, tokenizer(), 64)
+    made, cut = encode_conversation(row, tokenizer(), 64)
+    assert not cut and encode_conversation(row, tokenizer(), 10)[1]
     assert made["labels"].count(tasks.IGNORED) == 8 and len(made["labels"]) == 11
 
 
@@ -141,6 +143,20 @@ def test_a_model_learns_to_answer(files, capsys, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     answer = model.generate(**asked, max_new_tokens=3, do_sample=False, pad_token_id=0)[0, -3:]
     assert " ".join(trained.convert_ids_to_tokens(answer)) == "is blue </s>"
+
+
+def test_a_run_that_goes_on_needs_its_template(files, capsys, tmp_path):
+    tokenizer().save_pretrained(files / "llama")
+    more = ["--save-every", "2", "--max-length", "5"]
+    command = words(files, tmp_path / "out", *more, model="llama", data="talk.jsonl", steps=2)
+    code, printed, _ = run(capsys, command)
+    assert code == 0
+    assert "--train: 16 of 17 rows are cut to 5 tokens (--max-length)" in printed and "--eval: 16" in printed
+    tokenizer(TEMPLATE.replace("two ", "one ")).save_pretrained(files / "llama")
+    code, _, error = run(capsys, [*command, "--resume"])
+    assert code == 2 and "--model: expected the tokens as in checkpoint-2, got other tokens" in error
+    tokenizer().save_pretrained(files / "llama")
+    assert run(capsys, [*command, "--resume"])[0] == 0
 
 
 def test_a_tokenizer_without_a_template(files, capsys, tmp_path):

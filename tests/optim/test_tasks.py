@@ -8,11 +8,12 @@ from id3_optim.cli import reading, tasks
 
 def test_the_loss_sees_the_completion_alone():
     tokenizer = word_tokenizer(eos_token="</s>")
-    row = tasks.encode_completion(reading.Completion("the film is", "one two"), tokenizer, 32)
+    row, whole = tasks.encode_completion(reading.Completion("the film is", "one two"), tokenizer, 32)
     words = tokenizer.convert_ids_to_tokens(row["input_ids"])
     assert words == ["the", "film", "is", "one", "two", "</s>"]
     assert row["labels"] == [tasks.IGNORED] * 3 + row["input_ids"][3:]
-    cut = tasks.encode_completion(reading.Completion("the film is", "one two"), tokenizer, 4)
+    cut, shorter = tasks.encode_completion(reading.Completion("the film is", "one two"), tokenizer, 4)
+    assert (whole, shorter) == (False, True)
     assert tokenizer.convert_ids_to_tokens(cut["input_ids"]) == ["is", "one", "two", "</s>"]
     assert cut["labels"][0] == tasks.IGNORED and tasks.IGNORED not in cut["labels"][1:]
 

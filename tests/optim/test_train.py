@@ -159,7 +159,7 @@ def test_token_loss_is_the_mean_over_the_tokens_of_all_batches(causal):
         tasks.Task("causal-lm", [], [], []),
         start.tokenizer,
         32,
-    ):
+    ).rows:
         logits = start.model(torch.tensor([row["input_ids"]])).logits[0]
         losses += [
             torch.nn.functional.cross_entropy(logits[i - 1], torch.tensor(token)).item()

@@ -77,7 +77,8 @@ def test_tagged_words_are_learnt(capsys, files, tmp_path):
 def test_the_first_token_of_a_word_has_its_tag(files):
     tokenizer = AutoTokenizer.from_pretrained(files / "bert")
     row = reading.TaggedText(("good-film", "red"), ("B-X", "O"))  # Whitespace splits at the hyphen
-    (encoded,) = tasks.encode_tagged([row], ["B-X", "O"], tokenizer, 16)
+    (encoded,), cut = tasks.encode_tagged([row], ["B-X", "O"], tokenizer, 16)
+    assert cut == 0 and tasks.encode_tagged([row, row], ["B-X", "O"], tokenizer, 4).cut == 2
     ignored = metrics.IGNORED
     assert encoded["labels"] == [ignored, 0, ignored, ignored, 1, ignored]
     batch = tasks.collate([encoded, {**encoded, **{k: v[:3] for k, v in encoded.items()}}], 0)

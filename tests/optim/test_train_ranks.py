@@ -159,7 +159,7 @@ def test_metrics_are_those_of_all_rows(ran, files):
     model = AutoModelForCausalLM.from_pretrained(files / "tuned").eval()
     tokenizer = AutoTokenizer.from_pretrained(files / "tuned")
     task = tasks.read_task(str(files / "facts.jsonl"), str(files / "facts.jsonl"))
-    rows = tasks.encode(task.eval, task, tokenizer, 32)
+    rows = tasks.encode(task.eval, task, tokenizer, 32).rows
     batch = tasks.collate(rows, tasks.padding_token(tokenizer))
     with torch.no_grad():
         logits = model(**{k: v for k, v in batch.items() if k != "labels"}).logits

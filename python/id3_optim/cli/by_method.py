@@ -59,5 +59,5 @@ def examples_of(settings: Settings, task: Task, start: Start) -> list[dict]:
     length = min(settings.max_length, longest_input(start))
     collate = partial(tasks.collate, pad_token_id=tasks.padding_token(start.tokenizer))
     device = next(start.model.parameters()).device
-    encoded = tasks.encode(rows, task, start.tokenizer, length)
+    encoded = tasks.encode(rows, task, start.tokenizer, length).rows
     return [{name: value.to(device) for name, value in collate([row]).items()} for row in encoded]

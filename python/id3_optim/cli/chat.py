@@ -11,9 +11,11 @@ ROLES = ("system", "user", "assistant", "tool")
 
 
 class Conversation(NamedTuple):
-    """A row of a causal language model's task: messages with `role` and `content`, in order."""
+    """A row of a causal language model's task: messages with `role` and `content`, in order. where: the file
+    and line that it is from, for errors."""
 
     messages: tuple[dict[str, str], ...]
+    where: str = ""
 
 
 def conversation(where: str, messages: Any) -> Conversation:
@@ -31,7 +33,7 @@ def conversation(where: str, messages: Any) -> Conversation:
     if not answers or not all(answer.strip() for answer in answers):
         got = "none" if not answers else "an empty one"
         raise ValueError(f"{where}: messages: expected an answer of the assistant to learn, got {got}")
-    return Conversation(tuple(messages))
+    return Conversation(tuple(messages), f"{where}: ")
 
 
 def check_template(source: str, tokenizer, rows: Sequence[Any]) -> None:
@@ -48,11 +50,12 @@ def check_template(source: str, tokenizer, rows: Sequence[Any]) -> None:
                          f"{type(tokenizer).__name__} in {source}")  # fmt: skip
 
 
-def encode_conversation(row: Conversation, tokenizer, max_length: int) -> dict:
-    """Tokens of the conversation up to the assistant's last turn, cut at its beginning; the loss covers the
-    assistant's turns, each with what the template puts after it, but not a greeting before the first message.
+def encode_conversation(row: Conversation, tokenizer, max_length: int) -> tuple[dict, bool]:
+    """The model's inputs and whether they are cut: the tokens up to the assistant's last turn.
 
-    Of a last turn that is too long by itself the end is cut, so that its first token has one before it.
+    The loss covers the assistant's turns, each with what the template puts after it, but not a greeting
+    before the first message. A conversation that is too long loses its beginning; of a last turn that is too
+    long by itself the end is cut, so that its first token has one before it.
     Raises ValueError for a conversation that the template refuses, or whose earlier turns it changes later.
     """
     text, turns = _rendered(row, tokenizer)
@@ -61,9 +64,9 @@ def encode_conversation(row: Conversation, tokenizer, max_length: int) -> dict:
     learnt = [any(begin < end <= last for begin, last in turns) for end in ends]
     labels = [token if learn else IGNORED for token, learn in zip(tokens, learnt, strict=True)]
     answer = next((i for i, end in enumerate(ends) if end > turns[-1][0]), len(ends))
-    first = max(0, min(len(tokens) - max_length, answer - 1))
+    first, cut = max(0, min(len(tokens) - max_length, answer - 1)), len(tokens) > max_length
     tokens, labels = tokens[first : first + max_length], labels[first : first + max_length]
-    return {"input_ids": tokens, "attention_mask": [1] * len(tokens), "labels": labels}
+    return {"input_ids": tokens, "attention_mask": [1] * len(tokens), "labels": labels}, cut
 
 
 def _rendered(row: Conversation, tokenizer) -> tuple[str, list[tuple[int, int]]]:
@@ -79,8 +82,9 @@ def _rendered(row: Conversation, tokenizer) -> tuple[str, list[tuple[int, int]]]
         before, after = (_render(row, n, tokenizer, prompt=False) for n in (i, i + 1))
         if not (before.startswith(text) and after.startswith(before)):
             raise ValueError(
-                "messages: expected a chat template that leaves earlier turns as they were, got one that "
-                f"changes them in {shortened(before[-_TAIL:])}; write a row for each answer of the assistant"
+                f"{row.where}messages: expected a chat template that leaves earlier turns as they were, got "
+                f"one that changes them in {shortened(before[-_TAIL:])}; write a row for each answer of the "
+                "assistant"
             )
         shared = _common(_render(row, i, tokenizer, prompt=True), after)
         text = after
@@ -101,6 +105,6 @@ def _render(row: Conversation, n: int, tokenizer, prompt: bool) -> str:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
     except Exception as error:  # a template raises what it likes
         raise ValueError(
-            f"messages: expected a conversation that the chat template takes, got {first_line(error)} for "
-            f"{shortened(row.messages[0]['content'])}"
+            f"{row.where}messages: expected a conversation that the chat template takes, got "
+            f"{first_line(error)} for {shortened(row.messages[0]['content'])}"
         ) from error

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import transformers
 
 from ..distributed.part import full
 from ..ranks import launched, meet, writes_files
+from .chat import Conversation
 from .divergence import FiniteLoss
 from .output import UNFINISHED, remove
 from .settings import Settings, option
@@ -41,14 +43,15 @@ _WHAT_IS_WRITTEN |= {"eval", "also_eval", "report", "report_to", "save_plots", "
 _THE_MACHINE = {"cpu", "backend", "release_gradients", "sparse_backward", "fsdp"}
 # A setting that came after the checkpoint was written was at its default.
 _DEFAULTS = {field.name: field.default for field in fields(Settings) if field.default is not MISSING}
-_HASHES = {"texts": "--train", "labels": "--train", "weights": "--model"}  # and the option of each
+# And the option of each; tokens depend on the tokenizer, its chat template too.
+_HASHES = {"texts": "--train", "labels": "--train", "weights": "--model", "tokens": "--model"}
 MAY_DIFFER = _COMPARED_BY_CONTENT | _WHAT_IS_WRITTEN | _THE_MACHINE
 
 
 def run_record(settings: Settings, task: Task) -> dict[str, Any]:
     """What defines a run, as JSON: settings, processes, hashes of the texts it trains on and their labels."""
     defining = {name: value for name, value in asdict(settings).items() if name not in MAY_DIFFER}
-    texts, labels = task.train, []
+    texts, labels = [row[:1] if isinstance(row, Conversation) else row for row in task.train], []
     if task.kind in ("classification", "regression"):
         texts, labels = [row.texts for row in task.train], [row.label for row in task.train]
     hashes = {"texts": _hash([task.kind, texts]), "labels": _hash(labels)}
@@ -70,6 +73,14 @@ def weights_hash(model: torch.nn.Module, without: set[str]) -> str:
     return digest.hexdigest()
 
 
+def tokens_hash(rows: Sequence[dict[str, Any]]) -> str:
+    """A hash of the tokens that a run trains on, and of which of them its loss covers."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps([row["input_ids"], row["labels"]]).encode())
+    return digest.hexdigest()
+
+
 def check_same_run(checkpoint: Path, record: dict[str, Any]) -> None:
     """Raises ValueError, with all differences, unless the checkpoint belongs to the run of `record`.
 
@@ -87,7 +98,7 @@ def check_same_run(checkpoint: Path, record: dict[str, Any]) -> None:
         expected = f"{processes}, as in {checkpoint.name}"
         differences.append(f"processes: expected {expected}, got {record['processes']}")
     for name, given in _HASHES.items():
-        if name in record and saved[name] != record[name]:
+        if name in record and saved.get(name, record[name]) != record[name]:  # older records have no tokens
             differences.append(f"{given}: expected the {name} as in {checkpoint.name}, got other {name}")
     if differences:
         raise ValueError("; ".join(differences))

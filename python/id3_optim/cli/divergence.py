@@ -79,6 +79,7 @@ class WatchedTrainer(transformers.Trainer):
     def __init__(self, watch: FiniteLoss, grouped: bool = False, **options) -> None:
         super().__init__(**options)
         self.watch, self._grouped = watch, None
+        self.notes: list[str] = []  # what is to be said before training
         if grouped:
             lengths = [len(row["input_ids"]) for row in self.train_dataset]
             rows = self.args.train_batch_size * self.args.world_size

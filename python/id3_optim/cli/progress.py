@@ -29,6 +29,11 @@ class ProgressBar(transformers.TrainerCallback):
             shown = {name: f"{count:,}" for name, count in counts.items() if count is not None}
             self._bar.set_postfix(loss=f"{logs['loss']:.3f}", **shown)
 
+    def note(self, line: str) -> None:
+        """Prints a line, before training begins."""
+        if writes_files():
+            print(line)
+
     def close(self) -> None:
         """Ends the line, so that what is printed next has its own."""
         if self._bar is not None:

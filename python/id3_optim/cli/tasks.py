@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -174,28 +175,43 @@ def sorted_labels(labels: set[str]) -> list[str]:
     return sorted(labels, key=int if numeric else str)
 
 
-def encode(rows: list, task: Task, tokenizer, max_length: int) -> list[dict]:
-    """The model's inputs for each row (lists of ints, not padded), with `labels`."""
+class Encoded(NamedTuple):
+    """The model's inputs for each row (lists of ints, not padded), with `labels`. cut: how many rows had more
+    tokens."""
+
+    rows: list[dict]
+    cut: int
+
+
+def encode(rows: list, task: Task, tokenizer, max_length: int) -> Encoded:
+    """The rows as inputs of at most `max_length` tokens."""
     if task.kind == "causal-lm":
-        return [
+        pairs = [
             (encode_conversation if isinstance(row, Conversation) else encode_completion)(
                 row, tokenizer, max_length
             )
             for row in rows
         ]
+        return Encoded([row for row, _ in pairs], sum(cut for _, cut in pairs))
     if task.kind == "token-classification":
         return encode_tagged(rows, task.labels, tokenizer, max_length)
     number = {label: i for i, label in enumerate(task.labels)}
     columns = zip(*(row.texts for row in rows), strict=True)
     encoded = tokenizer(*map(list, columns), truncation=True, max_length=max_length)
     labels = [number[row.label] if number else float(row.label) for row in rows]
-    return [
+    found = [
         {**{key: values[i] for key, values in encoded.items()}, "labels": label}
         for i, label in enumerate(labels)
     ]
+    return Encoded(found, _cut(encoded))
 
 
-def encode_tagged(rows: list[TaggedText], labels: list[str], tokenizer, max_length: int) -> list[dict]:
+def _cut(encoded) -> int:
+    """How many rows a tokenizer has cut; 0 from one in Python, which does not tell."""
+    return sum(bool(row.overflowing) for row in encoded.encodings or ())
+
+
+def encode_tagged(rows: list[TaggedText], labels: list[str], tokenizer, max_length: int) -> Encoded:
     """The first token of each word has the word's tag; other tokens have `IGNORED`."""
     number = {label: i for i, label in enumerate(labels)}
     words = [list(row.words) for row in rows]
@@ -208,24 +224,23 @@ def encode_tagged(rows: list[TaggedText], labels: list[str], tokenizer, max_leng
             number[row.tags[word]] if begins else IGNORED for word, begins in zip(owners, first, strict=True)
         ]
         found.append({**{key: values[i] for key, values in encoded.items()}, "labels": tags})
-    return found
+    return Encoded(found, _cut(encoded))
 
 
-def encode_completion(row: Completion, tokenizer, max_length: int) -> dict:
-    """Prompt, completion, end of text; the loss covers the last two. The prompt's beginning is cut first."""
+def encode_completion(row: Completion, tokenizer, max_length: int) -> tuple[dict, bool]:
+    """Prompt, completion, end of text, of which the loss covers the last two; and whether they are cut, the
+    prompt's beginning first."""
     prompt = tokenizer(row.prompt)["input_ids"]
     completion = tokenizer(row.completion, add_special_tokens=False)["input_ids"]
     if tokenizer.eos_token_id is not None:
         completion = [*completion, tokenizer.eos_token_id]
+    cut = len(prompt) + len(completion) > max_length
     # One token is reserved for the prompt: the first token of a sequence is never predicted.
     completion = completion[: max_length - 1]
     prompt = prompt[-(max_length - len(completion)) :]
     tokens = prompt + completion
-    return {
-        "input_ids": tokens,
-        "attention_mask": [1] * len(tokens),
-        "labels": [IGNORED] * len(prompt) + completion,
-    }
+    labels = [IGNORED] * len(prompt) + completion
+    return {"input_ids": tokens, "attention_mask": [1] * len(tokens), "labels": labels}, cut
 
 
 def padding_token(tokenizer) -> int:

@@ -27,6 +27,7 @@ from .checkpoints import (
     check_same_run,
     newest_checkpoint,
     run_record,
+    tokens_hash,
     weights_hash,
 )
 from .divergence import FiniteLoss
@@ -39,7 +40,7 @@ from .settings import Settings, check_mask, check_settings, optimizer_options, r
 from .start import Start, load_start
 from .stopping import stopping
 from .tasks import Task
-from .trainer import make_trainer, run_trainer, to_measure, trainer_arguments
+from .trainer import by_length, encoded, make_trainer, run_trainer, trainer_arguments
 
 
 @dataclass
@@ -138,19 +139,22 @@ def fit(
 
     callbacks: added to a progress bar and a clock. ID3AdamW needs `ID3Callback` among them, or its
     `total_steps` set. checkpoint: to go on from; its record must be that of this run (ValueError).
-    progress: a callback with `close`, in place of the bar.
+    progress: a callback with `note` and `close`, in place of the bar.
     Raises `divergence.Diverged` where the loss or the weights leave the finite numbers, and KeyboardInterrupt
     after Ctrl-C, with a checkpoint of the step that it came in.
     """
     clock, watch = StepClock(), FiniteLoss()
     record = run_record(settings, task) | {"weights": weights_hash(start.model, start.fresh)}
-    if checkpoint:
-        check_same_run(checkpoint, record)
     checkpoints = Checkpoints(settings, record, watch)
     # The watch refuses to save weights that are not finite; `checkpoints` moves what the Trainer saved.
     progress, interrupt = progress or ProgressBar(), Interrupt()
     callbacks = [watch, *callbacks, progress, clock, checkpoints, interrupt, *reporters(settings)]
     trainer = make_trainer(start, task, optimizer, settings, callbacks, watch)
+    record["tokens"] = tokens_hash(trainer.train_dataset)
+    if checkpoint:
+        check_same_run(checkpoint, record)
+    for note in trainer.notes:
+        progress.note(note)
     with contextlib.closing(progress), interrupt.listening():
         run_trainer(trainer, checkpoint)
     if interrupt.stopped:
@@ -158,7 +162,8 @@ def fit(
     measured = trainer.evaluate()
     watch.check_end(start.model, trainer.state.global_step, measured["eval_loss"])
     if task.also:
-        measured |= trainer.evaluate(to_measure(task.also, start, task, settings), metric_key_prefix="also")
+        also = by_length(encoded(task.also, start, task, settings))
+        measured |= trainer.evaluate(also, metric_key_prefix="also")
     checkpoints.remove_old()
     found = (f"{prefix}_{name}" for prefix in ("eval", "also") for name in metrics.NAMES)
     remove_unfinished(Path(settings.output))

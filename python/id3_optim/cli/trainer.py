@@ -12,7 +12,7 @@ from .failures import first_line
 from .output import UNFINISHED
 from .settings import Settings
 from .start import Start, check_tokens, longest_input
-from .tasks import Task
+from .tasks import Encoded, Task
 
 
 def trainer_arguments(settings: Settings) -> transformers.TrainingArguments:
@@ -69,13 +69,14 @@ def run_trainer(trainer: WatchedTrainer, checkpoint: Path | None) -> None:
 def make_trainer(start, task, optimizer, settings, callbacks, watch) -> WatchedTrainer:
     """The Trainer of `fit`, with the encoded rows of both files."""
     kind = fsdp.ShardedTrainer if settings.fsdp else WatchedTrainer
+    train, evaluate = (encoded(rows, start, task, settings) for rows in (task.train, task.eval))
     trainer = kind(
         watch,
         settings.group_by_length,
         model=start.model,
         args=trainer_arguments(settings),
-        train_dataset=encoded(task.train, start, task, settings),
-        eval_dataset=to_measure(task.eval, start, task, settings),
+        train_dataset=train.rows,
+        eval_dataset=by_length(evaluate),
         data_collator=partial(tasks.collate, pad_token_id=tasks.padding_token(start.tokenizer)),
         optimizers=(optimizer, None),
         callbacks=callbacks,
@@ -83,17 +84,27 @@ def make_trainer(start, task, optimizer, settings, callbacks, watch) -> WatchedT
         compute_metrics=metrics.metrics(task.kind, task.labels),
     )
     trainer.remove_callback(transformers.PrinterCallback)
+    files = {"--train": train, "--eval": evaluate}
+    trainer.notes = [n for name, inputs in files.items() for n in cut_notes(name, inputs, start, settings)]
     return trainer
 
 
-def encoded(rows: list, start: Start, task: Task, settings: Settings) -> list[dict]:
+def encoded(rows: list, start: Start, task: Task, settings: Settings) -> Encoded:
     """Rows as the model's inputs. Raises ValueError for tokens that it lacks."""
     inputs = tasks.encode(rows, task, start.tokenizer, min(settings.max_length, longest_input(start)))
-    check_tokens(settings.model, start.model, inputs)
+    check_tokens(settings.model, start.model, inputs.rows)
     return inputs
 
 
-def to_measure(rows: list, start: Start, task: Task, settings: Settings) -> list[dict]:
-    """`encoded`, so that rows of similar length share a batch, which halves the padding; no metric depends on
-    their order."""
-    return sorted(encoded(rows, start, task, settings), key=lambda row: len(row["input_ids"]))
+def cut_notes(option: str, inputs: Encoded, start: Start, settings: Settings) -> list[str]:
+    """A line where rows of a file were cut, with the reason for it."""
+    longest, given = longest_input(start), settings.max_length
+    reason = "--max-length" if given <= longest else "the model takes no more"
+    count, size = f"{inputs.cut} of {len(inputs.rows)}", min(given, longest)
+    return [f"{option}: {count} rows are cut to {size} tokens ({reason})"] if inputs.cut else []
+
+
+def by_length(inputs: Encoded) -> list[dict]:
+    """Rows to measure on, so that those of similar length share a batch, which halves the padding; no metric
+    depends on their order."""
+    return sorted(inputs.rows, key=lambda row: len(row["input_ids"]))

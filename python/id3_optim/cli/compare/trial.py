@@ -44,6 +44,9 @@ class Steps(transformers.TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         self._on_step()
 
+    def note(self, line: str) -> None:
+        """Does nothing: every run of a grid would say the same."""
+
     def close(self) -> None:
         """Does nothing."""
 
