@@ -1,8 +1,9 @@
 """The part of the hub's HTTP interface that uploads and downloads use, on the loopback and in memory.
 
-As huggingface_hub calls it: create a repository, choose how a file is sent (here always in the commit itself;
-the real hub takes large files another way, which is the client's own work), check a card's metadata, commit,
-load a file by its revision. Bounded: `LIMIT` bytes of all files.
+As huggingface_hub calls it: create a repository, choose how a file is sent, check a card's metadata, commit,
+load a file by its revision. Like the hub it takes safetensors and pictures through Git LFS, to which a load
+is sent on, and other files in the commit itself. Xet, the hub's other way for large files, is a protocol of
+the client's compiled library, which has to be switched off here. Bounded: `LIMIT` bytes of all files.
 """
 
 import base64
@@ -17,19 +18,27 @@ LIMIT = 64 << 20
 TOKEN = "hf_of_the_stand_in"
 
 
+def by_lfs(path):
+    """Whether the hub keeps a file of this name as an LFS object, by a new repository's .gitattributes."""
+    return path.endswith((".safetensors", ".png"))
+
+
 class Hub:
     """Repositories by name: commits in order, each a snapshot of path → bytes; and all requests that came."""
 
     def __init__(self):
         self.repos, self.requests, self.private = {}, [], {}
+        self.objects = {}  # of Git LFS, by the sha256 of their contents
         self.lock = threading.Lock()
 
     def commit(self, name, lines):
-        """Takes the lines of a commit: a header, then files whose contents are in base64."""
+        """Takes the lines of a commit: a header, then files whose contents are in base64, or LFS objects."""
         files = dict(self.repos[name][-1][1])
         for line in lines:
             if line["key"] == "file":
                 files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+            if line["key"] == "lfsFile":
+                files[line["value"]["path"]] = self.objects[line["value"]["oid"]]
         assert sum(map(len, files.values())) < LIMIT
         oid = hashlib.sha1(repr((name, len(self.repos[name]))).encode()).hexdigest()
         self.repos[name].append((oid, files))
@@ -74,6 +83,11 @@ class Handler(BaseHTTPRequestHandler):
                 hub.repos.setdefault(name, [("0" * 40, {})])
                 hub.private.setdefault(name, wanted.get("visibility") == "private")
             return self.answer(status, {"url": f"{self.server.url}/{name}", "name": name})
+        found = re.fullmatch(r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch", path)
+        if found and found[1] in hub.repos:
+            return self.answer(
+                200, {"transfer": "basic", "objects": self.uploads(json.loads(body)["objects"])}
+            )
         if path == "/api/validate-yaml":
             return self.answer(200, {"errors": [], "warnings": []})
         found = re.fullmatch(r"/api/models/([^/]+/[^/]+)/(preupload|commit)/main", path)
@@ -81,8 +95,8 @@ class Handler(BaseHTTPRequestHandler):
             return self.answer(404, {"error": "Repository not found"}, X_Error_Code="RepoNotFound")
         if found[2] == "preupload":
             files = [
-                {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
-                for file in json.loads(body)["files"]
+                {"path": path, "uploadMode": "lfs" if by_lfs(path) else "regular", "shouldIgnore": False}
+                for path in (file["path"] for file in json.loads(body)["files"])
             ]
             return self.answer(200, {"files": files})
         with hub.lock:
@@ -90,9 +104,28 @@ class Handler(BaseHTTPRequestHandler):
         url = f"{self.server.url}/{found[1]}/commit/{oid}"
         return self.answer(200, {"success": True, "commitOid": oid, "commitUrl": url})
 
+    def uploads(self, objects):
+        """Where to put each LFS object, and nothing for those that are there."""
+        held, url = self.server.hub.objects, self.server.url
+        return [
+            o if o["oid"] in held else {**o, "actions": {"upload": {"href": f"{url}/objects/{o['oid']}"}}}
+            for o in objects
+        ]
+
+    def do_PUT(self):
+        hub, oid = self.server.hub, self.path.removeprefix("/objects/")
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        hub.requests.append(("PUT", self.path))
+        if hashlib.sha256(body).hexdigest() != oid or len(body) > LIMIT:
+            return self.answer(422, {"error": "other contents"})
+        hub.objects[oid] = body
+        return self.answer(200)
+
     def do_GET(self):
         hub, path = self.server.hub, self.path.partition("?")[0]
         hub.requests.append((self.command, path))
+        if path.startswith("/objects/"):
+            return self.answer(200, hub.objects[path.removeprefix("/objects/")])
         found = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
         if not found or found[1] not in hub.repos:
             return self.answer(404, {"error": "Repository not found"}, X_Error_Code="RepoNotFound")
@@ -102,8 +135,14 @@ class Handler(BaseHTTPRequestHandler):
             return self.answer(404, {"error": "Revision not found"}, X_Error_Code="RevisionNotFound")
         if found[3] not in files:
             return self.answer(404, {"error": "Entry not found"}, X_Error_Code="EntryNotFound")
-        tag = f'"{hashlib.sha1(files[found[3]]).hexdigest()}"'
-        return self.answer(200, files[found[3]], X_Repo_Commit=oid, ETag=tag)
+        content = files[found[3]]
+        if by_lfs(found[3]):
+            place = hashlib.sha256(content).hexdigest()
+            linked = {"X_Linked_Etag": f'"{place}"', "X_Linked_Size": str(len(content))}
+            elsewhere = self.server.url.replace("127.0.0.1", "localhost")  # the client stays on one host
+            return self.answer(302, Location=f"{elsewhere}/objects/{place}", X_Repo_Commit=oid, **linked)
+        tag = f'"{hashlib.sha1(content).hexdigest()}"'
+        return self.answer(200, content, X_Repo_Commit=oid, ETag=tag)
 
     do_HEAD = do_GET
 
