@@ -1,4 +1,4 @@
-"""The table of docs/guide/budgets.md: what the evidence has so far for the choice of a method."""
+"""The table of README and docs/guide/budgets.md: what the evidence has for the choice of a method."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ NOTHING = "Nothing has been measured yet."
 _SHOWN = {
     ("main", "full"): "full fine-tuning",
     ("why", "random:leave_out=embeddings"): "random mask outside the embeddings",
-    ("main", "lora"): "LoRA with as many entries",
     ("main", "random"): "random mask",
+    ("main", "lora"): "LoRA with as many entries",
     ("main", "fish"): "Fish mask",
     (
         "why",
@@ -29,20 +29,29 @@ _SHOWN = {
 }
 
 
-def guide_block(reports: Reports) -> str:
-    """A row for each method that has scores, with its tuned learning rate, by task."""
-    tasks = sorted({task for part, task in reports if part == "main"})
-    lines = []
+def scores_table(reports: Reports) -> str:
+    """A row for each method that has scores, with its tuned learning rate, by task; empty without any."""
+    tasks, lines = _tasks(reports), []
     for (part, method), words in _SHOWN.items():
         rows = [_scored(row_of(reports, part, task, method, budget(MAIN_BUDGET))) for task in tasks]
         if any(rows):
             lines.append([words, *(cell for row in rows for cell in _cells(row))])
-    if not lines:
-        return NOTHING
     header = ["trained", *(column for task in tasks for column in (f"{task}, %", "at rate"))]
-    texts = [_allocation(reports["main", task], task) for task in tasks]
+    return table(header, lines) if lines else ""
+
+
+def _tasks(reports: Reports) -> list[str]:
+    return sorted({task for part, task in reports if part == "main"})
+
+
+def guide_block(reports: Reports) -> str:
+    """The scores, where ID3's entries lay, and what is not tuned."""
+    scores = scores_table(reports)
+    if not scores:
+        return NOTHING
+    texts = [_allocation(reports["main", task], task) for task in _tasks(reports)]
     texts += [_untuned(report, task) for (part, task), report in reports.items() if part == "recipe"]
-    return "\n\n".join([table(header, lines), *(textwrap.fill(text, WIDTH) for text in texts)])
+    return "\n\n".join([scores, *(textwrap.fill(text, WIDTH) for text in texts)])
 
 
 def _untuned(report: dict, task: str) -> str:

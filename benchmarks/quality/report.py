@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import fmean
 
 from benchmarks.quality.causal_table import causal_table
-from benchmarks.quality.guide import GUIDE, MARKERS, guide_block
+from benchmarks.quality.guide import GUIDE, MARKERS, guide_block, scores_table
 from benchmarks.quality.parts import PARTS
 from benchmarks.quality.rows import Reports, read, row_of
 from benchmarks.quality.time_table import time_table
 from benchmarks.quality.toolkit_table import TITLE, toolkit_table
-from benchmarks.render import README, RESULTS, ROOT, Markers, replace_block, table
+from benchmarks.render import README, RESULTS, ROOT, WIDTH, Markers, replace_block, table
 from id3_optim.cli import budget
 from id3_optim.cli.compare.statistics import Paired, paired
 
@@ -63,13 +64,19 @@ def versus(reports: Reports, part: str, method: str, budget: float) -> Paired | 
 
 
 def part_table(reports: Reports, part: str, budget: float) -> str:
-    """Mean ± standard deviation by method and task, in per cent; then all tasks together against ID3."""
-    tasks = PARTS[part].tasks
+    """Mean ± standard deviation by method and task, in per cent; then all tasks together against ID3.
+
+    Methods and tasks without a score have no row and no column.
+    """
+    every = {
+        (t, m): row_of(reports, part, t, m, budget) for t in PARTS[part].tasks for m in PARTS[part].methods
+    }
+    tasks = [task for task in PARTS[part].tasks if any(every[task, m] for m in PARTS[part].methods)]
     header = ["method", *tasks, "mean", "− id3", "p", "won/lost/tied"]
     lines = []
-    for method in PARTS[part].methods:
-        rows = {task: row_of(reports, part, task, method, budget) for task in tasks}
-        counted = [rows[task] for task in with_room(reports, part)]
+    for method in (m for m in PARTS[part].methods if any(every[task, m] for task in tasks)):
+        rows = {task: every[task, method] for task in tasks}
+        counted = [rows[task] for task in with_room(reports, part) if task in tasks]
         means = [row and row["mean"] for row in counted]
         mean = "–" if None in means or not means else f"{100 * fmean(means):.2f}"
         difference = None if method == "id3" else versus(reports, part, method, budget)
@@ -130,13 +137,15 @@ MARKS = (
 
 
 def readme_block(reports: Reports) -> str:
-    """The main table, or that there is none."""
+    """The scores that there are, or that there are none."""
     if not any(part == "main" for part, _ in reports):
         return NOTHING
-    budget = budgets_of("main")[0]
-    missing = named(reports, "main")
-    about = f"MiniLM-L6, {100 * budget:.3g} % of the entries. {MARKS}"
-    return "\n\n".join([part_table(reports, "main", budget), about, missing])
+    about = (
+        f"MiniLM-L6, {100 * budgets_of('main')[0]:.3g} % of the entries, every method tuned alike; mean ± "
+        "standard deviation on the development set. Much of the grid has not been run: "
+        "[Evidence](docs/evidence.md) names it."
+    )
+    return "\n\n".join([scores_table(reports), textwrap.fill(about, WIDTH)])
 
 
 def page(reports: Reports) -> str:
