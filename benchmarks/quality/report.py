@@ -150,7 +150,8 @@ def readme_block(reports: Reports) -> str:
 
 def page(reports: Reports) -> str:
     """The whole of docs/evidence.md."""
-    toolkit = [f"## {TITLE}", toolkit_table(reports.get(("toolkit", "sst2")))]
+    compared = [report for (part, _), report in reports.items() if part == "toolkit"]
+    toolkit = [f"## {TITLE}", *map(toolkit_table, compared or [None])]
     sections = [_INTRODUCTION, *(_part(reports, part) for part in PARTS), *toolkit, _paper(reports)]
     return "\n\n".join(sections) + "\n"
 

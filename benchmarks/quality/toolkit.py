@@ -31,6 +31,8 @@ from id3_optim.cli.train import build_optimizer, fit
 from id3_optim.integrations.groups import parameter_groups
 from id3_optim.integrations.huggingface import ID3Callback
 
+COMPARED = [name for name, task in TASKS.items() if task.kind == "classification"]
+
 
 @dataclass
 class Choice:
@@ -125,8 +127,8 @@ class SameStep:
         self._before = now
 
 
-def run(settings: Settings, task: Task, kind: str, same_step: bool) -> tuple[float, Joins, list[Choice]]:
-    """One run of `kind`, "id3" or "toolkit": its score, when its entries joined, and the choices of
+def run(settings: Settings, task: Task, kind: str, same_step: bool) -> tuple[dict, Joins, list[Choice]]:
+    """One run of `kind`, "id3" or "toolkit": its metrics, when its entries joined, and the choices of
     `SameStep`, which is beside an ID3 with `same_step`."""
     with tempfile.TemporaryDirectory(prefix="id3-toolkit-") as folder:
         settings = Settings(**asdict(settings) | {"output": folder})
@@ -141,31 +143,32 @@ def run(settings: Settings, task: Task, kind: str, same_step: bool) -> tuple[flo
 
 def _fit(
     settings: Settings, task: Task, start: Start, optimizer: torch.optim.Optimizer, active: Callable
-) -> tuple[float, Joins]:
+) -> tuple[dict, Joins]:
     joins, callbacks = Joins(), [ID3Callback()] if isinstance(optimizer, ID3AdamW) else []
     watch = Steps(lambda: joins.see(active(optimizer)))
     measured = fit(start, task, optimizer, settings, callbacks, progress=watch).metrics
-    return measured["eval_accuracy"], joins
+    return measured, joins
 
 
-def compare(settings: Settings, task: Task, seeds: int) -> list[dict]:
+def compare(settings: Settings, task: Task, seeds: int, metric: str) -> list[dict]:
     """Both kinds of runs with each seed; the first seed's choices at equal weights too."""
     found = []
     for seed in range(seeds):
         given = Settings(**asdict(settings) | {"seed": seed})
-        score, ours, choices = run(given, task, "id3", same_step=seed == 0)
-        their_score, theirs, _ = run(given, task, "toolkit", same_step=False)
+        measured, ours, choices = run(given, task, "id3", same_step=seed == 0)
+        their_own, theirs, _ = run(given, task, "toolkit", same_step=False)
         found.append(
             {
                 "seed": seed,
-                "id3": score,
-                "toolkit": their_score,
+                "id3": measured[f"eval_{metric}"],
+                "toolkit": their_own[f"eval_{metric}"],
                 "shared": ours.shared(theirs),
                 "surplus": int(theirs.sizes()[-1] - ours.sizes()[-1]),
                 "choices": [asdict(choice) for choice in choices],
             }
         )
-        print(f"seed {seed}: {score:.4f} and {their_score:.4f}, shared {found[-1]['shared'][-1]:.4f}")
+        last = found[-1]
+        print(f"seed {seed}: {last['id3']:.4f} and {last['toolkit']:.4f}, shared {last['shared'][-1]:.4f}")
     return found
 
 
@@ -195,8 +198,8 @@ def _settings(options: argparse.Namespace) -> Settings:
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks toolkit", description=__doc__)
     parser.add_argument("--model", required=True, help="folder or hub name of MiniLM-L6")
-    parser.add_argument("--data", type=Path, help="folder with SST-2 (default: this project's examples)")
-    parser.add_argument("--task", choices=TASKS, default="sst2", help="of classes, with accuracy")
+    parser.add_argument("--data", type=Path, required=True, help="folder with SST-2 or another task")
+    parser.add_argument("--task", choices=COMPARED, default="sst2", help="(default: %(default)s)")
     parser.add_argument("--per-step", type=int, default=128, help="entries that join at each step")
     parser.add_argument("--steps", type=int, default=200, help="of each run")
     parser.add_argument("--seeds", type=int, default=3, help="how many")
@@ -211,12 +214,13 @@ def main(arguments: list[str] | None = None) -> None:
     """Runs, writes `toolkit-TASK.json`, and renews the pages."""
     options = _parse(arguments)
     settings = _settings(options)
-    runs = compare(settings, task_of(settings), options.seeds)
+    metric = TASKS[options.task].metric
+    runs = compare(settings, task_of(settings), options.seeds, metric)
     given = {name: getattr(settings, name) for name in ("budget", "steps", "lr", "eps", "exp")}
     versions = ", ".join(
         f"{name} {version_of(name)}" for name in ("id3-optim", "torch", "selective-optimizers")
     )
-    report = {"part": "toolkit", "task": options.task, **given, "versions": versions}
+    report = {"part": "toolkit", "task": options.task, "metric": metric, **given, "versions": versions}
     report |= {"machine": describe(torch.get_num_threads()), "rows": [], "runs": runs}
     options.output.mkdir(parents=True, exist_ok=True)
     (options.output / f"toolkit-{options.task}.json").write_text(text_of(report))

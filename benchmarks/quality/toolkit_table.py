@@ -7,11 +7,11 @@ from benchmarks.render import table
 TITLE = "Beside the method's own toolkit"
 NOTHING = "It has not been run yet: `python -m benchmarks toolkit` does."
 SAME = 0.999  # of the active set's entries: the same set
-_ABOUT = """Accuracy on {task} after {steps} steps with {budget:,} entries, a learning rate of {lr:g},
-ε = {eps:g} and exp = {exp:g}; the same head, batches and dropout, no clipping; each score is of its own run.
-`shared`: the part of ID3AdamW's active entries that the toolkit's set has too, after a quarter, half and all
-of the steps; `same until`: the last step up to which {same:.1%} or more are shared. Rounding may part the
-runs: the toolkit's step is torch's default AdamW."""
+_ABOUT = """Scores on {task} ({metric}, %) after {steps} steps with {budget:,} entries, a learning rate of
+{lr:g}, ε = {eps:g} and exp = {exp:g}; the same head, batches and dropout, no clipping; each score is of its
+own run. `shared`: the part of ID3AdamW's active entries that the toolkit's set has too, after a quarter, half
+and all of the steps; `same until`: the last step up to which {same:.1%} or more are shared. Rounding may part
+the runs: the toolkit's step is torch's default AdamW."""
 _CHOICES = """At equal weights, gradients and masks ({n} steps of seed {seed}) {differing} of {chosen:,}
 entries differ{surplus}. {versions}."""
 

@@ -6,11 +6,10 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch.nn.parameter import is_lazy
 
 from . import pieces
 from .distributed.part import is_split
-from .heuristics import D3
+from .heuristics import D3, Bias, Fisher, Magnitude, Random
 from .method import Method
 from .param_groups import named_parameters
 from .ranks import check_builder, world_size
@@ -88,21 +87,19 @@ def check_ranks(method: Method, alone: bool) -> None:
         raise ValueError(f"heuristic: does not apply to DTensor parameters: {kind} needs whole tensors")
 
 
-def check_large(method: Method, replicated: bool, groups: list[dict[str, Any]]) -> None:
-    """Refuses, where a parameter has pieces, what looks at one whole tensor at a time."""
+def check_large(method: Method, groups: list[dict[str, Any]]) -> None:
+    """Refuses, where a parameter has pieces, what looks at whole tensors, and DTensors beside it."""
     named = list(named_parameters([group for group in groups if not group["dense"]]))
-    large = (name for name, p in named if not is_lazy(p) and pieces.index_dtype(p) == torch.int64)
+    large = (name for name, p in named if pieces.index_dtype(p) == torch.int64 and not is_split(p))
     if (name := next(large, None)) is None:
         return
+    because = f"{name} has more entries than int32 counts"
+    if method.tensor_cap is not None:
+        raise ValueError(f"tensor_cap: does not apply here: {because}")
+    if not isinstance(method.heuristic, D3 | Magnitude | Fisher | Random | Bias):
+        raise ValueError(f"heuristic: does not apply here: {because}, and a function scores whole tensors")
     if any(is_split(p) for _, p in named):
         raise ValueError(f"{name}: expected at most 2^31 - 1 entries beside DTensor parameters, got more")
-    if method.tensor_cap is not None:
-        raise ValueError(f"tensor_cap: does not apply to {name}: it has more entries than int32 counts")
-    if replicated and not isinstance(method.heuristic, D3):
-        raise ValueError(
-            f"process_group: does not apply to {name} with a heuristic other than D3: it has more entries "
-            "than int32 counts"
-        )
 
 
 def check_devices(layout: Layout, tensors: Iterable[torch.Tensor], dense: bool = False) -> None:

@@ -120,8 +120,8 @@ def scores(
 
     Larger scores join first; only finite normal numbers > 0 are selected.
     position: the parameter's number in the order of the param groups. name: its name, None where unknown.
-    owner: the DTensor of which param and grad are what this rank holds, or with `rows` the tensor of which
-    they are that piece; a function gets it and its gradient.
+    owner: the DTensor of which param and grad are what this rank holds; a function gets it and its gradient.
+    With `rows` the tensor of which they are that piece, which no function can score.
     Returns a tensor of the parameter's shape on its device, float32 (float64 for float64 parameters),
     or None where no entry of this parameter can be selected (no gradient; not a bias). Mutates nothing.
     Raises ValueError or TypeError, with the heuristic's name, where it does not fit the parameter.
@@ -145,7 +145,7 @@ def scores(
                     "scores: expected a heuristic other than D3, got D3; use id3_kernels.d3_score"
                 )
         given = heuristic(owner, grad if owner is param else owner.grad)
-        return rows_of(_held(_checked(_title(heuristic), given, owner), owner), rows)
+        return _held(_checked(_title(heuristic), given, owner), owner)
 
 
 def describe(heuristic: Heuristic) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .delta import Delta
+from .delta.coordinates import in_parameters
 from .heuristics import Fisher
 from .wrappers import plain_name, plain_names, plain_parameters, unwrapped
 
@@ -25,8 +26,9 @@ def mask_of(entries: Mask, model: nn.Module) -> Fisher:
     optimizer needs its named parameters. Keeps O(entries) and makes the scores of one tensor at a time.
     Raises ValueError for a name that the model lacks and indices beyond its parameter.
     """
-    entries = indices_of(entries)
-    params = plain_parameters(model)
+    entries, params = indices_of(entries), plain_parameters(model)
+    if not entries.keys() <= params.keys():
+        entries = in_parameters(model, entries)
     for name, indices in entries.items():
         if name not in params:
             raise ValueError(f"entries: expected names of the model's parameters, got {name!r}")
@@ -45,7 +47,8 @@ def indices_of(entries: Mask) -> dict[str, Tensor]:
 
 
 def trained_entries(model: nn.Module, optimizer: Any) -> dict[str, Tensor]:
-    """The entries that an ID3AdamW has trained in `model`, by name: flat indices, int32 [n] on the CPU."""
+    """The entries that an ID3AdamW has trained in `model`, by name: flat indices [n] on the CPU, int32, or
+    int64 for a parameter of 2^31 entries or more."""
     names = plain_names(model)
     return {names[id(t.param)]: t.indices.cpu().clone() for t in unwrapped(optimizer).touched()}
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 LARGEST = 2**31 - 1  # the most entries of a tensor whose flat indices are int32
 
@@ -32,8 +33,8 @@ class Rows(NamedTuple):
 
 
 def index_dtype(tensor: Tensor) -> torch.dtype:
-    """That of flat indices into a tensor: int32, or int64 where it has pieces."""
-    return torch.int32 if tensor.numel() <= LARGEST else torch.int64
+    """That of flat indices into a tensor: int32, or int64 where it has pieces; a lazy one has none."""
+    return torch.int32 if is_lazy(tensor) or tensor.numel() <= LARGEST else torch.int64
 
 
 def pieces_of(name: str, shape: Sequence[int]) -> list[Rows] | None:
@@ -50,8 +51,8 @@ def pieces_of(name: str, shape: Sequence[int]) -> list[Rows] | None:
 
 
 def rows_of(tensor: Tensor, rows: Rows | None) -> Tensor:
-    """A detached view of the rows; without any the tensor itself."""
-    return tensor if rows is None else rows.of(tensor.detach())
+    """A detached view of the rows; without any the tensor itself, and a sparse one, which has no views."""
+    return tensor if rows is None or tensor.layout != torch.strided else rows.of(tensor.detach())
 
 
 def cut(tensor: Tensor, indices: Tensor) -> Iterator[tuple[Tensor, slice, Tensor]]:

@@ -114,7 +114,7 @@ class Unmasking:
         group = groups[i]
         validation.check_group(group, i)
         validation.check_names(self.method.heuristic, groups[0])
-        compatibility.check_large(self.method, self.replicas is not None, [group])
+        compatibility.check_large(self.method, groups)
         held = (p for shard in active.shards for p in shard.owners)
         compatibility.check_devices(active.layout, chain(held, group["params"]), group["dense"])
         names = parameter_names(groups)
@@ -171,7 +171,7 @@ class Unmasking:
         if not self.active.shards and (n_entries or self.progress.steps_done == 0):
             for i, group in enumerate(groups):
                 validation.check_params(group, i)
-            compatibility.check_large(self.method, self.replicas is not None, groups)
+            compatibility.check_large(self.method, groups)
         if n_entries == 0:
             validation.check_nothing_to_train(groups, self.active.names)
             return

@@ -129,6 +129,10 @@ def check_params(group: dict[str, Any], i: int) -> None:
             if is_split(p):
                 check_part(name, p)
             ranges = pieces_of(name, local(p).shape)
+            if ranges and group["dense"]:
+                raise ValueError(
+                    f"{name}: expected at most 2^31 - 1 entries with dense=True, got {p.numel()}"
+                )
             checks.plain(name, rows_of(local(p), ranges and ranges[0]))
             check_memory(name, local(p))
 

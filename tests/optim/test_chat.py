@@ -34,7 +34,7 @@ def talk(*contents):
 
 def encoded(*contents, template=TEMPLATE, max_length=64):
     made = tokenizer(template)
-    row, _ = encode_conversation(Conversation(tuple(talk(*contents)), "a.jsonl:7: "), made, max_length)
+    row, _ = encode_conversation(Conversation(tuple(talk(*contents)), "a.jsonl:7"), made, max_length)
     learnt = [t for t, label in zip(row["input_ids"], row["labels"], strict=True) if label == t]
     assert {*row["labels"]} <= {*learnt, tasks.IGNORED} and len(row["attention_mask"]) == len(row["labels"])
     return tuple(" ".join(made.convert_ids_to_tokens(ids)) for ids in (row["input_ids"], learnt))
@@ -59,7 +59,7 @@ def test_a_template_that_changes_earlier_turns():
 
 def test_a_template_that_refuses():
     refusing = "{{ raise_exception('roles must alternate') }}"
-    message = r"^a.jsonl:7: messages: .* takes, got roles must alternate for 'the film'"
+    message = r"^a.jsonl:7: expected .* takes, got roles must alternate for 'the film'"
     with pytest.raises(ValueError, match=message):
         encoded("the film", "is red", template=refusing)
 

@@ -174,6 +174,11 @@ def lazy_model():
     return torch.nn.Sequential(torch.nn.LazyLinear(4), torch.nn.LazyLinear(2))
 
 
+def test_nothing_of_a_lazy_module_is_touched_before_it_has_a_shape():
+    optimizer = ID3AdamW(lazy_model().named_parameters(), budget=1, total_steps=1)
+    assert [entry.indices.numel() for entry in optimizer.touched()] == [0] * 4
+
+
 def give_shapes(model):
     torch.manual_seed(0)
     model(torch.ones(1, 5))

@@ -4,6 +4,7 @@ A run whose tensors have pieces is held to the same run without: entries, bits, 
 """
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 from id3_optim import (
     D3,
     Bias,
+    DeltaBank,
     Fisher,
     ID3AdamW,
     Magnitude,
@@ -25,6 +27,7 @@ from id3_optim import (
     weight_patches,
 )
 from id3_optim.heuristics import snip
+from id3_optim.masks import mask_of
 
 STEPS, LIMIT = 6, 40
 SIZES = {"experts": (7, 3, 5), "table": (11, 9), "flat": (97,), "bias": (9,)}
@@ -80,10 +83,6 @@ def equal(a, b):
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
-def by_size(param, grad):
-    return param.detach().abs().float() * torch.arange(param.numel()).view(param.shape)
-
-
 SCORES = {n: torch.rand(s, generator=torch.Generator().manual_seed(1)) for n, s in SIZES.items()}
 SCORES["strided"] = torch.rand(11, 9)
 WAYS = {
@@ -98,8 +97,6 @@ WAYS = {
     "random": {"heuristic": Random(3), "strategy": "static"},
     "fisher": {"heuristic": Fisher(SCORES), "strategy": "static"},
     "bias": {"heuristic": Bias(), "strategy": "static", "budget": 9},
-    "snip": {"heuristic": snip},
-    "function": {"heuristic": by_size},
     "repeat": {"strategy": "repeat"},
     "warm-up": {"entry_warmup": 3},
 }
@@ -207,15 +204,64 @@ def test_sparse_backward_leaves_large_weights_to_released_gradients(monkeypatch)
 
 
 @pytest.mark.parametrize(
-    "options, message",
+    ("options", "message"),
     [
-        ({"tensor_cap": 0.1}, "tensor_cap: does not apply to experts"),
-        ({}, "flat: expected rows of at most 0 entries, got 1"),
+        ({"tensor_cap": 0.1}, "tensor_cap: does not apply here: experts has more entries than int32 counts"),
+        ({"heuristic": snip}, "heuristic: does not apply here: experts has .*, and a function scores whole"),
     ],
 )
 def test_what_cannot_be_cut_is_refused(options, message, monkeypatch):
-    monkeypatch.setattr(pieces, "LARGEST", LIMIT if options else 0)
-    model = Model()
-    params = list(model.named_parameters())
+    monkeypatch.setattr(pieces, "LARGEST", LIMIT)
     with pytest.raises(ValueError, match=message):
-        ID3AdamW(params if options else params[2:3], budget=9, total_steps=2, **options)
+        ID3AdamW(Model().named_parameters(), budget=9, total_steps=2, **options)
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_rows_that_are_too_large_and_dense_groups_are_refused(dense, monkeypatch):
+    monkeypatch.setattr(pieces, "LARGEST", LIMIT if dense else 3)
+    expected = "with dense=True, got 60" if dense else "expected rows of at most 3 entries, got 6"
+    params = [("weight", nn.Parameter(torch.ones(10, 6)))]
+    with pytest.raises(ValueError, match=f"^weight: .*{expected}"):
+        ID3AdamW([{"params": params, "dense": dense}], budget=9, total_steps=2)
+
+
+def test_a_sparse_gradient_is_refused_as_of_a_small_tensor(monkeypatch):
+    monkeypatch.setattr(pieces, "LARGEST", LIMIT)
+    model = nn.Embedding(10, 6, sparse=True)
+    optimizer = ID3AdamW(model.named_parameters(), budget=9, total_steps=2)
+    model(torch.tensor([1, 7])).sum().backward()
+    with pytest.raises(ValueError, match=r"gradient of weight: expected a dense tensor, got layout torch.sp"):
+        optimizer.step()
+    with pytest.raises(ValueError, match="expected an embedding without sparse, got sparse=True"):
+        sparse_backward(model, optimizer)
+
+
+def test_a_mask_of_its_delta_and_a_bank(monkeypatch, tmp_path):
+    """The delta's names are those of parts; a bank, which would write part of it, refuses it."""
+    model, optimizer = trained(True, monkeypatch)
+    save_delta(tmp_path / "delta", model, optimizer, originals=True)
+    delta, base = load_delta(tmp_path / "delta"), Model()
+    base.strided.data = base.strided.data.contiguous()
+    options = {"heuristic": mask_of(delta, base), "strategy": "static", "budget": 90, "total_steps": 1}
+    again = ID3AdamW(base.named_parameters(), **options)
+    base.loss(0).backward()
+    again.step()
+    for a, b in zip(again.touched(), optimizer.touched(), strict=True):
+        assert torch.equal(a.indices, b.indices)
+    base = Model()
+    base.strided.data = base.strided.data.contiguous()
+    with pytest.raises(ValueError, match=r"experts\[0:2\]: expected whole parameters in the bank's deltas"):
+        DeltaBank(base).add("one", delta)
+
+
+def test_a_pickle_has_no_whole_tensor_for_each_piece(monkeypatch):
+    model, optimizer = trained(True, monkeypatch, steps=3)
+    optimizer.state_dict()  # settles
+    pickled = pickle.dumps((model, optimizer))
+    assert len(pickled) < len(pickle.dumps(model)) + 30_000
+    model, optimizer = pickle.loads(pickled)
+    for step in range(3, STEPS):
+        model.loss(step).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert_same(trained(True, monkeypatch), (model, optimizer))

@@ -115,9 +115,12 @@ def test_state_is_a_copy_and_indices_survive_bfloat16():
     assert other.state_dict()["state"][0]["exp_avg"].dtype == torch.float32
 
 
-def test_deepcopy_and_pickle_go_on_alike(model, make, train):
+@pytest.mark.parametrize("settled", [False, True])
+def test_deepcopy_and_pickle_go_on_alike(model, make, train, settled):
     twin, optimizer = make(model)
     train(twin, optimizer, 0, 5)
+    if settled:  # no recent run is open
+        optimizer.state_dict()
     copies = [copy.deepcopy((twin, optimizer)), pickle.loads(pickle.dumps((twin, optimizer)))]
     train(twin, optimizer, 5, 9)
     for other_model, other in copies:

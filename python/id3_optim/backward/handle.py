@@ -165,13 +165,13 @@ def _obstacle(holder: _Holder) -> str | None:
         return f"the {name} of a {type(layer).__name__}"
     if layer.weight.numel() == 0:
         return "without entries"
-    if layer.weight.numel() > pieces.LARGEST:
-        return "of more entries than int32 counts"
     if getattr(layer, "scale_grad_by_freq", False):
         return "of an Embedding with scale_grad_by_freq"
     if isinstance(layer, nn.Embedding) and (layer.sparse or layer.max_norm is not None):
         option = "sparse=True" if layer.sparse else f"max_norm={layer.max_norm}"
         raise ValueError(f"{path}: expected an embedding without {option.split('=')[0]}, got {option}")
+    if layer.weight.numel() > pieces.LARGEST:
+        return "of more entries than int32 counts"
     return None
 
 

@@ -1,7 +1,8 @@
 """Conversations: the rows of JSONL that have `messages`, as the tokenizer's chat template renders them."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any
 
 from .failures import first_line, shortened
 from .metrics import IGNORED
@@ -10,12 +11,13 @@ _TAIL = 60  # characters of a text, its end alone, in an error
 ROLES = ("system", "user", "assistant", "tool")
 
 
-class Conversation(NamedTuple):
+@dataclass(frozen=True)
+class Conversation:
     """A row of a causal language model's task: messages with `role` and `content`, in order. where: the file
     and line that it is from, for errors."""
 
     messages: tuple[dict[str, str], ...]
-    where: str = ""
+    where: str = field(default="messages", compare=False)
 
 
 def conversation(where: str, messages: Any) -> Conversation:
@@ -33,7 +35,7 @@ def conversation(where: str, messages: Any) -> Conversation:
     if not answers or not all(answer.strip() for answer in answers):
         got = "none" if not answers else "an empty one"
         raise ValueError(f"{where}: messages: expected an answer of the assistant to learn, got {got}")
-    return Conversation(tuple(messages), f"{where}: ")
+    return Conversation(tuple(messages), where)
 
 
 def check_template(source: str, tokenizer, rows: Sequence[Any]) -> None:
@@ -82,7 +84,7 @@ def _rendered(row: Conversation, tokenizer) -> tuple[str, list[tuple[int, int]]]
         before, after = (_render(row, n, tokenizer, prompt=False) for n in (i, i + 1))
         if not (before.startswith(text) and after.startswith(before)):
             raise ValueError(
-                f"{row.where}messages: expected a chat template that leaves earlier turns as they were, got "
+                f"{row.where}: expected a chat template that leaves earlier turns as they were, got "
                 f"one that changes them in {shortened(before[-_TAIL:])}; write a row for each answer of the "
                 "assistant"
             )
@@ -105,6 +107,6 @@ def _render(row: Conversation, n: int, tokenizer, prompt: bool) -> str:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
     except Exception as error:  # a template raises what it likes
         raise ValueError(
-            f"{row.where}messages: expected a conversation that the chat template takes, got "
+            f"{row.where}: expected a conversation that the chat template takes, got "
             f"{first_line(error)} for {shortened(row.messages[0]['content'])}"
         ) from error

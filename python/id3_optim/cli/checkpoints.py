@@ -51,7 +51,7 @@ MAY_DIFFER = _COMPARED_BY_CONTENT | _WHAT_IS_WRITTEN | _THE_MACHINE
 def run_record(settings: Settings, task: Task) -> dict[str, Any]:
     """What defines a run, as JSON: settings, processes, hashes of the texts it trains on and their labels."""
     defining = {name: value for name, value in asdict(settings).items() if name not in MAY_DIFFER}
-    texts, labels = [row[:1] if isinstance(row, Conversation) else row for row in task.train], []
+    texts, labels = [(row.messages,) if isinstance(row, Conversation) else row for row in task.train], []
     if task.kind in ("classification", "regression"):
         texts, labels = [row.texts for row in task.train], [row.label for row in task.train]
     hashes = {"texts": _hash([task.kind, texts]), "labels": _hash(labels)}

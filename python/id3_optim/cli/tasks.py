@@ -234,13 +234,13 @@ def encode_completion(row: Completion, tokenizer, max_length: int) -> tuple[dict
     completion = tokenizer(row.completion, add_special_tokens=False)["input_ids"]
     if tokenizer.eos_token_id is not None:
         completion = [*completion, tokenizer.eos_token_id]
-    cut = len(prompt) + len(completion) > max_length
+    whole = len(prompt) + len(completion)
     # One token is reserved for the prompt: the first token of a sequence is never predicted.
     completion = completion[: max_length - 1]
     prompt = prompt[-(max_length - len(completion)) :]
     tokens = prompt + completion
     labels = [IGNORED] * len(prompt) + completion
-    return {"input_ids": tokens, "attention_mask": [1] * len(tokens), "labels": labels}, cut
+    return {"input_ids": tokens, "attention_mask": [1] * len(tokens), "labels": labels}, len(tokens) < whole
 
 
 def padding_token(tokenizer) -> int:

@@ -145,12 +145,15 @@ def fit(
     """
     clock, watch = StepClock(), FiniteLoss()
     record = run_record(settings, task) | {"weights": weights_hash(start.model, start.fresh)}
+    if checkpoint:  # before the texts are encoded
+        check_same_run(checkpoint, record)
     checkpoints = Checkpoints(settings, record, watch)
     # The watch refuses to save weights that are not finite; `checkpoints` moves what the Trainer saved.
     progress, interrupt = progress or ProgressBar(), Interrupt()
     callbacks = [watch, *callbacks, progress, clock, checkpoints, interrupt, *reporters(settings)]
     trainer = make_trainer(start, task, optimizer, settings, callbacks, watch)
-    record["tokens"] = tokens_hash(trainer.train_dataset)
+    if settings.save_every or checkpoint:
+        record["tokens"] = tokens_hash(trainer.train_dataset)
     if checkpoint:
         check_same_run(checkpoint, record)
     for note in trainer.notes:

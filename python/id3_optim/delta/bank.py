@@ -143,10 +143,16 @@ class DeltaBank:
 
     def _hold(self, placed: dict[str, Patch], previous: list[Patch]) -> _Held:
         pairs = list(zip(placed.values(), previous, strict=True))
-        by_memory = {new.param.data_ptr(): (new, old) for new, old in pairs if new.indices is not None}
+        by_memory = {_memory(new.param): (new, old) for new, old in pairs if new.indices is not None}
+        known = {_memory(tensor) for _, tensors in self._kinds for tensor in tensors}
+        if unknown := [name for name, new in placed.items() if _memory(new.param) not in known]:
+            raise ValueError(
+                f"{unknown[0]}: expected whole parameters in the bank's deltas, got a part of one; "
+                "Delta.apply takes it"
+            )
         sparse = []
         for _, tensors in self._kinds:
-            found = {i: by_memory[t.data_ptr()] for i, t in enumerate(tensors) if t.data_ptr() in by_memory}
+            found = {i: by_memory[_memory(t)] for i, t in enumerate(tensors) if _memory(t) in by_memory}
             if found:
                 new = Rows.of(tensors, {i: (p.indices, p.values) for i, (p, _) in found.items()})
                 old = Rows.of(tensors, {i: (p.indices, q.values) for i, (p, q) in found.items()})
@@ -159,3 +165,8 @@ class DeltaBank:
         for tensors, new, old in held.sparse:
             (old if base else new).write(tensors)
         write([pair[1 if base else 0] for pair in held.whole])
+
+
+def _memory(tensor: Tensor) -> tuple[int, int]:
+    """Equal for a parameter and what is found of it by its name: where it begins and how far it reaches."""
+    return tensor.data_ptr(), tensor.numel()

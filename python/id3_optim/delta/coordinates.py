@@ -60,6 +60,11 @@ class Part(NamedTuple):
         flat, order = flat[inside].sort()
         return first + inside[order], flat.to(indices.dtype)
 
+    def places(self, indices: Tensor) -> Tensor:
+        """int64: where entries of this weight lie in the parameter, from their flat indices here."""
+        at = torch.unravel_index(indices.long(), self.shape)
+        return self.offset + sum(i * stride for i, stride in zip(at, self.strides, strict=True))
+
     def _row_major(self) -> bool:
         expected = [math.prod(self.shape[axis + 1 :]) for axis in range(len(self.shape))]
         return all(n == 1 or s == e for n, s, e in zip(self.shape, self.strides, expected, strict=True))
@@ -81,8 +86,8 @@ def checkpoint_parts(model: nn.Module) -> dict[str, list[Part]]:
     parts, names = {name: [] for name in params}, list(params)
     begins = list(accumulate((param.numel() for param in params.values()), initial=0))
     whole = torch.empty(begins[-1], device="meta").as_subclass(_View)
-    pieces = whole.split([param.numel() for param in params.values()])
-    own = {n: piece.view(p.shape) for (n, p), piece in zip(params.items(), pieces, strict=True)}
+    memory = whole.split([param.numel() for param in params.values()])
+    own = {n: held.view(p.shape) for (n, p), held in zip(params.items(), memory, strict=True)}
     for name, tensor in _saved(unwrapped_model(model), own).items():
         if tensor.untyped_storage().nbytes() == whole.untyped_storage().nbytes():  # else a copy
             source = bisect_right(begins, tensor.storage_offset()) - 1
@@ -115,12 +120,12 @@ def part_views(model: nn.Module) -> dict[str, Tensor]:
     return {part.name: part.view(params[name]) for name, views in parts.items() for part in views}
 
 
-def in_parts(model: nn.Module, name: str, change: Change) -> dict[str, Change]:
-    """The change of a parameter as changes of the weights that a checkpoint keeps it in, with int32 indices.
+def in_parts(parts: list[Part], name: str, change: Change) -> dict[str, Change]:
+    """The change of a parameter as changes of its `checkpoint_parts`, with int32 indices.
 
-    Raises ValueError for a parameter whose checkpoint holds a copy of it.
+    Raises ValueError for a parameter without parts, of which a checkpoint holds a copy.
     """
-    parts, found = checkpoint_parts(model)[name], {}
+    found = {}
     if not parts:
         raise ValueError(
             f"{name}: expected a parameter whose checkpoint holds views of it, got a conversion that copies"
@@ -133,6 +138,16 @@ def in_parts(model: nn.Module, name: str, change: Change) -> dict[str, Change]:
                 part.shape, change.dtype, flat.to(torch.int32), change.values[held], kept
             )
     return found
+
+
+def in_parameters(model: nn.Module, entries: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Flat indices by the names of parameters, from those of weights of the checkpoint; other names stay."""
+    owners = {p.name: (name, p) for name, parts in checkpoint_parts(model).items() for p in parts}
+    found: dict[str, list[Tensor]] = {}
+    for name, indices in entries.items():
+        owner, part = owners.get(name, (name, None))
+        found.setdefault(owner, []).append(indices if part is None else part.places(indices))
+    return {name: torch.cat(own).sort().values if len(own) > 1 else own[0] for name, own in found.items()}
 
 
 class _View(Tensor):

@@ -16,7 +16,7 @@ from ..distributed.part import any_split, full
 from ..ranks import writes_files
 from ..wrappers import check_holds, check_trained, plain_names, unwrapped
 from . import file, hub
-from .coordinates import in_parts
+from .coordinates import checkpoint_parts, in_parts
 from .file import Change, Contents, DeltaError
 from .fingerprint import fingerprint, same_bits
 from .patches import Patch, check_param, find, first_changed, read, write
@@ -279,10 +279,13 @@ def _collect(
 ) -> dict[str, Change]:
     """Every change by name, with originals where they are known."""
     changes = {}
+    large = any(t.indices.dtype == torch.int64 for t in touched)
+    parts = checkpoint_parts(model) if large else {}
     for t, patch in zip(touched, read([Patch(t.param, t.indices, t.param) for t in touched]), strict=True):
         name, kept = names[id(t.param)], t.originals.cpu() if known else None
         change = Change(tuple(t.param.shape), t.param.dtype, t.indices.cpu(), patch.values.cpu(), kept)
-        changes |= {name: change} if t.indices.dtype == torch.int32 else in_parts(model, name, change)
+        whole = t.indices.dtype == torch.int32
+        changes |= {name: change} if whole else in_parts(parts[name], name, change)
     for param in dense:
         changes[names[id(param)]] = Change(tuple(param.shape), param.dtype, None, full(param.detach()).cpu())
     return changes

@@ -63,10 +63,15 @@ class Shard(Tensors):
         self._masks: dict[tuple[bool, ...], Tensor] = {}
 
     def __getstate__(self) -> dict:
-        return {k: v for k, v in self.__dict__.items() if k != "kernels"}
+        # Of views a pickle would have the whole memory, and they would be no views after it.
+        return {k: v for k, v in self.__dict__.items() if k not in ("kernels", "params")}
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
+        self.params = list(self.owners)
+        self.renew()
+        if self._begin is None:
+            self.offsets = self._rows[:1]
         self.kernels = table.kernels_for(self.device, self.layout.backend)
 
     def extend(self, added: list[Piece]) -> None:

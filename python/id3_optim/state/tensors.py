@@ -32,10 +32,10 @@ class Tensors:
         self.owners: list[Tensor] = []
         self.params: list[Tensor] = []
         self.ranges: list[Rows | None] = []  # of pieces; None for a tensor that is whole
-        self.split = False  # whether a tensor is a DTensor, or a piece
+        self.split = False  # whether a tensor is a DTensor or a piece, so that `params` have to be renewed
         self.positions: list[int] = []
         self.numbers: list[int] = []
-        self.shapes: list[torch.Size] = []  # the owners', when added: the indices are those of this shape
+        self.shapes: list[torch.Size] = []  # of all that this rank holds of the owner, when added
         self.strides: list[tuple[int, ...]] = []  # when last checked
         self.slices: list[Slice] = []
         self.numel = 0
@@ -77,10 +77,11 @@ class Tensors:
         own = self.ranges[j : j + len(indices)]
         return indices[0] if own[0] is None else joined(own, self.shapes[j], indices)
 
-    def renew(self) -> None:
-        """Takes what this rank holds of split tensors anew: a trainer may have moved it to other memory."""
-        pairs = zip(self.owners, self.ranges, strict=True)
-        self.params = [rows_of(local(owner), rows) for owner, rows in pairs]
+    def renew(self, tensors: Sequence[int] | None = None) -> None:
+        """Takes what this rank holds of split tensors (None: of all) anew: a trainer may have moved it to
+        other memory."""
+        for j in range(len(self.owners)) if tensors is None else tensors:
+            self.params[j] = rows_of(local(self.owners[j]), self.ranges[j])
 
     def gradients(self) -> list[Tensor | None]:
         """What this rank holds of the gradient of each tensor; None where its owner has none."""

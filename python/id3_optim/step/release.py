@@ -267,7 +267,7 @@ class Release:
         i, _ = tensors[0]
         self._follow(i)
         if self._active.shards[i].split:
-            self._active.shards[i].renew()
+            self._active.shards[i].renew([j for _, j in tensors])
         gradient = local_gradient(param)
         for _, j in tensors:
             self._collect_tensor(i, j, rows_of(gradient, self._active.shards[i].ranges[j]))
