@@ -8,7 +8,7 @@ from benchmarks.ours import EPS
 from benchmarks.parts import KERNELS, Update, wanted
 from benchmarks.shapes import Inputs
 from id3_kernels import Entries
-from id3_optim.param_groups import Member
+from id3_optim.param_groups import Member, in_pieces
 from id3_optim.state.layout import Layout
 from id3_optim.state.shard import RECENT_SHARE, Shard
 
@@ -30,7 +30,8 @@ class Joins:
         self._held, self._increments = held, increments
         self._shard = Shard(weights[0].device, weights[0].dtype, Layout(True, False, False, None))
         self._shard.kernels = kernels
-        self._shard.extend([Member(position, 0, weight) for position, weight in enumerate(weights)])
+        members = (Member(position, 0, weight) for position, weight in enumerate(weights))
+        self._shard.extend(list(in_pieces(members, 0)))
         self._shard.limit = budget
         self._shard.reserve(budget)
         for array in self._shard.arrays.values():

@@ -93,11 +93,13 @@ def check_large(method: Method, groups: list[dict[str, Any]]) -> None:
     large = (name for name, p in named if pieces.index_dtype(p) == torch.int64 and not is_split(p))
     if (name := next(large, None)) is None:
         return
-    because = f"{name} has more entries than int32 counts"
     if method.tensor_cap is not None:
-        raise ValueError(f"tensor_cap: does not apply here: {because}")
+        raise ValueError(f"tensor_cap: does not apply to {name}: it has more entries than int32 counts")
     if not isinstance(method.heuristic, D3 | Magnitude | Fisher | Random | Bias):
-        raise ValueError(f"heuristic: does not apply here: {because}, and a function scores whole tensors")
+        raise ValueError(
+            f"heuristic: does not apply to {name}: it has more entries than int32 counts, and a function "
+            "scores whole tensors"
+        )
     if any(is_split(p) for _, p in named):
         raise ValueError(f"{name}: expected at most 2^31 - 1 entries beside DTensor parameters, got more")
 

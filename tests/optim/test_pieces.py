@@ -206,8 +206,8 @@ def test_sparse_backward_leaves_large_weights_to_released_gradients(monkeypatch)
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"tensor_cap": 0.1}, "tensor_cap: does not apply here: experts has more entries than int32 counts"),
-        ({"heuristic": snip}, "heuristic: does not apply here: experts has .*, and a function scores whole"),
+        ({"tensor_cap": 0.1}, "tensor_cap: does not apply to experts: it has more entries than int32 counts"),
+        ({"heuristic": snip}, "heuristic: does not apply to experts: .*, and a function scores whole"),
     ],
 )
 def test_what_cannot_be_cut_is_refused(options, message, monkeypatch):
