@@ -227,10 +227,15 @@ def test_refused_sparse_gradients():
         id3([param]).step()
 
 
-def test_refused_tensors_of_2_31_entries():
-    """An index is an int32; AdamW takes them."""
-    with pytest.raises(ValueError, match=r"expected fewer than 2\^31 entries, got 4294967296"):
-        id3([torch.nn.Parameter(torch.empty(2**32, device="meta", dtype=torch.float16))])
+@pytest.mark.parametrize("shape", [(2**32,), (2, 2**31)])
+def test_tensors_of_2_31_entries_are_taken_by_their_rows(shape):
+    """An index is an int32, that of a row's entries; AdamW takes any."""
+    param = torch.nn.Parameter(torch.empty(shape, device="meta", dtype=torch.float16))
+    if len(shape) == 1:
+        assert id3([param]).param_groups[0]["params"] == [param]
+        return
+    with pytest.raises(ValueError, match=r"expected rows of at most 2147483647 entries, got 2147483648"):
+        id3([param])
 
 
 @pytest.mark.parametrize("make", [id3, adamw])
