@@ -21,24 +21,28 @@ def optimizer_state_bytes(optimizer: torch.optim.Optimizer) -> int:
     return tensor_bytes(value for value in values if isinstance(value, torch.Tensor))
 
 
+def toolkit_id3(params: Iterable, **options) -> torch.optim.Optimizer:
+    """The toolkit's ID3 around torch's default AdamW, without its check of frozen weights at the end."""
+    from selective_optimizers.wrap import get_selective_optimizer  # needed to measure, not to report
+
+    return get_selective_optimizer(torch.optim.AdamW, "id3")(params, verify=False, **options)
+
+
 class Toolkit:
     """`selective-optimizers`, the authors' own package, around torch's default AdamW as its README has it."""
 
     def __init__(self, inputs: Inputs, increment: int, exp: float):
         self._inputs = inputs
-        from selective_optimizers.wrap import get_selective_optimizer  # needed to measure, not to report
-
         self.params = [torch.nn.Parameter(weight.clone()) for weight in inputs.weights]
         for param, grad in zip(self.params, inputs.grads, strict=True):
             param.grad = grad.clone()
-        self.optimizer = get_selective_optimizer(torch.optim.AdamW, "id3")(
+        self.optimizer = toolkit_id3(
             self.params,
             lr=LEARNING_RATE,
             budget=increment * _TOOLKIT_STEPS,
             max_steps=_TOOLKIT_STEPS,
             eps=EPS,
             exp=exp,
-            verify=False,
         )
 
     @property

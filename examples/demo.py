@@ -91,7 +91,7 @@ def same_gradients(settings: Settings, task: tasks.Task, steps: int) -> dict[str
     optimizer = build_optimizer(settings, start)
     optimizer.set_total_steps(steps)
     dense = dense_masked(settings, twin, steps, fused=False)
-    rows = tasks.encode(task.train, task, start.tokenizer, settings.max_length)
+    rows = tasks.encode(task.train, task, start.tokenizer, settings.max_length).rows
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(settings.seed)).tolist()
     pad = tasks.padding_token(start.tokenizer)
     start.model.train()

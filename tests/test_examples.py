@@ -12,9 +12,11 @@ import torch
 pytest.importorskip("transformers", reason="the examples need the extras `hf`, `peft`, `trl`, `lightning`")
 
 from safetensors.torch import load_file
+from tiny_models import save_bert, write_reviews
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from id3_optim import load_delta
+from id3_optim.cli.settings import Settings
 
 ROOT = Path(__file__).parent.parent
 # demo.py is what `make demo` runs; those for torchrun run in two processes elsewhere; the rest is imported.
@@ -116,3 +118,29 @@ def test_the_server_of_the_stream_follows_each_step(tmp_path):
     prompt = tokenizer("the colour of the book is", return_tensors="pt").input_ids
     text = model.generate(prompt, max_new_tokens=4, do_sample=False, pad_token_id=0)[0]
     assert sent[-1][4] == tokenizer.decode(text) != sent[0][4]
+
+
+def test_the_demo_compares_and_draws(tmp_path, monkeypatch, capsys):
+    """All that `make demo` does behind the loading of MiniLM, on a tiny model and rows of its own."""
+    pytest.importorskip("matplotlib", reason="the demo's picture needs the extra `plot`")
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    import demo
+
+    (tmp_path / "rows.csv").write_text(
+        write_reviews(tmp_path / "reviews.csv").read_text().replace("text,label", "text,category")
+    )
+    rows, output = str(tmp_path / "rows.csv"), tmp_path / "out"
+    settings = Settings(
+        str(save_bert(tmp_path / "bert")),
+        rows,
+        rows,
+        str(output),
+        steps=12,
+        head_lr=1e-2,
+        max_grad_norm=0.0,
+        cpu=True,
+    )
+    demo.run_all(settings, parity_steps=2)
+    printed = capsys.readouterr().out
+    assert "same gradients, 2 steps: largest difference" in printed and "; 0 of " in printed
+    assert (output / "demo.png").stat().st_size > 0

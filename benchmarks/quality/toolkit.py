@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -21,6 +21,7 @@ from benchmarks.machine import describe
 from benchmarks.quality.report import QUALITY_RESULTS, write_pages
 from benchmarks.quality.run import RUNS, text_of
 from benchmarks.quality.tasks import TASKS, prepare
+from benchmarks.rivals import toolkit_id3
 from id3_optim import ID3AdamW
 from id3_optim.cli.compare.trial import Steps
 from id3_optim.cli.env import version_of
@@ -48,21 +49,18 @@ class Choice:
 
 def toolkit_optimizer(settings: Settings, start: Start) -> torch.optim.Optimizer:
     """The toolkit's ID3 over the same groups: a fresh head is trained whole and counts in its budget."""
-    from selective_optimizers.wrap import get_selective_optimizer  # needed to measure, not to report
-
     groups = [
         {"params": [p for _, p in group["params"]], "choose_all": group.get("dense", False)}
         for group in parameter_groups(start.model, start.fresh)
     ]
     whole = sum(p.numel() for group in groups if group["choose_all"] for p in group["params"])
-    return get_selective_optimizer(torch.optim.AdamW, "id3")(
+    return toolkit_id3(
         groups,
         lr=settings.lr,
         budget=settings.budget + whole,
         max_steps=settings.steps,
         eps=settings.eps,
         exp=settings.exp,
-        verify=False,
     )
 
 
@@ -131,7 +129,7 @@ def run(settings: Settings, task: Task, kind: str, same_step: bool) -> tuple[dic
     """One run of `kind`, "id3" or "toolkit": its metrics, when its entries joined, and the choices of
     `SameStep`, which is beside an ID3 with `same_step`."""
     with tempfile.TemporaryDirectory(prefix="id3-toolkit-") as folder:
-        settings = Settings(**asdict(settings) | {"output": folder})
+        settings = replace(settings, output=folder)
         start = load_start(settings, task)
         if kind == "id3":
             optimizer = build_optimizer(settings, start)
@@ -154,7 +152,7 @@ def compare(settings: Settings, task: Task, seeds: int, metric: str) -> list[dic
     """Both kinds of runs with each seed; the first seed's choices at equal weights too."""
     found = []
     for seed in range(seeds):
-        given = Settings(**asdict(settings) | {"seed": seed})
+        given = replace(settings, seed=seed)
         measured, ours, choices = run(given, task, "id3", same_step=seed == 0)
         their_own, theirs, _ = run(given, task, "toolkit", same_step=False)
         found.append(

@@ -14,7 +14,7 @@ from id3_kernels import Entries
 from .. import pieces
 from ..distributed.part import is_split
 from ..wrappers import check_holds, check_trained, plain_names, unwrapped
-from .coordinates import checkpoint_parts
+from .coordinates import checkpoint_parts, located
 from .file import Change
 from .fingerprint import fingerprints
 from .patches import check_param
@@ -177,10 +177,8 @@ class WeightStream:
             if not self._parts[name]:
                 raise ValueError(f"{name}: expected a parameter whose checkpoint holds views of it, got a "
                                  "conversion that copies; freeze it, or send the whole model")  # fmt: skip
-            for part in self._parts[name]:
-                selected, flat = part.locate(indices)
-                if flat.numel():
-                    found[part.name] = _Piece(part.shape, flat, old[selected], new[selected])
+            for part, selected, flat in located(self._parts[name], indices):
+                found[part.name] = _Piece(part.shape, flat, old[selected], new[selected])
         return found
 
 

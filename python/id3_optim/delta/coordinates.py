@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -120,6 +120,14 @@ def part_views(model: nn.Module) -> dict[str, Tensor]:
     return {part.name: part.view(params[name]) for name, views in parts.items() for part in views}
 
 
+def located(parts: list[Part], indices: Tensor) -> Iterator[tuple[Part, Tensor | slice, Tensor]]:
+    """Each part that has some of a parameter's ascending flat indices, with what `Part.locate` gives."""
+    for part in parts:
+        held, flat = part.locate(indices)
+        if flat.numel():
+            yield part, held, flat
+
+
 def in_parts(parts: list[Part], name: str, change: Change) -> dict[str, Change]:
     """The change of a parameter as changes of its `checkpoint_parts`, with int32 indices.
 
@@ -130,13 +138,9 @@ def in_parts(parts: list[Part], name: str, change: Change) -> dict[str, Change]:
         raise ValueError(
             f"{name}: expected a parameter whose checkpoint holds views of it, got a conversion that copies"
         )
-    for part in parts:
-        held, flat = part.locate(change.indices)
-        if flat.numel():
-            kept = None if change.originals is None else change.originals[held]
-            found[part.name] = Change(
-                part.shape, change.dtype, flat.to(torch.int32), change.values[held], kept
-            )
+    for part, held, flat in located(parts, change.indices):
+        kept = None if change.originals is None else change.originals[held]
+        found[part.name] = Change(part.shape, change.dtype, flat.to(torch.int32), change.values[held], kept)
     return found
 
 

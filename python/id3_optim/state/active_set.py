@@ -127,11 +127,6 @@ class ActiveSet:
             self._at = {id(p): (i, j) for p, i, j in reversed(every)}
         return self._at
 
-    def tensors_of(self, p: Tensor) -> list[tuple[int, int]]:
-        """As `locate` has it, of a parameter with pieces each of these. It was adopted."""
-        i, j = self.locate(p)
-        return [(i, n) for n in self.shards[i].pieces(j)]
-
     def name(self, position: int) -> str:
         return self.names[position] if self.names else f"parameter {position}"
 
@@ -194,14 +189,17 @@ class ActiveSet:
 
     def _held(self, i: int, j: int) -> tuple[Tensor, Tensor | None]:
         """(indices, originals) of the parameter whose first tensor is j of shard i."""
-        shard, found = self.shards[i], []
-        for n in shard.pieces(j):
-            of_run = [shard.column(name, n) for name in ("indices", "originals")]
-            found.append(self.ever[i].of(n) if self.layout.repeat else of_run)
+        shard = self.shards[i]
+        found = [self._held_of_tensor(i, n) for n in shard.pieces(j)]
         if len(found) == 1:
-            return tuple(found[0])
+            return found[0]
         indices, originals = zip(*found, strict=True)
         return shard.joined(j, indices), None if originals[0] is None else torch.cat(originals)
+
+    def _held_of_tensor(self, i: int, j: int) -> tuple[Tensor, Tensor | None]:
+        if self.layout.repeat:
+            return self.ever[i].of(j)
+        return tuple(self.shards[i].column(name, j) for name in ("indices", "originals"))
 
     def _touched_over_ranks(self, i: int) -> list[dict[str, Tensor]]:
         if self.layout.repeat:

@@ -263,14 +263,15 @@ class Release:
         self._follow_all()
 
     def _collect(self, param: Tensor) -> None:
-        tensors = self._active.tensors_of(param)
-        i, _ = tensors[0]
+        i, first = self._active.locate(param)
+        shard = self._active.shards[i]
         self._follow(i)
-        if self._active.shards[i].split:
-            self._active.shards[i].renew([j for _, j in tensors])
+        tensors = shard.pieces(first)
+        if shard.split:
+            shard.renew(tensors)
         gradient = local_gradient(param)
-        for _, j in tensors:
-            self._collect_tensor(i, j, rows_of(gradient, self._active.shards[i].ranges[j]))
+        for j in tensors:
+            self._collect_tensor(i, j, rows_of(gradient, shard.ranges[j]))
         param.grad = None
 
     def _collect_tensor(self, i: int, j: int, gradient: Tensor) -> None:
