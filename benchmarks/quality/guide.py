@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from statistics import fmean
 
-from benchmarks.quality.parts import MAIN_BUDGET
+from benchmarks.quality.parts import MAIN_BUDGET, RECIPE
 from benchmarks.quality.rows import Reports, row_of
 from benchmarks.render import ROOT, WIDTH, Markers, table
 from id3_optim.cli import budget
@@ -16,7 +16,7 @@ NOTHING = "Nothing has been measured yet."
 # Method of a part: what the guide calls it.
 _SHOWN = {
     ("main", "full"): "full fine-tuning",
-    ("why", "random:leave_out=embeddings"): "random mask outside the embeddings",
+    ("main", RECIPE): "random mask outside the embeddings",
     ("main", "random"): "random mask",
     ("main", "lora"): "LoRA with as many entries",
     ("main", "fish"): "Fish mask",
@@ -56,7 +56,7 @@ def guide_block(reports: Reports) -> str:
 
 def _untuned(report: dict, task: str) -> str:
     """What the recipe and ID3 reach on a task that nothing was chosen on."""
-    words = {"id3": "ID3 with the paper's settings", "random:leave_out=embeddings": "the recipe"}
+    words = {"id3": "ID3 with the paper's settings", RECIPE: "the recipe"}
     rows = [(row, words[row["method"]]) for row in report["rows"] if row["scores"]]
     found = [f"{whose} {_cells(row)[0]}, at {_cells(row)[1]}" for row, whose in rows]
     return f"Not tuned, on {task} ({report['metric']}, %): {'; '.join(found)}."

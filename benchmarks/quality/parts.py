@@ -25,7 +25,8 @@ _DEFAULTS = {"full": "2e-5", "whole": "1e-3", "sparse": "2e-3", "random": "1e-2"
 _KINDS = {"full": "full", "head": "random", "lora": "whole", "adalora": "whole", "adapter": "whole"}
 _KINDS |= {"random": "random", "shira": "random"}
 
-MAIN = ("id3", "full", "head", "random", "fish", "pafi", "bitfit", "static-d3", "repeat-d3", "lora")
+RECIPE = "random:leave_out=embeddings"  # what id3_optim.recipe chooses
+MAIN = ("id3", "full", "head", RECIPE, "random", "fish", "pafi", "bitfit", "static-d3", "repeat-d3", "lora")
 RIVALS = (
     "id3",
     "adalora",
@@ -67,7 +68,7 @@ WHY = (
     "id3:schedule=front-loaded:0.1,leave_out=embeddings",
     "id3:schedule=front-loaded:0.1,leave_out=embeddings,head_lr=0.008",
     "random:head_lr=0.008",
-    "random:leave_out=embeddings",
+    RECIPE,
 )
 EPS_AND_EXP = ("id3", *(f"id3:eps={eps},exp={exp}" for eps in (0.5, 1.0) for exp in (-1.0, 0.0, 1.0)))
 
@@ -96,9 +97,7 @@ _ALL = ("cola", "mrpc", "sst2", "banking77")
 PARTS = {
     "main": Part("Every method tuned alike", MAIN, _ALL),
     "untuned": Part("One default learning rate for each kind of method", MAIN, _ALL, tuned=False),
-    "budgets": Part(
-        "Other budgets", ("id3", "fish", "lora", "random:leave_out=embeddings"), _ALL, ("0.05%", "1%")
-    ),
+    "budgets": Part("Other budgets", ("id3", "fish", "lora", RECIPE), _ALL, ("0.05%", "1%")),
     "rivals": Part("Rivals at equal counts of trained entries", RIVALS, _ALL),
     "pools": Part("LoRA and adapters as pools", ON_A_POOL, ("cola", "mrpc")),
     "why": Part(
@@ -106,7 +105,7 @@ PARTS = {
     ),
     "recipe": Part(
         "What SST-2 has chosen, on other tasks and not tuned",
-        ("id3", "random:leave_out=embeddings"),
+        ("id3", RECIPE),
         ("cola", "mrpc"),
         tuned=False,
     ),

@@ -169,10 +169,12 @@ def test_token_loss_is_the_mean_over_the_tokens_of_all_batches(causal):
     assert report["metrics"]["eval_token_loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
 
 
-def test_a_second_file_is_measured_at_the_end(causal, tmp_path):
+def test_a_second_file_is_measured_at_the_end(causal, tmp_path, capsys):
     other = tmp_path / "other.jsonl"
     other.write_text(Path(causal.train).read_text().splitlines()[0])
+    causal = replace(causal, max_length=4)
     report, _, _ = train(replace(causal, steps=3, also_eval=str(other)))
+    assert "--also-eval: 1 of 1 rows are cut to 4 tokens (--max-length)" in "".join(capsys.readouterr())
     alone, _, _ = train(replace(causal, steps=3, eval=str(other), overwrite=True))
     found = report["metrics"]
     assert found["also_token_loss"] == alone["metrics"]["eval_token_loss"] != found["eval_token_loss"]

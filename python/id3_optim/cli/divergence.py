@@ -7,7 +7,6 @@ import transformers
 
 from ..distributed.part import local
 from ..ranks import largest
-from .sampling import EachEpoch, GroupedByLength
 
 LASTS = 3  # steps in a row without a finite loss: one alone can come from one batch
 
@@ -70,27 +69,3 @@ class FiniteLoss(transformers.TrainerCallback):
                 f"loss: expected a finite number on --eval, got {eval_loss} after step {steps}, the last; "
                 "a lower --lr may help"
             )
-
-
-class WatchedTrainer(transformers.Trainer):
-    """A Trainer that shows the loss of every batch to a `FiniteLoss`. grouped: rows of similar length share a
-    batch, and the batches of all processes in one step."""
-
-    def __init__(self, watch: FiniteLoss, grouped: bool = False, **options) -> None:
-        super().__init__(**options)
-        self.watch, self._grouped = watch, None
-        self.notes: list[str] = []  # what is to be said before training
-        if grouped:
-            lengths = [len(row["input_ids"]) for row in self.train_dataset]
-            rows = self.args.train_batch_size * self.args.world_size
-            self._grouped = GroupedByLength(lengths, rows, self.args.seed)
-            self.add_callback(EachEpoch(self._grouped))
-
-    def training_step(self, *args, **kwargs):
-        """The Trainer's own step; its loss [] is watched, of several processes the mean on each of them."""
-        loss = super().training_step(*args, **kwargs)
-        self.watch.see(self.state.global_step + 1, self.accelerator.reduce(loss.detach(), "mean"))
-        return loss
-
-    def _get_train_sampler(self, train_dataset=None):
-        return super()._get_train_sampler(train_dataset) if self._grouped is None else self._grouped

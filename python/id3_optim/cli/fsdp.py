@@ -16,7 +16,7 @@ from torch.distributed.fsdp import fully_shard
 
 from ..distributed.part import as_split, full
 from ..ranks import world_size
-from .divergence import WatchedTrainer
+from .watched_trainer import WatchedTrainer
 
 
 def shard(model: nn.Module, device: torch.device) -> None:

@@ -40,7 +40,7 @@ from .settings import Settings, check_mask, check_settings, optimizer_options, r
 from .start import Start, load_start
 from .stopping import stopping
 from .tasks import Task
-from .trainer import by_length, encoded, make_trainer, run_trainer, trainer_arguments
+from .trainer import make_trainer, run_trainer, trainer_arguments
 
 
 @dataclass
@@ -164,9 +164,8 @@ def fit(
         raise KeyboardInterrupt
     measured = trainer.evaluate()
     watch.check_end(start.model, trainer.state.global_step, measured["eval_loss"])
-    if task.also:
-        also = by_length(encoded(task.also, start, task, settings))
-        measured |= trainer.evaluate(also, metric_key_prefix="also")
+    if trainer.also_eval:
+        measured |= trainer.evaluate(trainer.also_eval, metric_key_prefix="also")
     checkpoints.remove_old()
     found = (f"{prefix}_{name}" for prefix in ("eval", "also") for name in metrics.NAMES)
     remove_unfinished(Path(settings.output))

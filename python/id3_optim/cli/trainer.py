@@ -7,12 +7,12 @@ import torch
 import transformers
 
 from . import fsdp, metrics, tasks
-from .divergence import WatchedTrainer
 from .failures import first_line
 from .output import UNFINISHED
 from .settings import Settings
 from .start import Start, check_tokens, longest_input
 from .tasks import Encoded, Task
+from .watched_trainer import WatchedTrainer
 
 
 def trainer_arguments(settings: Settings) -> transformers.TrainingArguments:
@@ -67,16 +67,17 @@ def run_trainer(trainer: WatchedTrainer, checkpoint: Path | None) -> None:
 
 
 def make_trainer(start, task, optimizer, settings, callbacks, watch) -> WatchedTrainer:
-    """The Trainer of `fit`, with the encoded rows of both files."""
+    """The Trainer of `fit`, with the encoded rows of all files."""
     kind = fsdp.ShardedTrainer if settings.fsdp else WatchedTrainer
-    train, evaluate = (encoded(rows, start, task, settings) for rows in (task.train, task.eval))
+    rows = {"--train": task.train, "--eval": task.eval, "--also-eval": task.also}
+    files = {option: encoded(own, start, task, settings) for option, own in rows.items() if own}
     trainer = kind(
         watch,
         settings.group_by_length,
         model=start.model,
         args=trainer_arguments(settings),
-        train_dataset=train.rows,
-        eval_dataset=by_length(evaluate),
+        train_dataset=files["--train"].rows,
+        eval_dataset=by_length(files["--eval"]),
         data_collator=partial(tasks.collate, pad_token_id=tasks.padding_token(start.tokenizer)),
         optimizers=(optimizer, None),
         callbacks=callbacks,
@@ -84,7 +85,8 @@ def make_trainer(start, task, optimizer, settings, callbacks, watch) -> WatchedT
         compute_metrics=metrics.metrics(task.kind, task.labels),
     )
     trainer.remove_callback(transformers.PrinterCallback)
-    files = {"--train": train, "--eval": evaluate}
+    if task.also:
+        trainer.also_eval = by_length(files["--also-eval"])
     trainer.notes = [n for name, inputs in files.items() for n in cut_notes(name, inputs, start, settings)]
     return trainer
 
