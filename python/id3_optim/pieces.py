@@ -6,7 +6,7 @@ Kernels know pieces alone, each a tensor of its own. Users see whole tensors, wi
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 LARGEST = 2**31 - 1  # the most entries of a tensor whose flat indices are int32
+INDEX_BITS = 32  # of a place, tensor number << bits | flat index, as the kernels have it
 
 
 class Rows(NamedTuple):
@@ -33,8 +34,19 @@ class Rows(NamedTuple):
 
 
 def index_dtype(tensor: Tensor) -> torch.dtype:
-    """That of flat indices into a tensor: int32, or int64 where it has pieces; a lazy one has none."""
-    return torch.int32 if is_lazy(tensor) or tensor.numel() <= LARGEST else torch.int64
+    """That of flat indices into a tensor: int32, or int64 where it is large; a lazy one is not yet."""
+    return torch.int32 if is_lazy(tensor) else index_dtype_of(tensor.shape)
+
+
+def index_dtype_of(shape: Sequence[int]) -> torch.dtype:
+    """That of flat indices into a tensor of that shape."""
+    return torch.int32 if math.prod(shape) <= LARGEST else torch.int64
+
+
+def index_bits(sizes: Iterable[int]) -> int:
+    """The bits of a place for indices into whole tensors of so many entries: `INDEX_BITS`, or more where one
+    of them needs more."""
+    return max(INDEX_BITS, *((size - 1).bit_length() for size in sizes), 0)
 
 
 def pieces_of(name: str, shape: Sequence[int]) -> list[Rows] | None:

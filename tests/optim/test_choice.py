@@ -10,6 +10,7 @@ import torch
 from id3_optim.distributed.choice import DIGIT_BITS, best, boundary
 
 TENSORS = 5
+BITS = 32 + TENSORS.bit_length()  # of a place
 
 
 def oracle(place, score, k):
@@ -28,7 +29,7 @@ def by_sort(ranks, k):
 
 def by_boundary(ranks, k):
     """Every rank's generator gets the sum of what all have yielded."""
-    rounds = [boundary(place, score, torch.tensor(k), TENSORS) for place, score in ranks]
+    rounds = [boundary(place, score, torch.tensor(k), BITS) for place, score in ranks]
     counts, found = [next(r) for r in rounds], []
     while not found:
         total, counts = sum(counts), []
@@ -99,7 +100,7 @@ def test_infinite_scores_do_not_break_the_histogram():
 
 def test_a_message_is_as_long_whatever_k_is():
     place, score = torch.arange(1000), torch.rand(1000)
-    rounds = boundary(place, score, torch.tensor(700), TENSORS)
+    rounds = boundary(place, score, torch.tensor(700), BITS)
     counts, sent = next(rounds), 0
     with pytest.raises(StopIteration):
         while True:

@@ -24,8 +24,9 @@ CHECKS = {
             "loss_scale",
             "accumulation",
             "traffic",
+            "more_than_int32",
         ],
-        "tp": ["bits", "heuristics", "clipping", "deltas"],
+        "tp": ["bits", "heuristics", "clipping", "deltas", "more_than_int32"],
     },
     4: {
         "fsdp": ["bits", "deltas", "refused", "traffic"],

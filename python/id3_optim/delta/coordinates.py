@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import pieces
+from ..distributed.part import is_split
 from ..wrappers import plain_parameters, unwrapped_model
 from .file import Change
 
@@ -115,9 +116,22 @@ def _split(part: Part) -> list[Part]:
 
 
 def part_views(model: nn.Module) -> dict[str, Tensor]:
-    """The weights of the model's checkpoint by name, as views of its parameters."""
+    """The weights of the model's checkpoint by name, as views of its parameters; of DTensors those alone that
+    are all of one."""
     params, parts = plain_parameters(model), checkpoint_parts(model)
-    return {part.name: part.view(params[name]) for name, views in parts.items() for part in views}
+    return {
+        part.name: part.view(params[name])
+        for name, views in parts.items()
+        for part in views
+        if not is_split(params[name]) or part.is_all_of(params[name])
+    }
+
+
+def parts_of_split(model: nn.Module) -> dict[str, tuple[Part, Tensor]]:
+    """The weights of the model's checkpoint that are parts of DTensors, which have no views, by name."""
+    params = {name: param for name, param in plain_parameters(model).items() if is_split(param)}
+    parts = checkpoint_parts(model) if params else {}
+    return {part.name: (part, param) for name, param in params.items() for part in parts.get(name, ())}
 
 
 def located(parts: list[Part], indices: Tensor) -> Iterator[tuple[Part, Tensor | slice, Tensor]]:
@@ -134,14 +148,20 @@ def in_parts(parts: list[Part], name: str, change: Change) -> dict[str, Change]:
     Raises ValueError for a parameter without parts, of which a checkpoint holds a copy.
     """
     found = {}
-    if not parts:
-        raise ValueError(
-            f"{name}: expected a parameter whose checkpoint holds views of it, got a conversion that copies"
-        )
+    check_views(name, parts)
     for part, held, flat in located(parts, change.indices):
         kept = None if change.originals is None else change.originals[held]
         found[part.name] = Change(part.shape, change.dtype, flat.to(torch.int32), change.values[held], kept)
     return found
+
+
+def check_views(name: str, parts: list[Part] | None) -> None:
+    """Raises ValueError for a parameter without parts, which a checkpoint holds in another form; a tied one
+    (None) has those of another name."""
+    if parts == []:
+        raise ValueError(
+            f"{name}: expected a parameter whose checkpoint holds views of it, got a conversion that copies"
+        )
 
 
 def in_parameters(model: nn.Module, entries: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -152,9 +152,8 @@ class Delta:
             self.check_base(list(placed), held)
         changes = {}
         for (name, patch), now in zip(placed.items(), held, strict=True):
-            kept = None if patch.indices is None else now.values.cpu()
-            shape, dtype = self.changes[name].shape, patch.param.dtype
-            changes[name] = Change(shape, dtype, patch.indices, patch.values, kept)
+            kept, own = None if patch.indices is None else now.values.cpu(), self.changes[name]
+            changes[name] = own._replace(dtype=patch.param.dtype, values=patch.values, originals=kept)
         rows = {n: (c.indices, c.originals) for n, c in changes.items() if c.indices is not None}
         return Delta(changes, fingerprint(rows), self.settings)
 
@@ -201,9 +200,10 @@ class Delta:
             raise DeltaError("fingerprint: expected one in the delta, got none (trained with "
                              "keep_originals=False); strict=False applies it unchecked")  # fmt: skip
         held = {n: p for n, p in zip(names, previous, strict=True) if p.indices is not None}
-        rows = {n: (p.indices, rounded(p.values, self.changes[n].dtype)) for n, p in held.items()}
+        own = {n: self.changes[n] for n in held}
+        rows = {n: (c.indices, rounded(held[n].values, c.dtype)) for n, c in own.items()}
         got = fingerprint(rows)
-        if got != self.fingerprint and not all(map(_is_rounded, map(self.changes.get, held), held.values())):
+        if got != self.fingerprint and not all(map(_is_rounded, own.values(), held.values())):
             expected = f"the base with fingerprint {self.fingerprint:016x}"
             raise DeltaError(f"model: expected {expected}, got {got:016x} (another base, or changed since); "
                              "load the base, or pass strict=False")  # fmt: skip

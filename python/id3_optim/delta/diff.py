@@ -63,10 +63,13 @@ def _tensors(model: Model) -> dict[str, Tensor]:
     """Detached tensors by their plain names, a tied one under each of its names."""
     if isinstance(model, nn.Module):
         params = {name: param.detach() for name, param in plain_parameters(model).items()}
-        large = {name for name, param in params.items() if param.numel() > pieces.LARGEST}
+        # A list: ranks gather split tensors in one order.
+        large = [name for name, param in params.items() if param.numel() > pieces.LARGEST]
         parts = coordinates.checkpoint_parts(model) if large else {}
-        views = {p.name: p.view(params[name]) for name in large & parts.keys() for p in parts[name]}
-        return {name: param for name, param in params.items() if name not in large} | views
+        for name in large:
+            coordinates.check_views(name, parts.get(name))
+        whole = {name: full(params.pop(name)) for name in large}
+        return params | {p.name: p.view(whole[name]) for name in large for p in parts.get(name, ())}
     wrapped = bool(model) and all(name.startswith("module.") for name in model)
     found: dict[str, Tensor] = {}
     for name, tensor in model.items():

@@ -14,7 +14,7 @@ from id3_kernels import Entries
 from ..distributed.part import block_of, check_part, full, is_split, local
 from ..pieces import cut
 from ..wrappers import plain_parameters
-from .coordinates import part_views
+from .coordinates import Part, part_views, parts_of_split
 from .file import VALUE_DTYPES, Change, DeltaError
 from .fingerprint import by_kind, first_difference
 from .split import read_split, write_split
@@ -61,16 +61,32 @@ def find(
     A name that is no parameter's may be that of a weight of the model's checkpoint, a part of a parameter.
     cast: the values are rounded to the parameters' dtypes, which may differ from the delta's.
     """
-    present = plain_parameters(model)
+    present, parts = plain_parameters(model), {}
     if not changes.keys() <= present.keys():
+        parts = {name: part for name, part in parts_of_split(model).items() if name not in present}
         present = part_views(model) | present
-    return find_in(present, changes, strict, cast)
+    placed = find_in(present, {n: c for n, c in changes.items() if n not in parts}, strict, cast, not parts)
+    placed |= {n: _in_split(*parts[n], change, cast) for n, change in changes.items() if n in parts}
+    return {name: placed[name] for name in changes if name in placed}
+
+
+def _in_split(part: Part, param: Tensor, change: Change, cast: bool) -> Patch:
+    """A patch of the DTensor that a weight of the checkpoint is a part of."""
+    check_param(part.name, param)
+    _check_alike(part.name, part.shape, param.dtype, change, cast)
+    if change.indices is None:
+        raise DeltaError(f"{part.name}: expected entries of a DTensor's part, got a whole weight")
+    return Patch(param, part.places(change.indices), rounded(change.values, param.dtype))
 
 
 def find_in(
-    present: Mapping[str, Tensor], changes: Mapping[str, Change], strict: bool = True, cast: bool = False
+    present: Mapping[str, Tensor],
+    changes: Mapping[str, Change],
+    strict: bool = True,
+    cast: bool = False,
+    some: bool = True,
 ) -> dict[str, Patch]:
-    """`find` among tensors by name."""
+    """`find` among tensors by name. some: at least one name has to be there."""
     found, owner = {}, {}
     for name, change in changes.items():
         param = present.get(name)
@@ -79,7 +95,7 @@ def find_in(
                 raise DeltaError(f"{name}: expected a parameter of this name in the model, got none")
             continue
         check_param(name, param)
-        _check_alike(name, param, change, cast)
+        _check_alike(name, tuple(param.shape), param.dtype, change, cast)
         if any(size > 1 and step == 0 for size, step in zip(param.shape, param.stride(), strict=True)):
             raise DeltaError(
                 f"{name}: expected memory for each entry, got an expanded tensor; clone it first"
@@ -88,16 +104,16 @@ def find_in(
             raise DeltaError(f"{name}: expected a tensor of its own, got the one of {owner[id(param)]}")
         values = rounded(change.values, param.dtype)
         found[name], owner[id(param)] = Patch(param, change.indices, values), name
-    if changes and not found:
+    if some and changes and not found:
         raise DeltaError(f"model: expected some of the delta's {len(changes)} parameters, got none of them")
     return found
 
 
-def _check_alike(name: str, param: Tensor, change: Change, cast: bool) -> None:
-    fits = tuple(param.shape) == change.shape
-    if fits and (cast or param.dtype == change.dtype):
+def _check_alike(name: str, shape: tuple[int, ...], dtype: torch.dtype, change: Change, cast: bool) -> None:
+    fits = shape == change.shape
+    if fits and (cast or dtype == change.dtype):
         return
-    expected, got = f"{change.dtype} {change.shape}", f"{param.dtype} {tuple(param.shape)}"
+    expected, got = f"{change.dtype} {change.shape}", f"{dtype} {shape}"
     remedy = "; apply(cast=True) rounds the delta's values to the model's dtype" if fits else ""
     raise DeltaError(f"{name}: expected a parameter of {expected}, got {got}{remedy}")
 

@@ -53,11 +53,11 @@ class Boundary(NamedTuple):
         return within & (key > 0) & (self.number > 0)
 
 
-def boundary(place: Tensor, score: Tensor, k: Tensor, n_tensors: int) -> Generator[Tensor, Tensor, Boundary]:
+def boundary(place: Tensor, score: Tensor, k: Tensor, bits: int) -> Generator[Tensor, Tensor, Boundary]:
     """Yields counts of this rank's entries, int64 [2 ** DIGIT_BITS], and is sent their sums over all ranks.
 
-    place: unique over all ranks; score: 0 for padding. k: int64 []. All ranks have the same k, number of
-    tensors and dtype of scores, and so yield as often. Nothing synchronises with a GPU.
+    place: unique over all ranks, below 2 ** bits; score: 0 for padding. k: int64 []. All ranks have the same
+    k, bits and dtype of scores, and so yield as often. Nothing synchronises with a GPU.
     """
     key = score_bits(score)
     inside, want, number, found = key > 0, k, None, torch.zeros_like(k)
@@ -71,7 +71,7 @@ def boundary(place: Tensor, score: Tensor, k: Tensor, n_tensors: int) -> Generat
         want = want - (above[at] - counts[at])
         inside, found = inside & (digit == at), found | (at << shift)
     score_at, found = found, torch.zeros_like(k)
-    for shift in _shifts(32 + n_tensors.bit_length()):
+    for shift in _shifts(bits):
         digit = _digit(place, shift)
         counts = yield _counts(digit, inside)
         up_to = counts.cumsum(0)

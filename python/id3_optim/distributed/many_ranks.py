@@ -50,12 +50,13 @@ class ManyRanks:
             score.dtype
         )
 
-    def boundary(self, place: Tensor, score: Tensor, k: Tensor, n_tensors: int) -> Boundary:
-        """Which of the entries of all ranks are the best k, without a list of them. place: NO_PLACE pads.
+    def boundary(self, place: Tensor, score: Tensor, k: Tensor, bits: int) -> Boundary:
+        """Which of the entries of all ranks are the best k, without a list of them. place: below 2 ** bits;
+        NO_PLACE pads.
 
         Sends 16 KiB for every 11 bits of score and place.
         """
-        rounds = boundary(place, score, k.reshape(()), n_tensors)
+        rounds = boundary(place, score, k.reshape(()), bits)
         counts = next(rounds)
         while True:
             try:

@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .. import pieces
+
 UNBOUNDED = 1 << 62  # a block as large as any
 
 
@@ -145,8 +147,11 @@ def check_part(name: str, param: Tensor) -> None:
             f"{name}: expected a local part of shape {expected} by {param.placements}, got {got}; use "
             "distribute_tensor or fully_shard"
         )
-    if param.numel() >= 2**31:
-        raise ValueError(f"{name}: expected fewer than 2^31 entries, got {param.numel()}")
+    if math.prod(got) > pieces.LARGEST:
+        raise ValueError(
+            f"{name}: expected a local part of at most {pieces.LARGEST} entries, got {math.prod(got)}; split "
+            "it over more ranks"
+        )
 
 
 def _check_placements(name: str, param: Tensor) -> None:

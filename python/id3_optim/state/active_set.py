@@ -15,7 +15,7 @@ from id3_kernels import Entries
 from ..distributed.many_ranks import ManyRanks
 from ..distributed.part import part_of
 from ..param_groups import Member, Piece, in_pieces
-from ..pieces import index_dtype
+from ..pieces import index_bits, index_dtype
 from ..ranks import OneProcess
 from . import repeat
 from .layout import Layout
@@ -81,9 +81,10 @@ class ActiveSet:
     def _map(self) -> None:
         if self.ranks.alone:
             return
+        bits = index_bits(p.numel() for shard in self.shards for p in shard.owners)
         for shard in self.shards:
             parts = [part_of(p) for p in shard.owners]
-            shard.blocks = self.ranks.blocks(parts, shard.device)
+            shard.blocks, shard.index_bits = self.ranks.blocks(parts, shard.device), bits
         if self.count is None and self.shards:
             self.count = torch.zeros(1, dtype=torch.int64, device=self.shards[0].device)
 

@@ -9,6 +9,7 @@ can go on from there.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, MutableMapping
 from typing import Any
 
@@ -19,6 +20,7 @@ from id3_kernels.checks import FLOATS
 
 from ..distributed.part import any_split, local
 from ..param_groups import Member, members
+from ..pieces import index_bits, index_dtype_of
 from .layout import Layout
 
 KEY = "id3"
@@ -53,10 +55,11 @@ def close(
 ) -> None:
     """Brings the parameters' own state, over all ranks and by number, and the settings into this form."""
     rows, by_dtype, states = list(members(groups, dense=False)), {}, state["state"]
+    bits = index_bits(row.param.numel() for row in rows)
     for row in rows:
         by_dtype.setdefault(row.param.dtype, []).append(row)
     columns = {
-        str(dtype).removeprefix("torch."): dict(_columns(held, states, layout, budget))
+        str(dtype).removeprefix("torch."): dict(_columns(held, states, layout, budget, bits))
         for dtype, held in by_dtype.items()
     }
     for position, _, p in rows:
@@ -71,13 +74,13 @@ def close(
 
 
 def _columns(
-    rows: list[Member], states: dict[int, dict], layout: Layout, budget: int
+    rows: list[Member], states: dict[int, dict], layout: Layout, budget: int, bits: int
 ) -> Iterator[tuple[str, Tensor]]:
     """The arrays of one dtype's parameters: `place`, padded by -1, then those beside the indices, by 0."""
     first = rows[0].param
     size = min(budget, sum(row.param.numel() for row in rows))
     held = [(position, states[position]) for position, _, _ in rows if "indices" in states.get(position, {})]
-    place = [(position << 32) | own["indices"].long() for position, own in held]
+    place = [(position << bits) | own["indices"].long() for position, own in held]
     yield "place", _padded(place, size, torch.int64, first.device, -1)
     for name, dtype in layout.columns(first.dtype).items():
         if name != "indices":
@@ -109,12 +112,15 @@ def opened(state: dict[str, Any]) -> dict[str, Any]:
     for key in own:
         states[key] = {name: x for name, x in states[key].items() if name != KEY}
     if settings["n_entries"] is not None:
-        columns = {name: _by_position(x, len(keys)) for name, x in home.items() if isinstance(x, dict)}
+        shapes = {key: found["shape"].tolist() for key, found in own.items()}
+        bits = index_bits(map(math.prod, shapes.values()))
+        columns = {name: _by_position(x, len(keys), bits) for name, x in home.items() if isinstance(x, dict)}
         for position, key in enumerate(keys):
             if key in own:
                 dtype = str(FLOATS[int(own[key]["dtype"])]).removeprefix("torch.")
-                shape = own[key]["shape"].tolist()
-                states[key] |= columns[dtype][position] | {"step": own[key]["step"], "shape": shape}
+                row = columns[dtype][position]
+                row["indices"] = row["indices"].to(index_dtype_of(shapes[key]))
+                states[key] |= row | {"step": own[key]["step"], "shape": shapes[key]}
     groups = [dict(group) for group in state["param_groups"]]
     groups[0][KEY] = settings
     states = {key: s for key, s in states.items() if s or key not in own}
@@ -126,13 +132,13 @@ def _own(state: Any) -> dict[str, Any] | None:
     return found if isinstance(found, dict) and "shape" in found else None
 
 
-def _by_position(columns: dict[str, Tensor], n_tensors: int) -> list[dict[str, Tensor]]:
-    """For each position `indices` and the columns beside them."""
+def _by_position(columns: dict[str, Tensor], n_tensors: int, bits: int) -> list[dict[str, Tensor]]:
+    """For each position `indices`, int64, and the columns beside them."""
     place = columns["place"]
     place = place[place >= 0]
-    edges = torch.searchsorted(place, torch.arange(n_tensors + 1, device=place.device) << 32)
+    edges = torch.searchsorted(place, torch.arange(n_tensors + 1, device=place.device) << bits)
     sizes = edges.diff().tolist()
-    named = {"indices": (place & 0xFFFFFFFF).to(torch.int32)}
+    named = {"indices": place & ((1 << bits) - 1)}
     named |= {name: column[: place.numel()] for name, column in columns.items() if name != "place"}
     parts = [column.split(sizes) for column in named.values()]
     return [dict(zip(named, row, strict=True)) for row in zip(*parts, strict=True)]

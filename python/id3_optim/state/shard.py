@@ -14,6 +14,7 @@ from id3_kernels.entries import sort_keys
 
 from ..distributed.blocks import Blocks
 from ..param_groups import Piece
+from ..pieces import INDEX_BITS
 from .layout import Layout, moved
 from .tensors import Tensors
 
@@ -31,7 +32,8 @@ class Shard(Tensors):
     table. The settled run begins at 0. A recent run at the far end of the arrays takes what joins, so that a
     join moves few entries; `settle` merges it into the first when it is full. What lies outside is padding.
 
-    Indices are those of `params`; `blocks` maps them to the whole tensors' where ranks share.
+    Indices are those of `params`; `blocks` maps them to the whole tensors' where ranks share; `index_bits` is
+    how many bits an index has in the places by which entries are compared there.
 
     `steps` int64 [M] counts the steps in which each tensor had a gradient; `updated_at` int64 [M] is the
     optimizer's step count after the last of them. `n_active`, `column` and `leave` synchronise with a GPU;
@@ -46,6 +48,7 @@ class Shard(Tensors):
             warnings.warn(f"id3_optim runs its slow reference kernels: {why}", stacklevel=2)
         self.kernels = table.kernels_for(device, layout.backend)
         self.blocks: Blocks | None = None
+        self.index_bits = INDEX_BITS
         # Row 0: the settled run's offsets. Row 1: the recent run's, counted from `_begin`, zeros without one.
         self._rows = torch.zeros(2, 1, dtype=torch.int64, device=device)
         self.offsets = self._rows[:1]

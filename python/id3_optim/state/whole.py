@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from id3_kernels import Entries
-from id3_kernels.entries import sort_keys
+from id3_kernels.entries import owners
 
 from ..distributed.many_ranks import ManyRanks
+from ..pieces import index_dtype
 from .shard import Shard
 
 
@@ -23,13 +24,16 @@ def over_ranks(
     entries: this rank's, of n entries; columns: [n] each. Every rank has to call this.
     """
     n = int(entries.offsets[-1])
-    key = sort_keys(entries, n)
-    owner = key >> 32
-    place = (owner << 32) | shard.blocks.whole_index(owner, key & 0xFFFFFFFF)
+    owner, bits = owners(entries, n), shard.index_bits
+    place = (owner << bits) | shard.blocks.whole_index(owner, entries.indices[:n])
     own = shard.blocks.first[owner]
     place, found = ranks.whole(place[own], {name: column[:n][own] for name, column in columns.items()})
-    edges = torch.searchsorted(place, torch.arange(len(shard.params) + 1, device=shard.device) << 32)
-    return cut(Entries(edges, (place & 0xFFFFFFFF).to(torch.int32)), found)
+    edges = torch.searchsorted(place, torch.arange(len(shard.params) + 1, device=shard.device) << bits)
+    rows = cut(Entries(edges, place & ((1 << bits) - 1)), found)
+    return [
+        {**row, "indices": row["indices"].to(index_dtype(p))}
+        for row, p in zip(rows, shard.owners, strict=True)
+    ]
 
 
 def cut(entries: Entries, columns: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:

@@ -159,13 +159,13 @@ class Candidates:
         d3 = heuristic.eps, heuristic.exp
         active.shards[i].kernels.collect_(*take, *self.best[i], self._k[i], may_hold, *d3)
 
-    def meet(self, ranks: ManyRanks, n_tensors: int) -> None:
+    def meet(self, ranks: ManyRanks, bits: int) -> None:
         """Makes the candidates of all ranks, of which no two have the same, those of each: as many as can be
-        among the best k of a shard. Synchronises with a GPU."""
+        among the best k of a shard. bits: of a place. Synchronises with a GPU."""
         for i, best in enumerate(self.best):
             place, k = torch.where(best.place < 0, NO_PLACE, best.place), self._k[i]
             if self.wanted.capacity * ranks.size > GATHERED:
-                own = ranks.boundary(place, best.score, k, n_tensors).chosen(place, best.score)
+                own = ranks.boundary(place, best.score, k, bits).chosen(place, best.score)
             else:
                 own = best_of(place, best.score, k)
             columns = {"score": best.score[own], "grad": best.grad[own]}

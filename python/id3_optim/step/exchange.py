@@ -12,6 +12,7 @@ from torch import Tensor
 from ..distributed.replicas import Replicas
 from ..heuristics import D3, Heuristic
 from ..param_groups import members
+from ..pieces import INDEX_BITS
 from ..state.active_set import ActiveSet
 from ..state.progress import Wanted
 from ..state.shard import Shard
@@ -139,4 +140,4 @@ class Exchange:
         dense = [member.param.grad for member in members(groups, dense=True)]
         self.replicas.average_(kept + [gradient for gradient in dense if gradient is not None])
         if candidates.wanted is not None:
-            candidates.meet(self.replicas.ranks, active.n_numbers)
+            candidates.meet(self.replicas.ranks, INDEX_BITS + active.n_numbers.bit_length())

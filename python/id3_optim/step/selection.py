@@ -1,7 +1,8 @@
 """Chooses the entries that join: the k of the largest score over all shards. Nothing synchronises with a GPU.
 
 Lists have the length of their capacity and end in padding, since the number of entries is known on the device
-alone. Where shards or tensors are compared, an entry is a `place`: tensor number << 32 | flat index.
+alone. Where shards or tensors are compared, an entry is a `place`: tensor number << 32 | flat index; over
+ranks, an index into the whole tensor, below which a shard's `index_bits` lie.
 """
 
 from __future__ import annotations
@@ -114,8 +115,8 @@ def _by_boundary(
     active: ActiveSet, place: Tensor, score: Tensor, offered: Tensor, k: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same for a large k, of this rank's entries alone. Synchronises with a GPU."""
-    n_tensors = active.n_numbers
-    boundary = active.ranks.boundary(place, torch.where(offered, score, 0), k, n_tensors)
+    bits = active.shards[0].index_bits + active.n_numbers.bit_length()
+    boundary = active.ranks.boundary(place, torch.where(offered, score, 0), k, bits)
     own = boundary.chosen(place, score)
     place, order = place[own].sort()
     return place, score[own][order], boundary.number
@@ -125,8 +126,8 @@ def _over_ranks(shard: Shard, place: Tensor, score: Tensor) -> tuple[Tensor, Ten
     """(places in the whole tensors, scores, bool: whether no other rank offers the entry)."""
     owner = torch.searchsorted(shard.number_table, place >> 32).clamp_(max=shard.number_table.numel() - 1)
     index = shard.blocks.whole_index(owner, place & 0xFFFFFFFF)
-    held = place < NO_PLACE
-    return torch.where(held, (place >> 32 << 32) | index, NO_PLACE), score, held & shard.blocks.first[owner]
+    held, whole = place < NO_PLACE, (place >> 32 << shard.index_bits) | index
+    return torch.where(held, whole, NO_PLACE), score, held & shard.blocks.first[owner]
 
 
 def concatenated(found: Sequence[tuple[Tensor, Tensor]], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -139,10 +140,10 @@ def concatenated(found: Sequence[tuple[Tensor, Tensor]], device: torch.device) -
 
 def entries_at(shard: Shard, place: Tensor) -> tuple[Entries, Tensor]:
     """Those places that lie in the shard, as its entries, and the position of each of them in `place`."""
-    place = moved(place, shard.device)
-    numbers = shard.number_table
-    owner = torch.searchsorted(numbers, place >> 32).clamp_(max=numbers.numel() - 1)
-    inside, index = numbers[owner] == place >> 32, place & 0xFFFFFFFF
+    place, bits = moved(place, shard.device), shard.index_bits
+    numbers, number = shard.number_table, place >> bits
+    owner = torch.searchsorted(numbers, number).clamp_(max=numbers.numel() - 1)
+    inside, index = numbers[owner] == number, place & ((1 << bits) - 1)
     if shard.blocks is not None:
         index, held = shard.blocks.local_index(owner, index)
         inside = inside & held
