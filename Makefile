@@ -22,8 +22,10 @@ setup: $(READY)
 demo: $(READY)
 	$(BIN)/python examples/demo.py
 
+# Each worker takes whole files: their fixtures run once. One thread each, since two are slower than one on a
+# core; tests of threads set their own number.
 test: $(READY)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 # The newest release of every package but torch, which TORCH chooses; a fresh environment at each call.
 test-latest:

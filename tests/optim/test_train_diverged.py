@@ -17,7 +17,7 @@ def files(tmp_path_factory):
 
 def poison(monkeypatch, values):
     """Makes the losses of some steps, counted from 1, infinite (by addition) or nan (by multiplication)."""
-    from id3_optim.cli.divergence import WatchedTrainer
+    from id3_optim.cli.watched_trainer import WatchedTrainer
 
     compute_loss = WatchedTrainer.compute_loss
 

@@ -258,10 +258,6 @@ def test_options_that_exclude_each_other(files, tmp_path, capsys, monkeypatch):
     for option in EXCLUDED_BY_FSDP:
         code, _, error = run(capsys, words(files, tmp_path / "a", "--fsdp", *option))
         assert code == 2 and f"error on rank 1: {option[0]}: does not apply to --fsdp: " in error
-    code, _, error = run(capsys, words(files, tmp_path / "a", "--release-gradients"))
-    assert code == 2 and "--release-gradients: needs --fsdp with several processes" in error
-    code, _, error = run(capsys, words(files, tmp_path / "a", "--sparse-backward"))
-    assert code == 2 and "--sparse-backward: does not apply to several processes" in error
     assert not (tmp_path / "a").exists()
 
 

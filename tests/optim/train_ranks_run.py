@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from id3_optim.cli import main
-from id3_optim.cli.divergence import WatchedTrainer
+from id3_optim.cli.watched_trainer import WatchedTrainer
 
 RANK = int(os.environ["RANK"])
 

@@ -16,7 +16,7 @@ from torch.distributed.fsdp import fully_shard
 
 from ..distributed.part import as_split, full
 from ..ranks import world_size
-from .watched_trainer import WatchedTrainer
+from .watched_trainer import UnwrappedTrainer
 
 
 def shard(model: nn.Module, device: torch.device) -> None:
@@ -94,18 +94,8 @@ def whole_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     return {**state, "state": found}
 
 
-class ShardedTrainer(WatchedTrainer):
+class ShardedTrainer(UnwrappedTrainer):
     """A Trainer for a model that `shard` has split; every process takes part where it saves."""
-
-    def create_accelerator_and_postprocess(self) -> None:
-        """The Trainer's own, without DistributedDataParallel around the model."""
-        super().create_accelerator_and_postprocess()
-        prepare = self.accelerator.prepare_model
-
-        def prepare_model(model: nn.Module, *_: Any, **__: Any) -> nn.Module:
-            return prepare(model, device_placement=False, evaluation_mode=True)
-
-        self.accelerator.prepare_model = prepare_model
 
     def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
         """Each part is on its device, and hooks on parameters do not survive a move."""

@@ -8,13 +8,11 @@ from ..ranks import launched
 
 
 def check_processes(settings) -> None:
-    """Raises ValueError for options that several processes exclude, and for `fsdp` outside a launcher.
+    """Raises ValueError for options that `fsdp` excludes, and for it outside a launcher.
 
     settings: `settings.Settings`.
     """
     if not settings.fsdp:
-        if launched()[1] > 1:
-            _check_averaged(settings)
         return
     if "WORLD_SIZE" not in os.environ:
         raise ValueError(
@@ -36,10 +34,9 @@ def check_processes(settings) -> None:
             raise ValueError(f"{option}: does not apply to --fsdp: {reason}")
 
 
-def _check_averaged(settings) -> None:
-    """Raises ValueError for options that leave DistributedDataParallel no gradients to average."""
-    whole = "without --fsdp each process averages whole gradients"
-    if settings.release_gradients:
-        raise ValueError(f"--release-gradients: needs --fsdp with several processes: {whole}")
-    if settings.sparse_backward:
-        raise ValueError(f"--sparse-backward: does not apply to several processes: {whole}; leave it out")
+def exchanges(settings) -> bool:
+    """Whether the optimizer averages what the steps of several processes use: there are no whole gradients,
+    which DistributedDataParallel would average."""
+    return (
+        launched()[1] > 1 and not settings.fsdp and (settings.release_gradients or settings.sparse_backward)
+    )

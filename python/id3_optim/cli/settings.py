@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
+
 from id3_kernels import backend
 
 from .. import compatibility, methods, schedules
@@ -15,7 +17,7 @@ from ..heuristics import D3
 from ..masks import Mask, indices_of
 from ..method import Method, Prune, share_of
 from . import reading
-from .processes import check_processes
+from .processes import check_processes, exchanges
 
 T = TypeVar("T")
 # Setting: its least value.
@@ -214,6 +216,7 @@ def optimizer_options(settings: Settings) -> dict[str, Any]:
         "max_grad_norm": settings.max_grad_norm or None,
         "backend": settings.backend,
         "release_gradients": settings.release_gradients,
+        "process_group": torch.distributed.group.WORLD if exchanges(settings) else None,
         **_of_selection(settings),
     }
 

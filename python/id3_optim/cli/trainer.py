@@ -9,10 +9,11 @@ import transformers
 from . import fsdp, metrics, tasks
 from .failures import first_line
 from .output import UNFINISHED
+from .processes import exchanges
 from .settings import Settings
 from .start import Start, check_tokens, longest_input
 from .tasks import Encoded, Task
-from .watched_trainer import WatchedTrainer
+from .watched_trainer import ExchangingTrainer, WatchedTrainer
 
 
 def trainer_arguments(settings: Settings) -> transformers.TrainingArguments:
@@ -69,6 +70,7 @@ def run_trainer(trainer: WatchedTrainer, checkpoint: Path | None) -> None:
 def make_trainer(start, task, optimizer, settings, callbacks, watch) -> WatchedTrainer:
     """The Trainer of `fit`, with the encoded rows of all files."""
     kind = fsdp.ShardedTrainer if settings.fsdp else WatchedTrainer
+    kind = ExchangingTrainer if exchanges(settings) else kind
     rows = {"--train": task.train, "--eval": task.eval, "--also-eval": task.also}
     files = {option: encoded(own, start, task, settings) for option, own in rows.items() if own}
     trainer = kind(
