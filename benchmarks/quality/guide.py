@@ -13,27 +13,30 @@ from id3_optim.cli import budget
 GUIDE = ROOT / "docs" / "guide" / "budgets.md"
 MARKERS: Markers = ("<!-- quality:begin -->", "<!-- quality:end -->")
 NOTHING = "Nothing has been measured yet."
-# Method of a part: what the guide calls it.
+_FRONT_LOADED = "id3:schedule=front-loaded:0.1,leave_out=embeddings,head_lr=0.008"
+# (part, method, budget): what the guide calls it.
 _SHOWN = {
-    ("main", "full"): "full fine-tuning",
-    ("main", RECIPE): "random mask outside the embeddings",
-    ("main", "random"): "random mask",
-    ("main", "lora"): "LoRA with as many entries",
-    ("main", "fish"): "Fish mask",
+    ("main", "full", MAIN_BUDGET): "full fine-tuning",
+    ("budgets", RECIPE, "1%"): "random mask outside the embeddings, of 1 %",
+    ("main", RECIPE, MAIN_BUDGET): "random mask outside the embeddings",
+    ("main", "random", MAIN_BUDGET): "random mask",
+    ("main", "lora", MAIN_BUDGET): "LoRA with as many entries",
+    ("main", "fish", MAIN_BUDGET): "Fish mask",
     (
         "why",
-        "id3:schedule=front-loaded:0.1,leave_out=embeddings,head_lr=0.008",
+        _FRONT_LOADED,
+        MAIN_BUDGET,
     ): "ID3 outside the embeddings, its budget spent in a tenth of the run, a head with a rate of its own",
-    ("main", "id3"): "ID3, the paper's settings",
-    ("main", "head"): "the new head alone",
+    ("main", "id3", MAIN_BUDGET): "ID3, the paper's settings",
+    ("main", "head", MAIN_BUDGET): "the new head alone",
 }
 
 
 def scores_table(reports: Reports) -> str:
     """A row for each method that has scores, with its tuned learning rate, by task; empty without any."""
     tasks, lines = _tasks(reports), []
-    for (part, method), words in _SHOWN.items():
-        rows = [_scored(row_of(reports, part, task, method, budget(MAIN_BUDGET))) for task in tasks]
+    for (part, method, share), words in _SHOWN.items():
+        rows = [_scored(row_of(reports, part, task, method, budget(share))) for task in tasks]
         if any(rows):
             lines.append([words, *(cell for row in rows for cell in _cells(row))])
     header = ["trained", *(column for task in tasks for column in (f"{task}, %", "at rate"))]

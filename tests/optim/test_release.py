@@ -4,6 +4,7 @@ import importlib.util
 
 import pytest
 import torch
+from short import short
 from twins import Twins, batch, loss_at
 
 from id3_optim import D3, Bias, Fisher, ID3AdamW, Magnitude, Random
@@ -42,7 +43,7 @@ def by_square(param, grad):
     return grad.float() ** 2
 
 
-@pytest.mark.parametrize("heuristic", [Magnitude(), Random(3), Bias(), by_square], ids=str)
+@pytest.mark.parametrize("heuristic", [Magnitude(), Random(3), Bias(), by_square], ids=short)
 def test_heuristics_that_score_whole_tensors(model, heuristic):
     twins = Twins(model, heuristic=heuristic, budget=70, total_steps=7)
     for step in range(9):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from short import short
 
 from id3_optim import schedules
 from id3_optim.schedules import (
@@ -38,7 +39,7 @@ def custom(step, total_steps, budget):
     return [5, 2, 9, -1][step]
 
 
-@pytest.mark.parametrize("schedule", EVERY, ids=str)
+@pytest.mark.parametrize("schedule", EVERY, ids=short)
 @given(total_steps=steps, budget=budgets)
 def test_targets_never_fall_and_end_at_the_budget(schedule, total_steps, budget):
     targets = tabulate(schedule, total_steps, budget)
@@ -76,7 +77,7 @@ def test_front_loaded_refuses(share):
         front_loaded(share)
 
 
-@pytest.mark.parametrize("schedule", EVERY, ids=str)
+@pytest.mark.parametrize("schedule", EVERY, ids=short)
 def test_one_step_takes_all(schedule):
     assert tabulate(schedule, 1, 17) == [17]
 
@@ -117,7 +118,7 @@ def test_exponential_refuses(a):
         exponential(a)
 
 
-@pytest.mark.parametrize("schedule", [*EVERY, custom], ids=str)
+@pytest.mark.parametrize("schedule", [*EVERY, custom], ids=short)
 def test_schedules_pickle_and_keep_their_description(schedule):
     for same in (pickle.loads(pickle.dumps(schedule)), copy.deepcopy(schedule)):
         assert same == schedule

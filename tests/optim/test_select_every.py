@@ -8,6 +8,7 @@ import torch
 from dense_masked import DenseMasked
 from hypothesis import given
 from hypothesis import strategies as st
+from short import short
 from test_resume import check_resume
 from twins import Twins, loss_at
 
@@ -17,7 +18,7 @@ from id3_optim.schedules import cosine, front_loaded, one_shot, tabulate, unifor
 SCHEDULES = [uniform, cosine, front_loaded(0.2), one_shot]
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=short)
 @given(st.integers(1, 60), st.integers(0, 1000), st.integers(1, 70))
 def test_a_window_has_the_target_of_its_last_step(schedule, total_steps, budget, every):
     plain, windowed = (tabulate(schedule, total_steps, budget, k) for k in (1, every))
@@ -54,7 +55,7 @@ def test_other_steps_do_not_score(model, give_gradients):
     assert set(calls) == {0, 3, 6}
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=short)
 def test_parity_with_dense_masking(model, give_gradients, schedule):
     twin = copy.deepcopy(model)
     targets = tabulate(schedule, 50, 250, 8)

@@ -8,8 +8,9 @@ import transformers
 from accelerate.data_loader import BatchSamplerShard
 from torch.utils.data import BatchSampler
 
-from id3_optim.cli.divergence import FiniteLoss, WatchedTrainer
+from id3_optim.cli.divergence import FiniteLoss
 from id3_optim.cli.sampling import EachEpoch, GroupedByLength, grouped_by_length
+from id3_optim.cli.watched_trainer import WatchedTrainer
 
 LENGTHS = torch.randint(3, 60, (1003,), generator=torch.Generator().manual_seed(1)).tolist()
 
