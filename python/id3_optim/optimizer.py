@@ -202,6 +202,7 @@ class ID3AdamW(torch.optim.Optimizer):
     steps_done = property(attrgetter("_unmasking.progress.steps_done"), doc="t, without overflowed steps.")
     n_active = property(attrgetter("_unmasking.active.n_active"), doc="|Λ|: how many entries are active.")
     active_set = property(attrgetter("_unmasking.active"), doc="The `ActiveSet`, which a step may replace.")
+    replicas = property(attrgetter("_unmasking.replicas"), doc="Of `process_group`; None without one.")
     last_selection = property(attrgetter("_unmasking.last_selection"), doc="The newest `Selection`, or None.")
     phase_seconds = property(attrgetter("_unmasking.phase_seconds"), doc="Host seconds of select and update.")
 

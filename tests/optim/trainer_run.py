@@ -7,6 +7,7 @@ import torch
 import transformers
 
 from id3_optim import ID3AdamW
+from id3_optim.integrations.data_parallel import SparseDataParallel
 from id3_optim.integrations.huggingface import ID3Callback, id3_optimizer, parameter_groups
 from id3_optim.wrappers import unwrapped
 
@@ -48,15 +49,13 @@ def id3(model, **options):
     return ID3AdamW(parameter_groups(model, HEAD), **{"lr": 1e-2, "budget": 0.05} | options)
 
 
-def build(args, model=None, callback=None, **options):
+def build(args, model=None, callback=None, kind=transformers.Trainer, **options):
     """A Trainer; by `optimizers=` unless options bring `optimizer_cls_and_kwargs`."""
     if "model_init" not in options:
         options["model"] = model or tiny_bert()
     if "optimizer_cls_and_kwargs" not in options and "optimizers" not in options:
         options["optimizers"] = (id3(options["model"]), None)
-    trainer = transformers.Trainer(
-        args=args, train_dataset=rows(), callbacks=[callback or ID3Callback()], **options
-    )
+    trainer = kind(args=args, train_dataset=rows(), callbacks=[callback or ID3Callback()], **options)
     trainer.remove_callback(transformers.PrinterCallback)
     return trainer
 
@@ -80,7 +79,43 @@ def one_process(folder):
     assert same_bits(trainers[0].model, trainers[1].model)
 
 
+class SparseTrainer(SparseDataParallel, transformers.Trainer):
+    """As the documentation has it."""
+
+
+def sparse_process(folder):
+    """A run without DistributedDataParallel, the one with it, and a run that is refused."""
+    options = {"budget": 40, "max_grad_norm": 1.0, "select_every": 2}
+    ends = []
+    for kind, own, checkpoint in (
+        (SparseTrainer, folder, None),
+        (SparseTrainer, folder, f"{folder}/checkpoint-2"),
+        (transformers.Trainer, f"{folder}/ddp", None),
+    ):
+        args = arguments(own, max_steps=4, save_steps=2, gradient_accumulation_steps=1, ddp_backend="gloo")
+        sparse = kind is SparseTrainer
+        group = {"process_group": torch.distributed.group.WORLD} if sparse else {}
+        pair = id3_optimizer(args, HEAD, **options, **group)
+        callback = ID3Callback(sparse_backward=sparse)
+        trainer = build(args, kind=kind, callback=callback, optimizer_cls_and_kwargs=pair)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        ends.append({name.removeprefix("module."): p for name, p in trainer.model.state_dict().items()})
+        assert unwrapped(trainer.optimizer).n_active == 40
+    assert same_bits(*ends[:2])
+    moved = [{n: p - tiny_bert().state_dict()[n] for n, p in end.items()} for end in (ends[0], ends[2])]
+    for name, one in moved[0].items():  # up to the order of sums
+        assert torch.equal(one == 0, moved[1][name] == 0), name
+        assert torch.allclose(one, moved[1][name], atol=1e-4), name
+    refused = build(args, kind=SparseTrainer, optimizer_cls_and_kwargs=id3_optimizer(args, HEAD, **options))
+    try:
+        refused.train()
+    except ValueError as error:
+        assert str(error) == "optimizer: expected ID3AdamW with a process_group, got none"
+    else:
+        raise AssertionError("an optimizer without a process_group is not refused")
+
+
 if __name__ == "__main__":
-    one_process(sys.argv[1])
+    {"ddp": one_process, "sparse": sparse_process}[sys.argv[2]](sys.argv[1])
     gc.collect()  # what still holds the group must go before it does, or the two may wait for each other
     torch.distributed.destroy_process_group()

@@ -15,8 +15,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from ..distributed.part import as_split, full
+from ..integrations.data_parallel import leave_plain
 from ..ranks import world_size
-from .watched_trainer import UnwrappedTrainer
+from .watched_trainer import WatchedTrainer
 
 
 def shard(model: nn.Module, device: torch.device) -> None:
@@ -94,8 +95,13 @@ def whole_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     return {**state, "state": found}
 
 
-class ShardedTrainer(UnwrappedTrainer):
+class ShardedTrainer(WatchedTrainer):
     """A Trainer for a model that `shard` has split; every process takes part where it saves."""
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """The Trainer's own."""
+        super().create_accelerator_and_postprocess()
+        leave_plain(self.accelerator)
 
     def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
         """Each part is on its device, and hooks on parameters do not survive a move."""

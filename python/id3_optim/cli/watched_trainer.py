@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import transformers
-from torch import nn
 
+from ..integrations.data_parallel import SparseDataParallel
 from .divergence import FiniteLoss
 from .sampling import EachEpoch, GroupedByLength
 
@@ -36,26 +34,5 @@ class WatchedTrainer(transformers.Trainer):
         return super()._get_train_sampler(train_dataset) if self._grouped is None else self._grouped
 
 
-class UnwrappedTrainer(WatchedTrainer):
-    """A Trainer that puts no DistributedDataParallel around its model; gradients are averaged elsewhere."""
-
-    def create_accelerator_and_postprocess(self) -> None:
-        """The Trainer's own, with a model that stays as it is."""
-        super().create_accelerator_and_postprocess()
-        prepare = self.accelerator.prepare_model
-
-        def prepare_model(model: nn.Module, *_: Any, **__: Any) -> nn.Module:
-            return prepare(model, device_placement=False, evaluation_mode=True)
-
-        self.accelerator.prepare_model = prepare_model
-
-
-class ExchangingTrainer(UnwrappedTrainer):
-    """A Trainer whose `ID3AdamW` has a `process_group`. Only the last batch of a step is sent."""
-
-    def training_step(self, *args, **kwargs):
-        """The step of one batch, forward and backward."""
-        if self.accelerator.sync_gradients:
-            return super().training_step(*args, **kwargs)
-        with self.optimizer.optimizer.no_sync():  # within accelerate's
-            return super().training_step(*args, **kwargs)
+class ExchangingTrainer(SparseDataParallel, WatchedTrainer):
+    """The same for several processes that send what a step uses."""
