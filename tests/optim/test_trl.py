@@ -1,5 +1,9 @@
 """TRL's trainers around adapters: one that SFTTrainer makes itself, and one that DPOTrainer is given."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -8,6 +12,7 @@ pytest.importorskip("peft", reason="PEFT comes with the extra `peft`")
 
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from tiny_models import word_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
@@ -20,6 +25,8 @@ from id3_optim.wrappers import unwrapped
 LORA = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
 ARGUMENTS = {"max_steps": 4, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "max_grad_norm": 0}
 ARGUMENTS |= {"save_steps": 2, "report_to": "none", "use_cpu": True, "disable_tqdm": True}
+
+FACTS = [{"prompt": "the film is", "completion": " red"}, {"prompt": "the book is", "completion": " blue"}]
 
 
 def llama():
@@ -60,8 +67,7 @@ def test_sft_with_an_adapter_of_its_own(tmp_path):
     """SFTTrainer wraps the model after the pair was made: names and parameters come from the wrapped one."""
     args = SFTConfig(output_dir=tmp_path, **ARGUMENTS)
     pair = id3_optimizer(args, groups=adapter_groups, budget=0.06, max_grad_norm=1.0)
-    rows = [{"prompt": "the film is", "completion": " red"}, {"prompt": "the book is", "completion": " blue"}]
-    trainer = SFTTrainer(llama(), args, peft_config=LORA, optimizer_cls_and_kwargs=pair, **pieces(rows))
+    trainer = SFTTrainer(llama(), args, peft_config=LORA, optimizer_cls_and_kwargs=pair, **pieces(FACTS))
     trainer.train()
     check(trainer, tmp_path)
 
@@ -75,3 +81,13 @@ def test_dpo_over_an_adapter(tmp_path):
     trainer = DPOTrainer(model, args=args, optimizers=(optimizer, None), **pieces(rows))
     trainer.train()
     check(trainer, tmp_path)
+
+
+def test_two_processes_send_what_a_step_uses(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    words = [str(Path(__file__).parent / "trl_ranks_run.py"), str(tmp_path)]
+    done = subprocess.run([*command, *words], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    base, tuned = llama(), load_file(tmp_path / "checkpoint-4/model.safetensors")
+    load_delta(tmp_path / "checkpoint-4/delta.safetensors").apply(base)
+    assert all(torch.equal(base.state_dict()[name], value) for name, value in tuned.items())
