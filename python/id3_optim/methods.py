@@ -72,6 +72,12 @@ def needs_examples(name: str) -> bool:
     return method in SELECTIVE and isinstance(SELECTIVE[method][0], str)
 
 
+def needs_whole_gradients(name: str) -> bool:
+    """Whether the method reads whole gradients in each step, so that none may be released before."""
+    heuristic, strategy = SELECTIVE.get(_parts(name)[0], (None, None))
+    return strategy == "repeat" or isinstance(heuristic, partial)
+
+
 def check_name(name: str) -> None:
     """Raises ValueError unless `name` is one of `names()`."""
     if name not in names():

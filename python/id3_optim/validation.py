@@ -17,7 +17,7 @@ from .distributed.part import check_part, is_split, local
 from .heuristics import Bias, Heuristic
 from .method import Method
 from .param_groups import members, trainable_entries
-from .pieces import pieces_of, rows_of
+from .pieces import index_dtype, pieces_of, rows_of
 from .ranks import check_whole
 
 _NOT_APPLICABLE = {
@@ -129,7 +129,7 @@ def check_params(group: dict[str, Any], i: int) -> None:
             if is_split(p):
                 check_part(name, p)
             ranges = pieces_of(name, local(p).shape)
-            if ranges and group["dense"]:
+            if group["dense"] and index_dtype(p) == torch.int64:  # a delta file would hold it whole
                 raise ValueError(
                     f"{name}: expected at most 2^31 - 1 entries with dense=True, got {p.numel()}"
                 )

@@ -20,7 +20,6 @@ from id3_optim import (
     Random,
     diff,
     load_delta,
-    pieces,
     save_delta,
     sparse_backward,
     weight_patches,
@@ -72,25 +71,6 @@ def large(split):
         bits(split, heuristic=Bias(), budget=20)  # all scores are 1
     finally:
         selection.GATHERED = few
-
-
-def more_than_int32(split):
-    """Tensors of more entries than int32 counts, of which a rank holds fewer: as pieces in one process.
-
-    A limit of 100 entries stands for 2^31 - 1, and places have fewer bits than the kernels'.
-    """
-    usual = pieces.LARGEST, pieces.INDEX_BITS
-    pieces.LARGEST, pieces.INDEX_BITS = 100, 5
-    try:
-        for run in (bits, large, deltas):
-            run(split)
-        bits(split, heuristic=Random(3), strategy="static")
-        bits(split, strategy="repeat", budget=60)
-        pieces.LARGEST = 60
-        message = "0.weight: expected a local part of at most 60 entries, got 96; split it over more"
-        expect(ValueError, message, lambda: Twins(split).steps(1))
-    finally:
-        pieces.LARGEST, pieces.INDEX_BITS = usual
 
 
 def clipping(split):

@@ -26,8 +26,11 @@ from id3_optim import (
     sparse_backward,
     weight_patches,
 )
+from id3_optim.distributed.blocks import Blocks
+from id3_optim.distributed.part import Level, Part
 from id3_optim.heuristics import snip
 from id3_optim.masks import mask_of
+from id3_optim.state import flat
 
 STEPS, LIMIT = 6, 40
 SIZES = {"experts": (7, 3, 5), "table": (11, 9), "flat": (97,), "bias": (9,)}
@@ -265,3 +268,22 @@ def test_a_pickle_has_no_whole_tensor_for_each_piece(monkeypatch):
         optimizer.step()
         optimizer.zero_grad()
     assert_same(trained(True, monkeypatch), (model, optimizer))
+
+
+def test_places_in_tensors_of_more_than_int32_counts():
+    """Of 2^33 entries a rank holds 2^31 - 8 from 2^32 on."""
+    block = Part((Level(2**33, 2**32, 2**31 - 8, 2**31 - 8),), (), "")
+    blocks, first = (
+        Blocks([block, block], [True, True], torch.device("cpu")),
+        torch.zeros(2, dtype=torch.long),
+    )
+    own = torch.tensor([0, 2**31 - 9])
+    at = blocks.whole_index(first, own)
+    assert at.tolist() == [2**32, 2**32 + 2**31 - 9]
+    assert [x.tolist() for x in blocks.local_index(first, at)] == [own.tolist(), [True, True]]
+    assert not blocks.local_index(first, at - torch.tensor([1, -1]))[1].any()
+    bits = pieces.index_bits([7, 2**33])
+    assert bits == 33 and pieces.index_bits([2**32]) == pieces.index_bits([7]) == 32
+    place = torch.tensor([3, (1 << bits) | 2**33 - 1, -1])
+    rows = flat._by_position({"place": place}, 2, bits)
+    assert [row["indices"].tolist() for row in rows] == [[3], [2**33 - 1]]

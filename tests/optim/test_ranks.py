@@ -24,9 +24,8 @@ CHECKS = {
             "loss_scale",
             "accumulation",
             "traffic",
-            "more_than_int32",
         ],
-        "tp": ["bits", "heuristics", "clipping", "deltas", "more_than_int32"],
+        "tp": ["bits", "heuristics", "clipping", "deltas"],
     },
     4: {
         "fsdp": ["bits", "deltas", "refused", "traffic"],

@@ -255,6 +255,10 @@ def test_options_that_exclude_each_other(files, tmp_path, capsys, monkeypatch):
     assert code == 2 and "--fsdp: expected the processes of a launcher, got none; start" in error
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
+    for method in ("id3-sum", "gradient-dynamic"):
+        command = words(files, tmp_path / "a", "--sparse-backward", "--method", method)
+        code, _, error = run(capsys, command)
+        assert code == 2 and f"--method {method}: does not apply to released gradients: it" in error
     for option in EXCLUDED_BY_FSDP:
         code, _, error = run(capsys, words(files, tmp_path / "a", "--fsdp", *option))
         assert code == 2 and f"error on rank 1: {option[0]}: does not apply to --fsdp: " in error

@@ -21,7 +21,10 @@ RUNS = {
     "sparse": [*WINDOWS, *SPARSE],
     "recipe": [*RECIPE, *SPARSE],
     "recipe, ddp": RECIPE,
+    "measured": [*SPARSE, "--select-every", 2, "--eval-every", 2, "--save-at", 100, "--also-eval", "EVAL"],
+    "bf16": [*SPARSE, "--bf16"],
 }
+REUSED = ["--delta-only", "--batch-size", 4, "--reuse-mask", *SPARSE]
 
 
 def commands(files):
@@ -35,6 +38,8 @@ def commands(files):
         return {f"keep {name}": keep, f"{name} again": of(f"{name} again", *RUNS[name], "--resume")}
 
     runs = {name: of(name, *more) for name, more in RUNS.items()}
+    runs["measured"] = [word.replace("EVAL", str(files / "facts.jsonl")) for word in runs["measured"]]
+    runs["reused"] = words(files, files / "reused", *map(str, REUSED), **LLAMA)
     return runs | go_on("released", "ddp") | go_on("ddp", "released") | go_on("sparse", "sparse")
 
 
@@ -58,6 +63,12 @@ def delta_of(files, name):
 @pytest.mark.parametrize("name", ["released", "released again", "ddp again"])
 def test_the_processes_train_what_they_do_with_whole_gradients(files, name):
     assert delta_of(files, name) == delta_of(files, "ddp")
+
+
+def test_other_options_go_with_it(files):
+    assert len(list(files.glob("measured/delta-*.safetensors"))) == 1
+    for name in ("measured", "reused", "bf16"):
+        assert load_delta(files / name / "delta.safetensors").settings["budget"] == 300
 
 
 def test_a_sparse_run_resumes(files):

@@ -106,13 +106,22 @@ def sparse_process(folder):
     for name, one in moved[0].items():  # up to the order of sums
         assert torch.equal(one == 0, moved[1][name] == 0), name
         assert torch.allclose(one, moved[1][name], atol=1e-4), name
-    refused = build(args, kind=SparseTrainer, optimizer_cls_and_kwargs=id3_optimizer(args, HEAD, **options))
+    refused(folder, {}, {}, "optimizer: expected ID3AdamW with a process_group, got none")
+    whole, own = torch.distributed.group.WORLD, torch.distributed.new_subgroups(1)[0]
+    message = "max_grad_norm: expected TrainingArguments(max_grad_norm=0), got 1.0, by which each"
+    refused(folder, {"process_group": whole}, {"max_grad_norm": 1.0}, message)
+    refused(folder, {"process_group": own}, {}, "process_group: expected all 2 processes, got 1 of them")
+
+
+def refused(folder, options, changes, message):
+    args = arguments(folder, max_steps=4, ddp_backend="gloo", **changes)
+    pair = id3_optimizer(args, HEAD, budget=40, **options)
     try:
-        refused.train()
+        build(args, kind=SparseTrainer, optimizer_cls_and_kwargs=pair).train()
     except ValueError as error:
-        assert str(error) == "optimizer: expected ID3AdamW with a process_group, got none"
+        assert str(error).startswith(message), error
     else:
-        raise AssertionError("an optimizer without a process_group is not refused")
+        raise AssertionError(f"not refused: {message}")
 
 
 if __name__ == "__main__":

@@ -101,7 +101,7 @@ class ShardedTrainer(WatchedTrainer):
     def create_accelerator_and_postprocess(self) -> None:
         """The Trainer's own."""
         super().create_accelerator_and_postprocess()
-        leave_plain(self.accelerator)
+        leave_plain(self.accelerator, device_placement=False)
 
     def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
         """Each part is on its device, and hooks on parameters do not survive a move."""

@@ -278,6 +278,8 @@ def _check_method(settings: Settings) -> None:
     for given, default in defaults.items():
         if getattr(settings, given) != default:
             raise ValueError(f"{option(given)}: does not apply to --method: {name} decides it")
+    if (settings.release_gradients or settings.sparse_backward) and methods.needs_whole_gradients(name):
+        raise ValueError(f"--method {name}: does not apply to released gradients: it reads whole ones")
     pool = name not in methods.SELECTIVE
     for unfit in ("delta_only", "save_at", "save_every", "release_gradients", "sparse_backward"):
         if pool and getattr(settings, unfit):

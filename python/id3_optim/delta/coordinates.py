@@ -34,7 +34,7 @@ class Part(NamedTuple):
 
     def view(self, param: Tensor) -> Tensor:
         """The weight in the parameter's memory. Raises ValueError for part of one that is not contiguous."""
-        if tuple(param.shape) == self.shape and self.is_all_of(param):
+        if self.has_form_of(param):
             return param.detach()
         if not param.is_contiguous():
             raise ValueError(f"{self.name}: expected a contiguous parameter that holds it, got strides "
@@ -44,6 +44,10 @@ class Part(NamedTuple):
     def is_all_of(self, param: Tensor) -> bool:
         """Whether the weight is the whole parameter, so that both have the same indices."""
         return math.prod(self.shape) == param.numel() and self._row_major()
+
+    def has_form_of(self, param: Tensor) -> bool:
+        """Whether the weight is the parameter under another name."""
+        return tuple(param.shape) == self.shape and self.is_all_of(param)
 
     def locate(self, indices: Tensor) -> tuple[Tensor | slice, Tensor]:
         """Which of a parameter's ascending flat indices lie in this weight, and their flat indices in it."""
@@ -117,13 +121,13 @@ def _split(part: Part) -> list[Part]:
 
 def part_views(model: nn.Module) -> dict[str, Tensor]:
     """The weights of the model's checkpoint by name, as views of its parameters; of DTensors those alone that
-    are all of one."""
+    have the form of one."""
     params, parts = plain_parameters(model), checkpoint_parts(model)
     return {
         part.name: part.view(params[name])
         for name, views in parts.items()
         for part in views
-        if not is_split(params[name]) or part.is_all_of(params[name])
+        if not is_split(params[name]) or part.has_form_of(params[name])
     }
 
 

@@ -41,7 +41,7 @@ class Undo:
         if not self._previous:
             return
         placed = find(self._model, self._written, strict=True)
-        changed = first_changed(placed) if strict else None
+        changed = first_changed(placed, self._written) if strict else None
         if changed is not None:
             name, index, expected, held = changed
             raise DeltaError(f"{name}: expected {expected} at index {index}, as this delta wrote, got {held} "
@@ -53,7 +53,7 @@ class Undo:
 
     def first_changed(self) -> str | None:
         """The first parameter that no longer holds the values that this delta wrote; None if all do."""
-        changed = first_changed(find(self._model, self._written, strict=True))
+        changed = first_changed(find(self._model, self._written, strict=True), self._written)
         return None if changed is None else changed.name
 
 
@@ -168,7 +168,7 @@ class Delta:
             raise DeltaError("originals: expected them in the delta, got none; save it with originals=True")
         found = find(model, self.changes, strict=True)
         placed = {name: found[name] for name in sparse}
-        changed = first_changed(placed)
+        changed = first_changed(placed, self.changes)
         if changed is not None:
             name, index, expected, held = changed
             raise DeltaError(f"{name}: expected {expected} at index {index}, as in this delta, got {held}; "

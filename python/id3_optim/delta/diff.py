@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -59,17 +60,28 @@ def diff(base: Model, tuned: Model, originals: bool = True) -> Delta:
     return Delta(changes, mark, {"method": "diff"})
 
 
-def _tensors(model: Model) -> dict[str, Tensor]:
+class _PartOf(NamedTuple):
+    """A part of a large parameter. A DTensor is made whole when the turn of its part comes."""
+
+    part: coordinates.Part
+    param: Tensor
+
+
+def _whole(tensor: Tensor | _PartOf) -> Tensor:
+    return tensor.part.view(full(tensor.param)) if isinstance(tensor, _PartOf) else full(tensor)
+
+
+def _tensors(model: Model) -> dict[str, Tensor | _PartOf]:
     """Detached tensors by their plain names, a tied one under each of its names."""
     if isinstance(model, nn.Module):
         params = {name: param.detach() for name, param in plain_parameters(model).items()}
-        # A list: ranks gather split tensors in one order.
         large = [name for name, param in params.items() if param.numel() > pieces.LARGEST]
         parts = coordinates.checkpoint_parts(model) if large else {}
         for name in large:
             coordinates.check_views(name, parts.get(name))
-        whole = {name: full(params.pop(name)) for name in large}
-        return params | {p.name: p.view(whole[name]) for name in large for p in parts.get(name, ())}
+            param = params.pop(name)
+            params |= {part.name: _PartOf(part, param) for part in parts.get(name, ())}
+        return params
     wrapped = bool(model) and all(name.startswith("module.") for name in model)
     found: dict[str, Tensor] = {}
     for name, tensor in model.items():
@@ -82,9 +94,12 @@ def _tensors(model: Model) -> dict[str, Tensor]:
     return found
 
 
-def _place(base: Tensor | None, tuned: Tensor, name: str) -> tuple:
+def _place(base: Tensor | _PartOf | None, tuned: Tensor | _PartOf, name: str) -> tuple:
     """Equal for names that share one tensor in the base, or in `tuned` where the base has none."""
-    tensor = local(tuned if base is None else base)
+    tensor = tuned if base is None else base
+    if isinstance(tensor, _PartOf):  # of tied parameters one alone has parts
+        return (name,)
+    tensor = local(tensor)
     if tensor.is_meta or tensor.data_ptr() == 0:
         return (name,)
     return base is None, tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride()
@@ -101,9 +116,9 @@ def _check_tied(first: str, name: str, one: Change | None, other: Change | None)
                          "got another one; clone one of the two in base")  # fmt: skip
 
 
-def _change(name: str, base: Tensor | None, tuned: Tensor) -> Change | None:
+def _change(name: str, base: Tensor | _PartOf | None, tuned: Tensor | _PartOf) -> Change | None:
     """The entries that differ, with originals; None if all agree."""
-    tuned, base = full(tuned), None if base is None else full(base)
+    tuned, base = _whole(tuned), None if base is None else _whole(base)
     shape, dtype = tuple(tuned.shape), tuned.dtype
     if base is not None and (tuple(base.shape), base.dtype) != (shape, dtype):
         expected = f"{base.dtype} {tuple(base.shape)}"

@@ -63,7 +63,8 @@ def find(
     """
     present, parts = plain_parameters(model), {}
     if not changes.keys() <= present.keys():
-        parts = {name: part for name, part in parts_of_split(model).items() if name not in present}
+        parts = parts_of_split(model)
+        parts = {name: parts[name] for name in changes if name in parts and name not in present}
         present = part_views(model) | present
     placed = find_in(present, {n: c for n, c in changes.items() if n not in parts}, strict, cast, not parts)
     placed |= {n: _in_split(*parts[n], change, cast) for n, change in changes.items() if n in parts}
@@ -118,14 +119,17 @@ def _check_alike(name: str, shape: tuple[int, ...], dtype: torch.dtype, change: 
     raise DeltaError(f"{name}: expected a parameter of {expected}, got {got}{remedy}")
 
 
-def first_changed(patches: Mapping[str, Patch]) -> Difference | None:
-    """The first entry whose bits in the parameter differ from the patch's value; None if all agree."""
+def first_changed(patches: Mapping[str, Patch], changes: Mapping[str, Change]) -> Difference | None:
+    """The first entry whose bits in the parameter differ from the patch's value; None if all agree.
+
+    changes: those that `find` has made patches of. A difference has their indices.
+    """
     held = read(list(patches.values()))
     for (name, patch), now in zip(patches.items(), held, strict=True):
         expected, found = patch.values.cpu(), now.values.cpu()
         at = first_difference(expected, found)
         if at is not None:
-            index = at if patch.indices is None else int(patch.indices[at])
+            index = at if patch.indices is None else int(changes[name].indices[at])
             return Difference(name, index, expected.reshape(-1)[at].item(), found.reshape(-1)[at].item())
     return None
 

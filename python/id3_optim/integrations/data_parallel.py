@@ -11,20 +11,29 @@ from __future__ import annotations
 from contextlib import nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from transformers import Trainer
 
 from ..optimizer import ID3AdamW
 from ..ranks import world_size
-from ..wrappers import unwrapped
 
 
 class SparseDataParallel:
-    """Stands before a Trainer among the bases of a class; its `ID3AdamW` has a `process_group`.
+    """Stands before a Trainer among the bases of a class; its `ID3AdamW` has all processes' `process_group`.
 
     The model gets no DistributedDataParallel, so `sparse_backward` and released gradients apply to it. With
-    gradient accumulation the last batch of a step alone is sent. In one process nothing changes.
-    A step raises ValueError where several processes have another optimizer, which would train each alone.
+    gradient accumulation the batches of a step add up, and are sent with the last one. In one process nothing
+    changes.
+    Raises TypeError for a class with the Trainer before it, and in a step of several processes ValueError for
+    another optimizer, which would train each of them alone, and for the Trainer's own clipping.
     """
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        order = cls.__mro__
+        if Trainer in order and order.index(Trainer) < order.index(SparseDataParallel):
+            raise TypeError(f"{cls.__name__}: expected SparseDataParallel before the Trainer, got it after")
 
     def create_accelerator_and_postprocess(self) -> None:
         """The Trainer's own."""
@@ -33,19 +42,36 @@ class SparseDataParallel:
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """The Trainer's own: forward and backward of one batch."""
-        optimizer = unwrapped(self.optimizer)
-        if world_size() > 1 and getattr(optimizer, "replicas", None) is None:
-            got = "none" if isinstance(optimizer, ID3AdamW) else type(optimizer).__name__
-            raise ValueError(f"optimizer: expected ID3AdamW with a process_group, got {got}")
+        if world_size() == 1:
+            return super().training_step(*args, **kwargs)
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate wraps it
+        _check(optimizer, self.args.max_grad_norm)
         with nullcontext() if self.accelerator.sync_gradients else optimizer.no_sync():
             return super().training_step(*args, **kwargs)
 
 
-def leave_plain(accelerator: Any) -> None:
-    """Lets an Accelerator put no DistributedDataParallel around models, nor move them. Mutates it."""
+def _check(optimizer: torch.optim.Optimizer, max_grad_norm: float) -> None:
+    """Raises ValueError for what would part the processes, or differ from one process."""
+    if not isinstance(optimizer, ID3AdamW) or optimizer.replicas is None:
+        got = "none" if isinstance(optimizer, ID3AdamW) else type(optimizer).__name__
+        raise ValueError(f"optimizer: expected ID3AdamW with a process_group, got {got}")
+    if optimizer.replicas.size != world_size():
+        raise ValueError(
+            f"process_group: expected all {world_size()} processes, got {optimizer.replicas.size} of them"
+        )
+    if max_grad_norm > 0:
+        raise ValueError(
+            f"max_grad_norm: expected TrainingArguments(max_grad_norm=0), got {max_grad_norm}, by which each "
+            "process would clip its own gradients; give it to ID3AdamW"
+        )
+
+
+def leave_plain(accelerator: Any, **fixed: Any) -> None:
+    """Lets an Accelerator put no DistributedDataParallel around models. Mutates it. fixed: arguments of
+    `prepare_model`."""
     prepare = accelerator.prepare_model
 
-    def prepare_model(model: nn.Module, *_: Any, **__: Any) -> nn.Module:
-        return prepare(model, device_placement=False, evaluation_mode=True)
+    def prepare_model(model: nn.Module, *args: Any, **given: Any) -> nn.Module:
+        return prepare(model, *args, **given | fixed | {"evaluation_mode": True})
 
     accelerator.prepare_model = prepare_model
