@@ -80,10 +80,15 @@ def test_a_graph_kept_for_a_second_pass(model):
     twins.check_same()
 
 
-@pytest.mark.filterwarnings("ignore:.*create_graph")  # torch says it once per process
 def test_a_differentiable_backward_leaves_no_graph_behind(model):
     twins = Twins(model)
-    twins.step(loss_at(0), lambda loss: loss.backward(create_graph=True))
+    before = torch.is_warn_always_enabled()
+    torch.set_warn_always(True)  # else torch warns once per process, perhaps in another test
+    try:
+        with pytest.warns(UserWarning, match="create_graph"):
+            twins.step(loss_at(0), lambda loss: loss.backward(create_graph=True))
+    finally:
+        torch.set_warn_always(before)
     twins.step(loss_at(1))
     twins.check_same()
 

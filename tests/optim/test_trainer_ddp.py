@@ -1,7 +1,5 @@
 """transformers.Trainer in two processes: under DistributedDataParallel, and without it."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +8,7 @@ from safetensors.torch import load_file
 
 pytest.importorskip("transformers", reason="the Trainer comes with the extra `hf`")
 
+from test_train_ranks import launch
 from trainer_run import SparseTrainer, arguments, build, same_bits, tiny_bert
 from transformers import PrinterCallback, Trainer
 
@@ -17,17 +16,11 @@ from id3_optim import load_delta
 from id3_optim.integrations.data_parallel import SparseDataParallel, leave_plain
 
 
-def launch(folder, way):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    words = [str(Path(__file__).parent / "trainer_run.py"), str(folder), way]
-    done = subprocess.run([*command, *words], capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
 @pytest.mark.parametrize("way", ["ddp", "sparse"])
 def test_two_processes_train_and_resume_as_one(tmp_path, way):
     """One process writes the deltas, and both resume bit for bit."""
-    launch(tmp_path, way)
+    done = launch(Path(__file__).parent / "trainer_run.py", tmp_path, way)
+    assert done.returncode == 0, done.stderr[-3000:]
     base = tiny_bert()
     load_delta(tmp_path / "checkpoint-4/delta.safetensors").apply(base)
     assert same_bits(base, load_file(tmp_path / "checkpoint-4/model.safetensors"))

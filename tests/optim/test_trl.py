@@ -1,7 +1,5 @@
 """TRL's trainers around adapters: one that SFTTrainer makes itself, and one that DPOTrainer is given."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +11,7 @@ pytest.importorskip("peft", reason="PEFT comes with the extra `peft`")
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
+from test_train_ranks import launch
 from tiny_models import word_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
@@ -84,9 +83,7 @@ def test_dpo_over_an_adapter(tmp_path):
 
 
 def test_two_processes_send_what_a_step_uses(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    words = [str(Path(__file__).parent / "trl_ranks_run.py"), str(tmp_path)]
-    done = subprocess.run([*command, *words], capture_output=True, text=True, timeout=200)
+    done = launch(Path(__file__).parent / "trl_ranks_run.py", tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     base, tuned = llama(), load_file(tmp_path / "checkpoint-4/model.safetensors")
     load_delta(tmp_path / "checkpoint-4/delta.safetensors").apply(base)
