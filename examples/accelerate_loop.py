@@ -50,3 +50,4 @@ if accelerator.is_main_process and losses:
     plain.save_pretrained(options.output / "tuned")
     save_delta(options.output / "delta.safetensors", plain, id3)
     tiny.report(id3, options.output / "delta.safetensors", losses[0].item(), losses[-1].item())
+accelerator.end_training()

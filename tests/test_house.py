@@ -11,12 +11,12 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = {"id3_kernels": ROOT / "id3_kernels", "id3_optim": ROOT / "python" / "id3_optim"}
 # torch says these things in no public way: the graph task and the engine's callbacks, for `step/passes.py`;
 # what a pass reaches, who watches a gradient and what is a view, for `backward/`; the check of a loss scaler;
-# fake tensors; how autograd's own functions and modules keep their parts.
+# fake tensors; how autograd's own functions and modules keep their parts. Python: how a process ends early.
 FOREIGN = {
     "_C", "_current_graph_task_id", "_execution_engine", "_amp_foreach_non_finite_check_and_unscale_",
     "_functorch", "_will_engine_execute_node", "_autograd", "_get_current_graph_task_keep_graph", "_is_view",
     "_base", "_unsafe_view", "_backward_hooks", "_subclasses", "_nnz", "_modules", "_getframe", "_replace",
-    "_fields", "_asdict",
+    "_fields", "_asdict", "_exit", "_run_exitfuncs",
 }  # fmt: skip
 
 

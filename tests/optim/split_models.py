@@ -3,6 +3,7 @@
 import functools
 import json
 import logging
+import os
 import re
 import sys
 import traceback
@@ -185,3 +186,4 @@ def main(checks):
     (Path(sys.argv[1]) / f"rank-{rank}.json").write_text(json.dumps(found))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
+    os._exit(0)  # DTensor's caches keep gloo's threads, which can abort a later end: pytorch#190489

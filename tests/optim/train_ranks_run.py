@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from id3_optim.cli import main
+from id3_optim.cli.processes import leave
 from id3_optim.cli.watched_trainer import WatchedTrainer
 
 RANK = int(os.environ["RANK"])
@@ -89,3 +90,4 @@ if __name__ == "__main__":
     folder = Path(sys.argv[1])
     found = one_by_one(json.loads((folder / "commands.json").read_text()))
     (folder / f"rank-{RANK}.json").write_text(json.dumps(found))
+    leave(0)

@@ -1,12 +1,12 @@
 """What each of two processes runs for `test_trl.py`: SFTTrainer that sends what a step uses."""
 
-import gc
 import sys
 
 import torch
 from test_trl import ARGUMENTS, FACTS, llama, pieces
 from trl import SFTConfig, SFTTrainer
 
+from id3_optim.cli.processes import leave
 from id3_optim.integrations.data_parallel import SparseDataParallel
 from id3_optim.integrations.huggingface import ID3Callback, id3_optimizer
 from id3_optim.wrappers import unwrapped
@@ -32,5 +32,4 @@ def main(folder):
 
 if __name__ == "__main__":
     main(sys.argv[1])
-    gc.collect()  # what still holds the group must go before it does, or the two may wait for each other
-    torch.distributed.destroy_process_group()
+    leave(0)

@@ -1,5 +1,5 @@
 """The command `id3-optim`."""
 
-from .main import budget, main
+from .main import budget, command, main
 
-__all__ = ["budget", "main"]
+__all__ = ["budget", "command", "main"]

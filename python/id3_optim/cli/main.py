@@ -13,7 +13,7 @@ from ..extras import require
 from ..methods import default_rate
 from ..plots import save_plots
 from ..ranks import writes_files
-from . import failures
+from . import failures, processes
 from .compare.command import add_compare
 from .completion import actions, add_completion
 from .delta import add_delta_commands
@@ -99,3 +99,10 @@ def main(argv: list[str] | None = None) -> int:
     argv: the words after the program's name; None: those of the process.
     """
     return failures.run(parser().parse_args(argv))
+
+
+def command() -> int:
+    """What the process `id3-optim` does: `main`, then the end of its part in what a launcher started."""
+    status = main()
+    processes.leave(status)
+    return status

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import os
+import sys
 
 from ..ranks import launched
 
@@ -40,3 +43,23 @@ def exchanges(settings) -> bool:
     return (
         launched()[1] > 1 and not settings.fsdp and (settings.release_gradients or settings.sparse_backward)
     )
+
+
+def leave(status: int) -> None:
+    """Ends a process that a launcher started for a command, at once; returns where it is in no group.
+
+    Otherwise gloo's threads abort now and then a process whose interpreter ends before they do
+    (pytorch#190489); DTensor's caches keep them alive even where the group is destroyed. What was registered
+    with atexit runs, such as the end of a W&B run. After a failure the group is left as it is: the end of a
+    group can wait for processes that do not come.
+    """
+    distributed = sys.modules.get("torch.distributed")
+    if not (distributed and distributed.is_available() and distributed.is_initialized()):
+        return
+    if status == 0:
+        gc.collect()  # a model or a Trainer that holds the group
+        distributed.destroy_process_group()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
