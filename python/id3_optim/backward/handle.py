@@ -87,7 +87,8 @@ def _check_plain(model: nn.Module) -> None:
     if isinstance(model, nn.parallel.DistributedDataParallel) and world_size() > 1:
         raise ValueError(
             "model: expected one without DistributedDataParallel, got one: sparse_backward makes no "
-            "gradients for it to average; give the plain model, and ID3AdamW a process_group"
+            "gradients for it to average; give the plain model, and ID3AdamW a process_group; Trainers have "
+            "SparseDataParallel for it, Lightning SparseDataParallelStrategy (docs/trainers.md)"
         )
 
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
-from ..optimizer import ID3AdamW
 from ..ranks import world_size
+from .run import check_averages
 
 
 class SparseDataParallel:
@@ -52,13 +52,7 @@ class SparseDataParallel:
 
 def _check(optimizer: torch.optim.Optimizer, max_grad_norm: float) -> None:
     """Raises ValueError for what would part the processes, or differ from one process."""
-    if not isinstance(optimizer, ID3AdamW) or optimizer.replicas is None:
-        got = "none" if isinstance(optimizer, ID3AdamW) else type(optimizer).__name__
-        raise ValueError(f"optimizer: expected ID3AdamW with a process_group, got {got}")
-    if optimizer.replicas.size != world_size():
-        raise ValueError(
-            f"process_group: expected all {world_size()} processes, got {optimizer.replicas.size} of them"
-        )
+    check_averages(optimizer)
     if max_grad_norm > 0:
         raise ValueError(
             f"max_grad_norm: expected TrainingArguments(max_grad_norm=0), got {max_grad_norm}, by which each "
