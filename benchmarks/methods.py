@@ -12,7 +12,7 @@ from transformers import BertConfig, GPT2Config, LlamaConfig
 from transformers.models.auto import AutoModel, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from id3_optim import D3, ID3AdamW, sparse_backward
+from id3_optim import D3, ID3AdamW, recipe, sparse_backward
 
 SHARE, MORE = 0.0017, 0.01
 STEPS = 3000
@@ -128,6 +128,14 @@ def _id3(model: nn.Module, share: float, select_every: int, gradients: str) -> M
     return method
 
 
+def _recipe(model: nn.Module) -> Method:
+    """A random mask outside the embeddings, all of it active: no step selects but the first."""
+    optimizer = recipe(model, total_steps=STEPS, budget=SHARE, lr=LEARNING_RATE)
+    method = Method(model, optimizer)
+    method.handle = sparse_backward(model, optimizer)
+    return method
+
+
 # Between two selections a sparse step costs another time than in one: with K = 2 the two kinds alternate.
 METHODS: dict[str, Callable[[nn.Module], Method]] = {
     "full": _full,
@@ -139,6 +147,7 @@ METHODS: dict[str, Callable[[nn.Module], Method]] = {
     "released": partial(_id3, share=SHARE, select_every=1, gradients="released"),
     "sparse": partial(_id3, share=SHARE, select_every=2, gradients="sparse"),
     "sparse_more": partial(_id3, share=MORE, select_every=2, gradients="sparse"),
+    "recipe": _recipe,
 }
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Iterator
 from statistics import fmean
 
 from benchmarks.quality.parts import MAIN_BUDGET, RECIPE
-from benchmarks.quality.rows import Reports, row_of
+from benchmarks.quality.rows import Reports, chosen_by_loss, row_of
 from benchmarks.render import ROOT, WIDTH, Markers, table
 from id3_optim.cli import budget
 
@@ -19,8 +20,10 @@ _SHOWN = {
     ("main", "full", MAIN_BUDGET): "full fine-tuning",
     ("budgets", RECIPE, "1%"): "random mask outside the embeddings, of 1 %",
     ("main", RECIPE, MAIN_BUDGET): "random mask outside the embeddings",
+    ("longer", RECIPE, MAIN_BUDGET): "the same, 2000 steps",
     ("main", "random", MAIN_BUDGET): "random mask",
     ("main", "lora", MAIN_BUDGET): "LoRA with as many entries",
+    ("longer", "lora", MAIN_BUDGET): "LoRA with as many entries, 2000 steps",
     ("main", "fish", MAIN_BUDGET): "Fish mask",
     (
         "why",
@@ -28,6 +31,7 @@ _SHOWN = {
         MAIN_BUDGET,
     ): "ID3 outside the embeddings, its budget spent in a tenth of the run, a head with a rate of its own",
     ("main", "id3", MAIN_BUDGET): "ID3, the paper's settings",
+    ("longer", "id3", MAIN_BUDGET): "ID3, the paper's settings, 2000 steps",
     ("main", "head", MAIN_BUDGET): "the new head alone",
 }
 
@@ -53,8 +57,21 @@ def guide_block(reports: Reports) -> str:
     if not scores:
         return NOTHING
     texts = [_allocation(reports["main", task], task) for task in _tasks(reports)]
+    texts += undecided(reports)
     texts += [_untuned(report, task) for (part, task), report in reports.items() if part == "recipe"]
     return "\n\n".join([scores, *(textwrap.fill(text, WIDTH) for text in texts)])
+
+
+def undecided(reports: Reports) -> Iterator[str]:
+    """For each task, the methods whose rates the loss has chosen, since no scores differ."""
+    for task in _tasks(reports):
+        tied = chosen_by_loss(reports["main", task])
+        names = [words for (part, method, _), words in _SHOWN.items() if part == "main" and method in tied]
+        if names:
+            yield (
+                f"On {task} the longest tuning runs of these have one score in common, so that their rates "
+                f"are those of the least loss: {'; '.join(names)}."
+            )
 
 
 def _untuned(report: dict, task: str) -> str:

@@ -97,6 +97,13 @@ _ALL = ("cola", "mrpc", "sst2", "banking77")
 PARTS = {
     "main": Part("Every method tuned alike", MAIN, _ALL),
     "untuned": Part("One default learning rate for each kind of method", MAIN, _ALL, tuned=False),
+    "longer": Part(
+        "Twice the steps: after 1000 some methods still predict the more frequent label",
+        (RECIPE, "lora", "id3", "full"),
+        ("cola",),
+        seeds=3,
+        steps=2000,
+    ),
     "budgets": Part("Other budgets", ("id3", "fish", "lora", RECIPE), _ALL, ("0.05%", "1%")),
     "rivals": Part("Rivals at equal counts of trained entries", RIVALS, _ALL),
     "pools": Part("LoRA and adapters as pools", ON_A_POOL, ("cola", "mrpc")),
@@ -118,7 +125,7 @@ PARTS = {
     ),
     "time": Part(
         "The time of a run",
-        ("full", "id3", "id3:select_every=16,sparse_backward=true"),
+        ("full", "lora", "id3", "id3:select_every=16,sparse_backward=true", f"{RECIPE},sparse_backward=true"),
         ("mrpc",),
         seeds=1,
         tuned=False,

@@ -8,9 +8,9 @@ from pathlib import Path
 from statistics import fmean
 
 from benchmarks.quality.causal_table import causal_table
-from benchmarks.quality.guide import GUIDE, MARKERS, guide_block, scores_table
+from benchmarks.quality.guide import GUIDE, MARKERS, guide_block, scores_table, undecided
 from benchmarks.quality.parts import PARTS
-from benchmarks.quality.rows import Reports, read, row_of
+from benchmarks.quality.rows import Reports, chosen_by_loss, read, row_of
 from benchmarks.quality.time_table import time_table
 from benchmarks.quality.toolkit_table import TITLE, toolkit_table
 from benchmarks.render import README, RESULTS, ROOT, WIDTH, Markers, replace_block, table
@@ -141,11 +141,12 @@ def readme_block(reports: Reports) -> str:
     if not any(part == "main" for part, _ in reports):
         return NOTHING
     about = (
-        f"MiniLM-L6, {100 * budgets_of('main')[0]:.3g} % of the entries, every method tuned alike; mean ± "
-        "standard deviation on the development set. Much of the grid has not been run: "
-        "[Evidence](docs/evidence.md) names it."
+        f"MiniLM-L6, {100 * budgets_of('main')[0]:.3g} % of the entries and 1000 steps where nothing else is "
+        "said, every method tuned alike; mean ± standard deviation on the development set. Much of the grid "
+        "has not been run: [Evidence](docs/evidence.md) names it."
     )
-    return "\n\n".join([scores_table(reports), textwrap.fill(about, WIDTH)])
+    texts = [textwrap.fill(text, WIDTH) for text in (about, *undecided(reports))]
+    return "\n\n".join([scores_table(reports), *texts])
 
 
 def page(reports: Reports) -> str:
@@ -174,7 +175,7 @@ JSON. The second writes what has ended so far.
 **How.** All methods run through [`id3-optim compare`](guide/command-line.md#compare): the same batches
 (rows of similar length in one, in random order), steps and schedule of the learning rate, mean pooling, and
 as many learning rates for each. Successive halving chooses the learning rate on one seed and on a tenth of
-the training rows, which tuning does not train on. The final runs train on all training rows. A task counts
+the training rows, which tuning does not train on. The final runs train on all of them. A task counts
 where full fine-tuning is {100 * ROOM:.0f} points or more better than the head alone.
 
 {MARKS}"""
@@ -211,10 +212,13 @@ def _how(reports: Reports, part: str, tasks: list[str]) -> str:
     for task in tasks:
         report = reports[part, task]
         rates = [f"{row['method']} {row['lr']:.2g}" for row in report["rows"] if row["lr"] is not None]
+        subset = report.get("rows_subset") and f" on {report['rows_subset']:,} of its training rows"
+        tied = chosen_by_loss(report)
+        loss = f" Tuning had one score for all, and the loss chose, for {', '.join(tied)}." if tied else ""
         versions = sorted({run["versions"] for run in report["runs"] if run.get("versions")})
         lines.append(
-            f"- {task}: {report['steps']} steps, tuned with {report['tune_steps']}; {'; '.join(versions)}. "
-            f"Learning rates: {', '.join(rates) or 'none chosen yet'}."
+            f"- {task}: {report['steps']} steps{subset or ''}, tuned with {report['tune_steps']}; "
+            f"{'; '.join(versions)}. Learning rates: {', '.join(rates) or 'none chosen yet'}.{loss}"
         )
     return "\n".join(lines)
 

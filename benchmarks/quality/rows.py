@@ -14,6 +14,20 @@ def read(folder: Path) -> Reports:
     return {(report["part"], report["task"]): report for report in reports}
 
 
+def chosen_by_loss(report: dict) -> list[str]:
+    """The methods whose longest tuning runs, two or more, all have one score: the loss chose their rates.
+
+    On a task with classes of different size these runs predict the more frequent class alone.
+    """
+    rungs: dict[tuple, dict[int, list[float]]] = {}
+    for run in (run for run in report["runs"] if run["tuning"] and run.get("metrics")):
+        score = run["metrics"][f"eval_{report['metric']}"]
+        rungs.setdefault((run["method"], run["budget"]), {}).setdefault(run["steps"], []).append(score)
+    longest = {cell: by_steps[max(by_steps)] for cell, by_steps in rungs.items()}
+    tied = [cell[0] for cell, scores in longest.items() if len(scores) > 1 and len(set(scores)) == 1]
+    return list(dict.fromkeys(tied))
+
+
 def row_of(reports: Reports, part: str, task: str, method: str, budget: float | None) -> dict | None:
     """The row of a method; of one without a budget its only row. None where no run has ended."""
     rows = reports.get((part, task), {}).get("rows", [])

@@ -65,6 +65,12 @@ def default_rate(name: str | None) -> float:
     return RATES.get(name, 1e-3)
 
 
+def trains_entries(name: str | None) -> bool:
+    """Whether the method trains entries of the model's own weights, not whole tensors or an adapter; None:
+    ID3."""
+    return name is None or name in SELECTIVE
+
+
 def needs_examples(name: str) -> bool:
     """Whether the method chooses entries before training, from `examples`."""
     check_name(name)
@@ -96,7 +102,7 @@ def prepare(
     *,
     budget: int | float,
     lr: float,
-    total_steps: int,
+    total_steps: int | None,
     examples: Sequence[Any] = (),
     loss_of: LossOf | None = None,
     seed: int = 0,
@@ -141,7 +147,7 @@ def recipe(
     model: nn.Module,
     fresh: Iterable[str] = (),
     *,
-    total_steps: int,
+    total_steps: int | None = None,
     budget: int | float = 0.0017,
     lr: float | None = None,
     **options: Any,
@@ -153,13 +159,14 @@ def recipe(
     `sparse_backward(model, optimizer)` makes no weight gradient in any step but the first.
 
     fresh: names of parameters without pre-trained values, such as a new head; they are trained whole, at the
-        same rate. total_steps: of the run. budget: entries, or a share of the model's own pre-trained
-        entries, embeddings included. lr: None for that of `default_rate`, 1e-2. options: further arguments of
-        ID3AdamW, such as `max_grad_norm` (here 1.0 by default); a `seed` draws another mask.
+        same rate (`head_options={"lr": …}` for another). total_steps: of the run; None where a trainer's
+        callback sets it. budget: entries, or a share of the model's own pre-trained entries, embeddings
+        included. lr: None for that of `default_rate`, 1e-2. options: further arguments of ID3AdamW, such as
+        `max_grad_norm` (here 1.0 by default) and `weight_decay` (0); a `seed` draws another mask.
     Raises ValueError for a name in `fresh` that no parameter has, before anything changes.
     """
     rate = default_rate("recipe") if lr is None else lr
-    options = {"max_grad_norm": 1.0, **options}
+    options = {"max_grad_norm": 1.0, "weight_decay": 0.0, **options}
     ready = prepare("recipe", model, fresh, budget=budget, lr=rate, total_steps=total_steps, **options)
     return ready.optimizer
 

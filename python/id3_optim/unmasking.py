@@ -62,8 +62,7 @@ class Unmasking:
         select_from: str,
         groups: Groups,
     ) -> None:
-        """Averages gradients over the processes of a group, where there is one; hooks the parameters where
-        gradients are released."""
+        """Averages gradients over a group's processes; hooks the parameters where gradients are released."""
         released = self.active.layout.release
         if group is not None:
             check_replicable(group, self.method, self.active.layout.capturable)
@@ -72,6 +71,8 @@ class Unmasking:
             self.release = Release(begin, self.method.heuristic, None, self.replicas)
         if released:
             self.release_gradients(begin, select_from, groups)
+
+    releases = property(lambda self: self.release is not None and self.release.select_from is not None)
 
     def no_sync(self) -> AbstractContextManager[None]:
         """See `ID3AdamW.no_sync`."""

@@ -46,6 +46,9 @@ def test_a_method_has_settings_of_train():
     assert dict(read_method("fish").changes) == {"method": "fish"}
     left_out = {"leave_out": ("embed", "pooler"), "method": "id3"}
     assert dict(read_method("id3:leave_out=embed+pooler").changes) == left_out
+    for name, more in (("full", {"budget": None}), ("static-d3", {}), ("repeat-d3", {})):
+        expected = {"leave_out": ("embed",), "method": name, **more}  # which the settings take
+        assert dict(read_method(f"{name}:leave_out=embed").changes) == expected
     changes = {"prune": 100, "reuse_mask": True, "tensor_cap": 0.1}
     assert dict(read_method("id3:tensor_cap=0.1,prune=100,reuse_mask=true").changes) == changes
     assert not read_method("full").has_budget and read_method("random").has_budget

@@ -120,10 +120,13 @@ def test_resume_is_bit_exact(tmp_path, precision):
         assert torch.equal(mine.indices, theirs.indices)
 
 
-def test_another_number_of_steps_is_refused_with_both(tmp_path):
+def test_more_steps_train_what_is_active_and_fewer_are_refused(tmp_path):
     fit(tmp_path)
-    with pytest.raises(ValueError, match=r"max_steps: expected 10, over which .*, got 15"):
-        fit(tmp_path / "longer", tmp_path / "step=6.ckpt", max_epochs=3)
+    with pytest.warns(UserWarning, match="max_steps: 15, more than the 10, over which"):
+        _, longer = fit(tmp_path / "longer", tmp_path / "step=6.ckpt", max_epochs=3)
+    assert (longer.total_steps, longer.steps_done, longer.n_active) == (10, 15, 60)
+    with pytest.raises(ValueError, match=r"max_steps: expected at least 10, over which .*, got 8"):
+        fit(tmp_path / "shorter", tmp_path / "step=6.ckpt", max_steps=8)
     given = Tagger(total_steps=30)
     fit(tmp_path / "given", module=given)
     _, optimizer = fit(

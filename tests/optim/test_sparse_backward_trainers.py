@@ -7,10 +7,10 @@ import json
 import pytest
 import torch
 from train_command import run, save_train_files, words
-from trainer_run import arguments, build, id3, same_bits, tiny_bert
+from trainer_run import HEAD, arguments, build, id3, same_bits, tiny_bert
 from transformers import Trainer
 
-from id3_optim import load_delta
+from id3_optim import load_delta, recipe
 from id3_optim.backward.weight import Weight
 from id3_optim.integrations.huggingface import ID3Callback, id3_optimizer
 
@@ -65,6 +65,37 @@ def test_a_second_train_of_one_trainer_begins_anew(tmp_path):
     trainer.train()
     trainer.train()
     assert trainer.state.global_step == 2
+
+
+@pytest.mark.parametrize("released", [False, True])
+def test_clipping_of_a_head_alone_is_refused(tmp_path, released):
+    """The Trainer's default is 1.0."""
+    model = tiny_bert()
+    callback = ID3Callback(sparse_backward=not released)
+    optimizers = (id3(model, release_gradients=released), None)
+    trainer = build(arguments(tmp_path, max_grad_norm=1.0), model, callback, optimizers=optimizers)
+    with pytest.raises(ValueError, match=r"max_grad_norm in TrainingArguments: expected 0 .* got 1\.0"):
+        trainer.train()
+    pytest.importorskip("lightning", reason="Lightning comes with the extra `lightning`")
+    from test_lightning import Tagger, fit
+
+    module = Tagger(release_gradients=True)
+    with pytest.raises(ValueError, match="gradient_clip_val: expected 0 or none with released"):
+        fit(tmp_path, None, module, gradient_clip_val=0.5)
+
+
+def test_the_recipe_in_the_trainer(tmp_path, taken):
+    """Its mask is drawn in the first step; the callback sets the number of steps."""
+    model = tiny_bert()
+    optimizer = recipe(model, HEAD, budget=0.05, head_options={"lr": 3e-2})
+    callback = ID3Callback(sparse_backward=True)
+    trainer = build(arguments(tmp_path), model, callback, optimizers=(optimizer, None))
+    trainer.train()
+    assert taken and (optimizer.total_steps, optimizer.n_active) == (8, optimizer.budget)
+    assert [group["initial_lr"] for group in optimizer.param_groups] == [1e-2, 3e-2]
+    base = tiny_bert()
+    load_delta(tmp_path / "checkpoint-8/delta.safetensors").apply(base)
+    assert same_bits(base, trainer.model)
 
 
 def test_after_training_another_optimizer_finds_gradients(tmp_path):

@@ -67,11 +67,30 @@ def test_resume_is_bit_exact_with_everything_on(tmp_path, dtype):
         assert same_state(straight.optimizer, resumed.optimizer)
 
 
-def test_another_number_of_steps_is_refused_with_both(tmp_path):
+def test_fewer_steps_are_refused_and_more_train_what_is_active(tmp_path):
     build(arguments(tmp_path)).train()
-    longer = build(arguments(tmp_path, max_steps=12))
-    with pytest.raises(ValueError, match=r"max_steps: expected 8, over which .*, got 12"):
-        longer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    shorter = build(arguments(tmp_path, max_steps=6))
+    with pytest.raises(ValueError, match=r"expected at least 8, over .*, got 6 .*; set max_steps=8"):
+        shorter.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    for checkpoint in ("checkpoint-3", "checkpoint-8", "checkpoint-12"):  # longer and longer
+        longer = build(arguments(tmp_path, max_steps=14 if checkpoint == "checkpoint-12" else 12))
+        with pytest.warns(UserWarning, match="max_steps: 1[24], more than the 8, over which"):
+            longer.train(resume_from_checkpoint=str(tmp_path / checkpoint))
+        optimizer = unwrapped(longer.optimizer)
+        assert (optimizer.total_steps, optimizer.n_active) == (8, optimizer.budget)
+        assert optimizer.steps_done == longer.args.max_steps
+
+
+def test_a_static_mask_needs_no_number_of_steps(tmp_path, recwarn):
+    def start(max_steps):
+        model = tiny_bert()
+        optimizer = id3(model, strategy="static")
+        return build(arguments(tmp_path, max_steps=max_steps), model, optimizers=(optimizer, None))
+
+    start(8).train()
+    for steps in (6, 12):
+        start(steps).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert not [warning for warning in recwarn if "max_steps" in str(warning.message)]
 
 
 def test_a_given_number_of_steps_stands_in_every_run(tmp_path):
@@ -95,7 +114,7 @@ def test_a_second_training_goes_on(tmp_path):
     assert unwrapped(trainer.optimizer).steps_done == 16
     assert not same_bits(once, trainer.model)
     trainer.args.max_steps = 4
-    with pytest.raises(ValueError, match=r"max_steps: expected 8, over which .*, got 4"):
+    with pytest.raises(ValueError, match=r"max_steps: expected at least 8, over which .*, got 4"):
         trainer.train()
 
 

@@ -6,7 +6,6 @@ Accelerate takes up FSDP2 on accelerators alone. `told` sets, on the CPU, what i
 follows, from the split to the checkpoints, is Accelerate's and the Trainer's own code.
 """
 
-import gc
 import runpy
 import sys
 from pathlib import Path
@@ -18,6 +17,7 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from trainer_run import HEAD, arguments, id3, rows, same_bits, tiny_bert
 
 from id3_optim import load_delta, save_delta
+from id3_optim.cli.processes import leave
 from id3_optim.distributed.part import full, is_split
 from id3_optim.integrations.huggingface import ID3Callback, id3_optimizer
 from id3_optim.wrappers import unwrapped
@@ -66,6 +66,24 @@ def trainer(folder):
         load_delta(folder / kind / "checkpoint-4/delta.safetensors").apply(base)
         assert same_bits(dict(base.named_parameters()), straight)
         assert same_bits(trained(folder / kind, kind, f"{folder / kind}/checkpoint-2"), straight)
+
+
+def pushed(folder):
+    """Beside what the Trainer uploads lies the delta; amid a checkpoint one process alone is asked."""
+    args = arguments(folder, max_steps=2, gradient_accumulation_steps=1, ddp_backend="gloo")
+    given = {"optimizer_cls_and_kwargs": id3_optimizer(args, HEAD, budget=40), "callbacks": [ID3Callback()]}
+    Trainer.kind = "FULL_STATE_DICT"
+    trainer = Trainer(model=tiny_bert(), args=args, train_dataset=rows(), **given)
+    trainer.train()
+    begun = trainer.callback_handler.on_push_begin
+    trainer.control.should_save = True
+    if trainer.is_world_process_zero():
+        begun(args, trainer.state, trainer.control)
+    assert not (folder / "delta.safetensors").exists()
+    trainer.control.should_save = False
+    begun(args, trainer.state, trainer.control)
+    torch.distributed.barrier()
+    assert load_delta(folder / "delta.safetensors").settings["step"] == 2
 
 
 def looped(folder, kind, checkpoint=None):
@@ -120,5 +138,5 @@ if __name__ == "__main__":
     else:
         trainer(Path(sys.argv[1]))
         loop(Path(sys.argv[1]))
-    gc.collect()
-    torch.distributed.destroy_process_group()
+        pushed(Path(sys.argv[1]) / "pushed")
+    leave(0)

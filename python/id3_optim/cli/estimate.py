@@ -51,7 +51,8 @@ def predicted_memory(settings: Settings) -> dict[str, int]:
     config = load_config(settings.model)
     positions = getattr(config, "max_position_embeddings", None)
     length = min(settings.max_length, positions or settings.max_length)
-    options = {"batch": settings.batch_size, "length": length, "bf16": settings.bf16}
+    options = {"batch": settings.batch_size, "length": length}
+    options |= {name: getattr(settings, name) for name in ("bf16", "checkpointing")}
     options |= {"static": settings.strategy != "increment", "select_every": settings.select_every}
     if settings.steps:
         options["steps"] = settings.steps

@@ -201,8 +201,8 @@ def add_schedule(group) -> None:
     either = adder(group.add_mutually_exclusive_group())
     either("--epochs", type=float, default=3.0, help="passes over the training file")
     either("--steps", type=int, help="optimizer steps, instead of --epochs")
-    about = "decays linearly to 0 (default: 1e-3; 1e-2 with --method recipe, random or head, 2e-5 with full)"
-    add("--lr", type=float, help=f"learning rate; {about}")
+    about = "learning rate (default: 1e-3; 1e-2 with --method recipe, random or head, 2e-5 with full)"
+    add("--lr", type=float, help=about)
     add("--seed", type=int, default=42, help="the same seed gives the same run")
     add_batches(group)
     add("--release-gradients", action="store_true", help="free each gradient during the backward pass")
@@ -227,6 +227,12 @@ def add_batches(group) -> None:
     add("--group-by-length", action="store_true", help="batches of texts of similar length: less padding")
     add("--head-lr", type=float, help="learning rate of a new head (default: that of all entries)")
     add("--warmup", type=float, default=0.05, help="steps, or a share of them, before the full learning rate")
+    add(
+        "--lr-scheduler",
+        choices=("linear", "cosine", "constant"),
+        default="linear",
+        help="how the learning rate falls to 0 after the warm-up, or that it does not",
+    )
     add("--weight-decay", type=float, default=0.0, help="on active entries alone, decoupled")
     add(
         "--max-grad-norm",
@@ -235,6 +241,8 @@ def add_batches(group) -> None:
         help="clips the gradients of active entries; 0: no clipping",
     )
     add("--bf16", action="store_true", help="bfloat16 weights, with float32 masters for active entries alone")
+    about = "compute activations again in the backward pass (gradient checkpointing): less memory, more time"
+    add("--checkpointing", action="store_true", help=about)
     add("--cpu", action="store_true", help="use the CPU, even if there is a GPU")
     add(
         "--log-every",

@@ -71,12 +71,14 @@ class Settings:
     head_lr: float | None = None
     weight_decay: float = 0.0
     warmup: float = 0.05
+    lr_scheduler: str = "linear"
     max_grad_norm: float = 1.0
     batch_size: int = 16
     accumulate: int = 1
     group_by_length: bool = False
     seed: int = 42
     bf16: bool = False
+    checkpointing: bool = False
     release_gradients: bool = False
     sparse_backward: bool = False
     fsdp: bool = False
@@ -280,9 +282,8 @@ def _check_method(settings: Settings) -> None:
             raise ValueError(f"{option(given)}: does not apply to --method: {name} decides it")
     if (settings.release_gradients or settings.sparse_backward) and methods.needs_whole_gradients(name):
         raise ValueError(f"--method {name}: does not apply to released gradients: it reads whole ones")
-    pool = name not in methods.SELECTIVE
     for unfit in ("delta_only", "save_at", "save_every", "release_gradients", "sparse_backward"):
-        if pool and getattr(settings, unfit):
+        if getattr(settings, unfit) and not methods.trains_entries(name):
             raise ValueError(f"{option(unfit)}: does not apply to --method {name}: it trains whole tensors "
                              "or an adapter")  # fmt: skip
 

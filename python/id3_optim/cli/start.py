@@ -13,6 +13,7 @@ from transformers import (
     AutoTokenizer,
 )
 
+from ..methods import trains_entries
 from . import tasks
 from .chat import check_template
 from .models import hub_options, load_config, load_mean_pooling, load_pretrained, reading
@@ -51,8 +52,9 @@ class Start:
 def load_start(settings: Settings, task: Task, device: torch.device | str = "cpu") -> Start:
     """Loads model and tokenizer; the seed fixes the numbers of a new head.
 
-    With `bf16` and ID3 the weights are bfloat16 (each active entry owns a float32 master), except for fresh
-    parameters, which are float32. Without ID3 the weights are float32 and the arithmetic alone is bfloat16.
+    With `bf16` and a method that trains entries the weights are bfloat16 (each active entry owns a float32
+    master), except for fresh parameters, which are float32. Methods that train whole tensors or an adapter,
+    and other optimizers, have no masters: the weights are float32 and the arithmetic alone is bfloat16.
     Raises ValueError or OSError for a model that does not fit the task, or a tokenizer that does not fit the
     texts.
     """
@@ -62,7 +64,8 @@ def load_start(settings: Settings, task: Task, device: torch.device | str = "cpu
     check_fast(settings.model, tokenizer, task)
     check_tokenizer(settings.model, tokenizer, task)
     check_template(settings.model, tokenizer, [*task.train, *task.eval, *task.also])
-    low = settings.bf16 and settings.optimizer == "id3"
+    whole = settings.optimizer != "id3" or not trains_entries(settings.method)
+    low = settings.bf16 and not whole
     dtype = torch.bfloat16 if low else torch.float32
     if settings.pooling == "mean":
         model, fresh = load_mean_pooling(settings.model, dtype, **label_options(task))

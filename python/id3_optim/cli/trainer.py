@@ -15,9 +15,12 @@ from .start import Start, check_tokens, longest_input
 from .tasks import Encoded, Task
 from .watched_trainer import ExchangingTrainer, WatchedTrainer
 
+# By `--lr-scheduler`; each has a warm-up.
+_SCHEDULERS = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
+
 
 def trainer_arguments(settings: Settings) -> transformers.TrainingArguments:
-    """The Trainer's arguments: linear decay after a short warm-up, no clipping under ID3AdamW.
+    """The Trainer's arguments: a warm-up before the schedule of the rate, no clipping under ID3AdamW.
 
     The Trainer would clip by the norm of all N gradients; ID3AdamW clips by the norm of the active entries'
     (`max_grad_norm`). Even at 0 the Trainer measures the norm of all gradients for its log; the report
@@ -30,6 +33,9 @@ def trainer_arguments(settings: Settings) -> transformers.TrainingArguments:
         raise ValueError(
             f"--bf16: expected a GPU with bfloat16, or --cpu, got {torch.cuda.get_device_name()}"
         )
+    known = transformers.TrainingArguments.__dataclass_fields__  # older releases have the other name
+    name = next(name for name in ("activation_checkpointing", "gradient_checkpointing") if name in known)
+    checkpointing = {name: True} if settings.checkpointing else {}
     return transformers.TrainingArguments(
         output_dir=str(Path(settings.output) / UNFINISHED),
         num_train_epochs=settings.epochs,
@@ -38,7 +44,7 @@ def trainer_arguments(settings: Settings) -> transformers.TrainingArguments:
         per_device_eval_batch_size=4 * settings.batch_size,
         gradient_accumulation_steps=settings.accumulate,
         learning_rate=settings.lr,
-        lr_scheduler_type="linear",
+        lr_scheduler_type=_SCHEDULERS[settings.lr_scheduler],
         warmup_steps=settings.warmup,
         max_grad_norm=0.0 if settings.optimizer == "id3" else settings.max_grad_norm,
         bf16=settings.bf16,
@@ -53,6 +59,7 @@ def trainer_arguments(settings: Settings) -> transformers.TrainingArguments:
         disable_tqdm=True,
         dataloader_pin_memory=torch.cuda.is_available() and not cpu,
         remove_unused_columns=False,
+        **checkpointing,
     )
 
 

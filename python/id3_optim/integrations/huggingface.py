@@ -31,7 +31,7 @@ from ..optimizer import ID3AdamW
 from ..wrappers import unwrapped
 from .groups import fresh_parameters as fresh_parameters
 from .groups import parameter_groups as parameter_groups
-from .run import Beginning, check_resumed, numbers_to_log, take_total_steps
+from .run import Attempt, check_clipping, check_resumed, numbers_to_log, take_total_steps
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -55,6 +55,7 @@ def id3_optimizer(
     args: TrainingArguments,
     fresh: Iterable[str] = (),
     groups: Callable[..., list[dict]] = parameter_groups,
+    head_options: dict[str, Any] | None = None,
     **options: Any,
 ) -> tuple[Callable, dict[str, Any]]:
     """The pair for the Trainer's `optimizer_cls_and_kwargs`.
@@ -63,8 +64,9 @@ def id3_optimizer(
     `model_init`, or a model with SFTTrainer's adapter. Learning rate, betas, eps and weight decay (of active
     entries, biases and norms too) come from `args`, and `total_steps` from the run, by ID3Callback.
 
-    fresh: names of parameters to train whole. groups: (model, fresh) → param groups; `adapter_groups` for
-    PEFT. options: ID3AdamW's further arguments, `budget` among them.
+    fresh: names of parameters to train whole. head_options: settings of these alone, such as `lr`. groups:
+    (model, fresh, **head_options) → param groups; `adapter_groups` for PEFT. options: ID3AdamW's further
+    arguments, `budget` among them.
     Raises TypeError for an option that ID3AdamW does not have, ValueError for an option that contradicts
     `args` or is out of range.
     """
@@ -85,7 +87,7 @@ def id3_optimizer(
     ID3AdamW([("checked", torch.nn.Parameter(torch.zeros(1)))], **options)
 
     def build(model: torch.nn.Module, **kwargs: Any) -> ID3AdamW:
-        return ID3AdamW(groups(model, fresh), **kwargs)
+        return ID3AdamW(groups(model, fresh, **head_options or {}), **kwargs)
 
     return lambda: build, options
 
@@ -143,7 +145,7 @@ class ID3Callback(TrainerCallback, ExportableState):
         self.steps_done = 0  # the optimizer's, when the state was last saved
         self.reports_first = False  # see `report_first`
         self._optimizer: ID3AdamW | None = None
-        self._attempt: _Attempt | None = None  # None between runs
+        self._attempt: Attempt | None = None  # None between runs
 
     def state(self) -> dict:
         """The callback's state in the Trainer's checkpoints."""
@@ -184,13 +186,14 @@ class ID3Callback(TrainerCallback, ExportableState):
             self.total_steps_from_run = take_total_steps(self._optimizer, steps, from_run)
         if self.sparse_backward:
             self._sparse = renewed(self._sparse, model, self._optimizer)
+        check_clipping(self._optimizer, "max_grad_norm in TrainingArguments", args.max_grad_norm)
 
     def _try(self, batch_size: int) -> None:
         """A smaller batch than that of a run that has not ended is a retry; else `train` was called anew."""
         if self._attempt is not None and batch_size < self._attempt.batch_size:
             self._attempt.retry(self._optimizer, batch_size)
         else:
-            self._attempt = _Attempt(self._optimizer, batch_size)
+            self._attempt = Attempt(self._optimizer, batch_size)
 
     def _resumed_at(self, global_step: int, recorded: int | None, begun_at: int) -> int:
         """The Trainer's step at which the optimizer began. Refuses an optimizer without the run's state."""
@@ -224,15 +227,19 @@ class ID3Callback(TrainerCallback, ExportableState):
             save_delta(folder / DELTA_NAME, model, optimizer, **self.delta_options)
 
     def on_push_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
-        trained = optimizer is not None and state.is_world_process_zero and not state.is_hyper_param_search
-        if not (self.save_deltas and trained):
+        if optimizer is None or not self.save_deltas or state.is_hyper_param_search:
             return
-        whole = Path(
-            args.output_dir
-        )  # what the Trainer uploads next, and with some strategies the checkpoint
-        checkpoint = whole / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-        whole.mkdir(parents=True, exist_ok=True)
-        for folder in (whole, checkpoint) if checkpoint.is_dir() else (whole,):
+        # What the Trainer uploads next, and with some strategies the checkpoint.
+        folders = [Path(args.output_dir)]
+        if any_split(optimizer.param_groups):
+            if control.should_save:  # a checkpoint is uploaded: one process is here, a delta needs all
+                return
+        elif not state.is_world_process_zero:
+            return
+        else:
+            folders += [f for f in folders[0].glob(f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")]
+        folders[0].mkdir(parents=True, exist_ok=True)
+        for folder in folders:
             save_delta(folder / DELTA_NAME, model, optimizer, **self.delta_options)
 
 
@@ -250,31 +257,6 @@ def report_first(trainer: Trainer) -> None:
     callbacks[:] = ours + [callback for callback in callbacks if callback not in ours]
     for callback in ours:
         callback.reports_first = True
-
-
-class _Attempt:
-    """A run with `auto_find_batch_size`, and the way back where memory runs out after it has stepped.
-
-    The Trainer leaves weights and optimizer as they are, and begins again with a smaller batch.
-    batch_size: of all processes together.
-    """
-
-    def __init__(self, optimizer: ID3AdamW, batch_size: int) -> None:
-        self.batch_size, self.stepped = batch_size, False
-        self._steps_before = optimizer.steps_done
-        self._beginning = Beginning(optimizer) if self._steps_before == 0 else None
-
-    def retry(self, optimizer: ID3AdamW, batch_size: int) -> None:
-        """Undoes the steps of the larger batch. Raises ValueError where this is not possible."""
-        if self.stepped and self._beginning is None:
-            raise ValueError(
-                f"auto_find_batch_size: expected memory for batches of {self.batch_size} in a run that began "
-                f"with {self._steps_before} steps done, got too little after another step, which cannot be "
-                "undone; resume in a new Trainer with auto_find_batch_size=False and a smaller batch"
-            )
-        if self.stepped:
-            self._beginning.restore(optimizer)
-        self.batch_size, self.stepped = batch_size, False
 
 
 class StepClock(TrainerCallback):

@@ -23,7 +23,7 @@ from ..delta import save_delta
 from ..delta.series import check_model
 from ..distributed.part import any_split
 from ..optimizer import ID3AdamW
-from .run import check_resumed, numbers_to_log, take_total_steps
+from .run import check_clipping, check_resumed, numbers_to_log, take_total_steps
 
 _LOST = (
     "the checkpoint has no state for it: resume from a whole one, or load its weights and call fit without "
@@ -89,6 +89,7 @@ class ID3Callback(pl.Callback):
             self.total_steps_from_run = take_total_steps(optimizer, int(steps), self.total_steps_from_run)
         if self.sparse_backward:
             self._sparse = renewed(self._sparse, pl_module, optimizer)
+        check_clipping(optimizer, "gradient_clip_val", trainer.gradient_clip_val)
         if not 0 < steps < float("inf") and optimizer.total_steps is None:
             raise ValueError(f"max_steps: expected a limit, or one in max_epochs, got {trainer.max_steps}")
 

@@ -48,6 +48,7 @@ class MeanPoolingClassifier(PreTrainedModel):
 
     config_class = MeanPoolingConfig
     base_model_prefix = "encoder"
+    supports_gradient_checkpointing = True  # of the encoder's layers
 
     def __init__(self, config: MeanPoolingConfig):
         super().__init__(config)

@@ -93,7 +93,8 @@ def read_method(text: str) -> Method:
         else:
             changes[setting] = _value(setting, value, text)
     if "leave_out" in changes and name in methods.names():  # a plain run of train leaves nothing out
-        changes["method"] = name
+        decided = {k: v for k, v in NAMED[name].items() if k != "budget"}.items()  # by the method then
+        changes = dict(change for change in changes.items() if change not in decided) | {"method": name}
     shown = ",".join(part for part in parts if not part.strip().startswith("lr="))
     return Method(f"{name}:{shown}" if shown else name, tuple(sorted(changes.items())), rates)
 
