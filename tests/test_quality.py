@@ -10,6 +10,7 @@ from tiny_models import save_bert, write_reviews
 from benchmarks.quality import causal_table, guide, parts, report, run, tasks
 from benchmarks.quality.base import corpus, make_base
 from benchmarks.quality.parts import PARTS
+from benchmarks.quality.rows import chosen_by_loss
 from benchmarks.render import README, block
 from id3_optim.cli.compare.methods import read_method
 from id3_optim.cli.main import parser
@@ -83,6 +84,26 @@ def test_the_table_has_every_score_and_names_empty_cells(reports):
     page = report.page(reports)
     assert "lora on cola at 0.17 %; " in page and "every method on sst2 at 0.17 %" in page
     assert "| ID3, the paper's settings | 62.0 ± 1.6 (5 seeds)" in report.readme_block(reports)
+
+
+def test_rates_that_the_loss_has_chosen_are_named(reports):
+    def tuned(method, steps, *scores):
+        own = {"method": method, "budget": BUDGET, "steps": steps, "tuning": True}
+        return [own | {"metrics": {"eval_matthews": score}} for score in scores]
+
+    one = reports["main", "cola"] | {"metric": "matthews"}
+    one["runs"] = [
+        *tuned("id3", 2, 0.3, 0.1), *tuned("id3", 5, 0.0, 0.0),  # the longest runs count
+        *tuned("fish", 2, 0.0, 0.0), *tuned("fish", 5, 0.0, 0.1),
+        *tuned("full", 5, 0.0),
+        {"method": "id3", "budget": BUDGET, "steps": 5, "tuning": True},  # diverged
+    ]  # fmt: skip
+    assert chosen_by_loss(one) == ["id3"]
+    reports["main", "cola"] = one
+    text = "On cola the longest tuning runs of these have one score in common"
+    assert text in guide.guide_block(reports) and text in report.readme_block(reports)
+    assert "for id3.\n" in report.page(reports)
+    assert not list(guide.undecided({("main", "mrpc"): reports["main", "mrpc"]}))
 
 
 def test_a_cell_with_seeds_missing_is_named(reports):

@@ -20,10 +20,10 @@ _SHOWN = {
     ("main", "full", MAIN_BUDGET): "full fine-tuning",
     ("budgets", RECIPE, "1%"): "random mask outside the embeddings, of 1 %",
     ("main", RECIPE, MAIN_BUDGET): "random mask outside the embeddings",
-    ("longer", RECIPE, MAIN_BUDGET): "the same, 2000 steps",
+    ("longer", RECIPE, MAIN_BUDGET): "that mask, 2000 steps",
     ("main", "random", MAIN_BUDGET): "random mask",
-    ("main", "lora", MAIN_BUDGET): "LoRA with as many entries",
-    ("longer", "lora", MAIN_BUDGET): "LoRA with as many entries, 2000 steps",
+    ("main", "lora", MAIN_BUDGET): "LoRA with as many entries, rank 4 on query and value",
+    ("longer", "lora", MAIN_BUDGET): "that LoRA, 2000 steps",
     ("main", "fish", MAIN_BUDGET): "Fish mask",
     (
         "why",

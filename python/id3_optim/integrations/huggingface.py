@@ -229,15 +229,13 @@ class ID3Callback(TrainerCallback, ExportableState):
     def on_push_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
         if optimizer is None or not self.save_deltas or state.is_hyper_param_search:
             return
-        # What the Trainer uploads next, and with some strategies the checkpoint.
-        folders = [Path(args.output_dir)]
-        if any_split(optimizer.param_groups):
-            if control.should_save:  # a checkpoint is uploaded: one process is here, a delta needs all
-                return
-        elif not state.is_world_process_zero:
+        split = any_split(optimizer.param_groups)
+        # Where a checkpoint is uploaded one process is here, and a delta of split parameters needs all.
+        if (split and control.should_save) or not (split or state.is_world_process_zero):
             return
-        else:
-            folders += [f for f in folders[0].glob(f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")]
+        folders = [Path(args.output_dir)]  # what the Trainer uploads next
+        if not split:  # and with some strategies the checkpoint
+            folders += folders[0].glob(f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
         folders[0].mkdir(parents=True, exist_ok=True)
         for folder in folders:
             save_delta(folder / DELTA_NAME, model, optimizer, **self.delta_options)
