@@ -11,6 +11,8 @@ from torch import nn
 
 pytest.importorskip("lightning", reason="Lightning comes with the extra `lightning`")
 
+from torchrun_example import LEAVES
+
 from id3_optim import ID3AdamW, load_delta
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "lightning_fsdp2.py"
@@ -19,7 +21,7 @@ STEPS = 8
 
 def run(output, *more):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += [EXAMPLE, "--output", output, "--steps", STEPS, *more]
+    command += [LEAVES, EXAMPLE, "--output", output, "--steps", STEPS, *more]
     # Lightning leaves there the seed of a test before this one, with which its sampler would shuffle.
     environment = {name: value for name, value in os.environ.items() if name != "PL_GLOBAL_SEED"}
     return subprocess.run(

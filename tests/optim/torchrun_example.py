@@ -2,16 +2,19 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import torch
 
 from id3_optim import load_delta
 
+LEAVES = Path(__file__).parent / "run_and_leave.py"
+
 
 def check_example(example, folder, trained_alone, plain):
     """trained_alone: (steps, ranks) -> the example's model and optimizer; plain: () -> the model before."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += [str(example), "--output", str(folder), "--steps", "8"]
+    command += [str(LEAVES), str(example), "--output", str(folder), "--steps", "8"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr[-3000:]
     assert len(example.read_text().splitlines()) <= 60

@@ -101,8 +101,8 @@ def main(argv: list[str] | None = None) -> int:
     return failures.run(parser().parse_args(argv))
 
 
-def command() -> int:
+def command(argv: list[str] | None = None) -> int:
     """What the process `id3-optim` does: `main`, then the end of its part in what a launcher started."""
-    status = main()
+    status = main(argv)
     processes.leave(status)
     return status
