@@ -53,7 +53,7 @@ DESCRIPTIONS = {
     "repeat-d3": "a fresh choice by D3 at every step",
     "static-d3": "one choice by D3 at the first step",
     "random": "random entries",
-    "recipe": "random entries outside the embeddings, which the evidence favours so far",
+    "recipe": "random entries outside the embeddings, which the evidence favours for short runs",
     "fish": "the largest mean squared gradients of 1024 examples",
     "pafi": "the smallest weights",
     "bitfit": "bias terms",

@@ -154,9 +154,9 @@ def recipe(
 ) -> ID3AdamW:
     """Freezes the model's embeddings, in place, and returns an optimizer of a random mask over the rest.
 
-    What `docs/evidence.md` favours, and it changes with it; `ID3AdamW(...)` has the paper's settings. Let the
-    learning rate rise and decay as always. A mask drawn at random selects nothing later, so that
-    `sparse_backward(model, optimizer)` makes no weight gradient in any step but the first.
+    What `docs/evidence.md` favours for short runs, and it changes with it; `ID3AdamW(...)` has the paper's
+    settings. Let the learning rate rise and decay as always. A mask drawn at random selects nothing later, so
+    that `sparse_backward(model, optimizer)` makes no weight gradient in any step but the first.
 
     fresh: names of parameters without pre-trained values, such as a new head; they are trained whole, at the
         same rate (`head_options={"lr": …}` for another). total_steps: of the run; None where a trainer's
