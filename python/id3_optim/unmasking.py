@@ -90,7 +90,7 @@ class Unmasking:
     def release_gradients(self, begin: Begin, select_from: str | None, groups: Groups) -> Release:
         """Hooks the parameters, so that their gradients are taken as soon as backward has made them; again
         where the hooks were removed. select_from: None for "last", or what it is already."""
-        if self.release is not None and self.release.select_from is not None:
+        if self.releases:
             if select_from not in (None, self.release.select_from):
                 own = self.release.select_from
                 raise ValueError(

@@ -1,17 +1,14 @@
 """A rank that is killed while all save: afterwards the older or the newer checkpoint loads, never a mix."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from torchrun import launch
 
 
 def run(*arguments):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += [Path(__file__).parent / "killed_run.py", *arguments]
-    return subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=100)
+    return launch(Path(__file__).parent / "killed_run.py", *arguments, timeout=100)
 
 
 @pytest.fixture(scope="module")

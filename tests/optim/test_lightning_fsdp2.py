@@ -1,8 +1,5 @@
 """Lightning's ModelParallelStrategy with FSDP2, in two processes: the example, its checkpoints and deltas."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +8,7 @@ from torch import nn
 
 pytest.importorskip("lightning", reason="Lightning comes with the extra `lightning`")
 
-from torchrun_example import LEAVES
+from torchrun import LEAVES, launch
 
 from id3_optim import ID3AdamW, load_delta
 
@@ -20,13 +17,7 @@ STEPS = 8
 
 
 def run(output, *more):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += [LEAVES, EXAMPLE, "--output", output, "--steps", STEPS, *more]
-    # Lightning leaves there the seed of a test before this one, with which its sampler would shuffle.
-    environment = {name: value for name, value in os.environ.items() if name != "PL_GLOBAL_SEED"}
-    return subprocess.run(
-        list(map(str, command)), env=environment, capture_output=True, text=True, timeout=200
-    )
+    return launch(LEAVES, EXAMPLE, "--output", output, "--steps", STEPS, *more, timeout=200)
 
 
 def built():

@@ -5,11 +5,10 @@ One group of processes runs all checks of `ranks_run.py`, since to start them ta
 
 import functools
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from torchrun import launch
 
 CHECKS = {
     2: {
@@ -39,9 +38,7 @@ CHECKS = {n: [f"{c} {split}" for split, names in rows.items() for c in names] fo
 
 def run(folder, n, names, script="ranks_run.py", timeout=150):
     """The errors of each of n processes by check."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n)]
-    command += [str(Path(__file__).parent / script), str(folder), ",".join(names)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+    done = launch(Path(__file__).parent / script, folder, ",".join(names), processes=n, timeout=timeout)
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(n)]
 

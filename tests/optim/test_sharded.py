@@ -1,12 +1,11 @@
 """Parameters that a trainer splits over ranks are refused by name on each rank, before anything changes."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from torchrun import launch
 
 from id3_optim import ID3AdamW
 from id3_optim.wrappers import plain_names
@@ -27,9 +26,7 @@ EXPECTED = {
 def errors(tmp_path_factory):
     """(folder, the errors of each of two processes by case)."""
     folder = tmp_path_factory.mktemp("sharded")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    script = str(Path(__file__).parent / "sharded_run.py")
-    done = subprocess.run([*command, script, str(folder)], capture_output=True, text=True, timeout=100)
+    done = launch(Path(__file__).parent / "sharded_run.py", folder, timeout=100)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder, [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
 

@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +11,7 @@ pytest.importorskip("transformers", reason="`train` comes with the extra `hf`")
 
 from safetensors.torch import load_file
 from tiny_models import write_reviews
+from torchrun import launch
 from train_command import run, save_train_files, snapshot, words
 from transformers import (
     AutoModelForCausalLM,
@@ -71,12 +70,6 @@ def commands(files):
         "nan, whole, unsaved": ["fail", "nan", *of("nan, whole, unsaved", "--steps", 9, **LLAMA)],
         "no memory": ["fail", "no memory", *of("no memory", *DELTA, "--fsdp", **LLAMA)],  # ends a process
     }
-
-
-def launch(*command, timeout=280):
-    """torchrun with two processes."""
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    return subprocess.run([*start, *map(str, command)], capture_output=True, text=True, timeout=timeout)
 
 
 @pytest.fixture(scope="module")

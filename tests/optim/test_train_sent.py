@@ -7,7 +7,8 @@ import pytest
 
 pytest.importorskip("transformers", reason="`train` comes with the extra `hf`")
 
-from test_train_ranks import DELTA, LLAMA, launch
+from test_train_ranks import DELTA, LLAMA
+from torchrun import launch
 from train_command import save_train_files, words
 
 from id3_optim import load_delta

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 pytest.importorskip("transformers", reason="the Trainer comes with the extra `hf`")
 
-from test_train_ranks import launch
+from torchrun import launch
 from trainer_run import SparseTrainer, arguments, build, same_bits, tiny_bert
 from transformers import PrinterCallback, Trainer
 

@@ -1,7 +1,5 @@
 """The Trainer and Accelerate with `fsdp_version: 2`, in two processes on the CPU."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +8,7 @@ pytest.importorskip("transformers", reason="the Trainer comes with the extra `hf
 
 
 from safetensors.torch import load_file
+from torchrun import launch
 from transformers import AutoModelForCausalLM
 
 from id3_optim import load_delta
@@ -19,9 +18,7 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "trainer_fsdp2.py"
 
 
 def run(*arguments):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [str(word) for word in [*command, *arguments]]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=250)
+    done = launch(*arguments, timeout=250)
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout
 

@@ -11,8 +11,8 @@ pytest.importorskip("peft", reason="PEFT comes with the extra `peft`")
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from test_train_ranks import launch
 from tiny_models import word_tokenizer
+from torchrun import launch
 from transformers import LlamaConfig, LlamaForCausalLM
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 

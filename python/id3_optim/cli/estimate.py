@@ -52,7 +52,7 @@ def predicted_memory(settings: Settings) -> dict[str, int]:
     positions = getattr(config, "max_position_embeddings", None)
     length = min(settings.max_length, positions or settings.max_length)
     options = {"batch": settings.batch_size, "length": length}
-    options |= {name: getattr(settings, name) for name in ("bf16", "checkpointing")}
+    options |= {"bf16": settings.bf16, "checkpointing": settings.checkpointing}
     options |= {"static": settings.strategy != "increment", "select_every": settings.select_every}
     if settings.steps:
         options["steps"] = settings.steps
