@@ -22,7 +22,11 @@ def _load() -> None:
     )
 
 
-def bare_read(tensors: list[torch.Tensor]) -> int:
-    """Read the contiguous `tensors` once, with torch's threads; returns their largest 32-bit word."""
+def bare_read(tensors: list[torch.Tensor], prefetch: bool) -> int:
+    """Read the contiguous `tensors` once, with torch's threads; returns their largest 32-bit word.
+
+    prefetch: ask for lines 2 KiB ahead. Which way is faster depends on the processor and on where its
+        pages lie.
+    """
     _load()
-    return torch.ops.id3_bench.bare_read(tensors)
+    return torch.ops.id3_bench.bare_read(tensors, prefetch)

@@ -28,27 +28,32 @@ def _parser(name: str) -> argparse.ArgumentParser:
     return parser
 
 
-def _run_cases(options: argparse.Namespace, kinds: tuple[str, ...], raw: Path) -> None:
-    files = [str(HERE / f"test_{kind}.py") for kind in kinds]
-    command = [sys.executable, "-m", "pytest", *files, "-v", "--benchmark-only", "--benchmark-disable-gc"]
-    command += ["--benchmark-columns=min,median,iqr,rounds", f"--benchmark-json={raw}"]
+def _run_cases(options: argparse.Namespace, kind: str, raw: Path) -> None:
+    command = [sys.executable, "-m", "pytest", str(HERE / f"test_{kind}.py"), "-v", "--benchmark-only"]
+    command += [
+        "--benchmark-disable-gc",
+        "--benchmark-columns=min,median,iqr,rounds",
+        f"--benchmark-json={raw}",
+    ]
     command += [f"--threads={options.threads}", "-p", "no:cacheprovider"]
     command += ["--quick"] if options.quick else []
     command += [f"--rounds={options.rounds}"] if options.rounds else []
     subprocess.run(command, cwd=ROOT, check=True)
 
 
-def _measured(options: argparse.Namespace, kinds: tuple[str, ...], with_memory: bool) -> dict:
+def _rows_of(kind: str, options: argparse.Namespace) -> list[dict]:
     with tempfile.TemporaryDirectory() as folder:
         raw = Path(folder) / "pytest.json"
-        _run_cases(options, kinds, raw)
-        models = ["MiniLM-L6"] if options.quick else list(MODELS)
-        memory = measure_memory(models, options.threads) if with_memory and supported() else []
+        _run_cases(options, kind, raw)
         rows = [benchmark["extra_info"] for benchmark in json.loads(raw.read_text())["benchmarks"]]
     for row in rows:
         _add_ratios(row)
-    machine = describe(options.threads)
-    return {"machine": machine, "rows": rows, "memory": memory, "bars": bars_of(rows, memory)}
+    return rows
+
+
+def _results(options: argparse.Namespace, rows: list[dict], memory: list[dict]) -> dict:
+    bars = bars_of(rows, memory)
+    return {"machine": describe(options.threads), "rows": rows, "memory": memory, "bars": bars}
 
 
 def _add_ratios(row: dict) -> None:
@@ -69,7 +74,7 @@ def run_kind(kind: str, arguments: list[str]) -> None:
     parser = _parser(kind)
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="also write a results file there")
     options = parser.parse_args(arguments)
-    results = _measured(options, (kind,), with_memory=False)
+    results = _results(options, _rows_of(kind, options), [])
     print(medians_table(results["rows"]))
     if options.output is not None:
         path = results_path(options.output, results["machine"], "-quick" * options.quick)
@@ -85,6 +90,11 @@ def run_all(arguments: list[str]) -> None:
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
     parser.add_argument("--update-pages", action="store_true", help="put the tables into the two pages")
     options = parser.parse_args(arguments)
-    results = _measured(options, KINDS, with_memory=True)
-    path = results_path(options.output, results["machine"], "-quick" * options.quick)
-    publish(results, path, options.update_pages)
+    path = results_path(options.output, describe(options.threads), "-quick" * options.quick)
+    rows, memory = [], []
+    for kind in KINDS:
+        rows += _rows_of(kind, options)
+        path.write_text(json.dumps(_results(options, rows, memory), indent=1) + "\n")  # if it is cut off
+    if supported():
+        memory = measure_memory(["MiniLM-L6"] if options.quick else list(MODELS), options.threads)
+    publish(_results(options, rows, memory), path, options.update_pages)

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, replace
 import torch
 
 from benchmarks.cases import DTYPES
+from benchmarks.machine import multiplies_bfloat16
 from benchmarks.measure import Timed
 from id3_kernels import Entries, reference
 from id3_kernels.table import kernels_for
@@ -38,11 +39,12 @@ class Layer:
 
 def layer_cases(quick: bool) -> list[Layer]:
     """quick: one layer per dtype; else every size, and the hot spread at 512 tokens."""
+    dtypes = [dtype for dtype in DTYPES if dtype != "bfloat16" or multiplies_bfloat16()]
     if quick:
-        return [Layer(768, 768, dtype=dtype) for dtype in DTYPES]
+        return [Layer(768, 768, dtype=dtype) for dtype in dtypes]
     cases = []
     for rows, columns in _WEIGHTS:
-        for dtype in DTYPES:
+        for dtype in dtypes:
             plain = [Layer(rows, columns, 512, dtype, share) for share in SHARES]
             cases += [*plain, *(replace(layer, tokens=2048) for layer in plain)]
             cases += [replace(layer, spread="hot") for layer in plain]

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.machine import describe, results_path
+from benchmarks.machine import describe, multiplies_bfloat16, results_path
 from benchmarks.memory import EAGER_FREE, forget_peak, resident_bytes
 from benchmarks.methods import MODELS, Method, batch, built, methods_of, random_model
 from benchmarks.render import RESULTS, bars_table
@@ -135,7 +135,8 @@ def measure(options: argparse.Namespace) -> Path:
     path = results_path(options.output, machine)
     results: dict[str, object] = {"machine": machine, "times": [], "memory": []}
     models, tokens = options.model or MODELS, options.tokens or (512, 2048)
-    for case in (case for case in CASES if case[0] in models and case[2] in tokens):
+    cases = [case for case in CASES if case[1] != "bfloat16" or multiplies_bfloat16()]
+    for case in (case for case in cases if case[0] in models and case[2] in tokens):
         results["times"].append(_fresh(options, case, None))
         for method in methods_of(case[0]):
             results["memory"].append(_fresh(options, case, method))
