@@ -25,7 +25,7 @@ def _load() -> None:
 def bare_read(tensors: list[torch.Tensor], prefetch: bool) -> int:
     """Read the contiguous `tensors` once, with torch's threads; returns their largest 32-bit word.
 
-    prefetch: ask for lines 2 KiB ahead. Which way is faster depends on the processor and on where its
+    prefetch: requests lines 2 KiB ahead. Which way is faster depends on the processor and on where its
         pages lie.
     """
     _load()

@@ -100,7 +100,7 @@ PARTS = {
     "longer": Part(
         "Twice the steps: after 1000 some methods still predict the more frequent label",
         (RECIPE, "lora", "id3", "full"),
-        ("cola",),
+        ("cola", "sst2"),
         seeds=3,
         steps=2000,
     ),

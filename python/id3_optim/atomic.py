@@ -58,7 +58,7 @@ def directory(path: str | os.PathLike, last: str) -> Iterator[Path]:
         unfinished.mkdir()
         yield unfinished
         for file in unfinished.rglob("*"):
-            _sync(file, os.O_RDONLY)
+            sync(file)
         (target / last).unlink(missing_ok=True)
         for file in sorted(unfinished.iterdir(), key=lambda file: file.name == last):
             os.replace(file, target / file.name)
@@ -77,19 +77,20 @@ def contents(path: str | os.PathLike) -> list[str]:
     return [name for name in os.listdir(path) if not left.fullmatch(name)] if os.path.isdir(path) else []
 
 
-def _sync(path: Path, flags: int) -> None:
-    handle = os.open(path, flags)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def sync(path: Path) -> None:
+    """Waits until the disk has a file or a directory, where the system supports that."""
+    if os.name == "posix":
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def sync_directory(directory: Path) -> None:
     """Makes renames durable where the file system supports it; some network file systems do not."""
-    if os.name == "posix":
-        with contextlib.suppress(OSError):
-            _sync(directory, os.O_RDONLY)
+    with contextlib.suppress(OSError):
+        sync(directory)
 
 
 def _remove_stale(folder: Path, prefix: str) -> None:

@@ -144,7 +144,8 @@ def pass_bytes(model: torch.nn.Module, loss_of, way: str) -> PassBytes:
 def entry_bytes(dtype: torch.dtype, release: bool, entry_ages: bool = False) -> int:
     """Bytes of optimizer state per active entry, the accumulated gradient included.
 
-    entry_ages: the step at which each entry joined is kept, as for bias_correction="entry".
+    entry_ages: the step at which each entry joined is kept, as for bias_correction="entry", entry_warmup and
+        prune.
     """
     layout = Layout(True, entry_ages, False, None, release)
     return sum(column.itemsize for column in layout.arrays(dtype).values())
@@ -157,24 +158,26 @@ def estimate(
     steps: int = 1000,
     static: bool = False,
     select_every: int = 1,
+    entry_ages: bool = False,
 ) -> dict[str, dict[str, int]]:
     """Predicted bytes by kind, `peak` last, of a step that selects, for `sparse` backward passes, `released`
     gradients, `dense` ones and torch's `adamw`.
 
     model: as `model_from` makes it; a model with memory computes the passes. loss_of(model) gives the loss.
-    budget, steps, static, select_every: as ID3AdamW's, with the uniform schedule. `gradients`: of the largest
-    tensor where they are released, of the largest block or tensor where they are sparse, else of all.
-    `forward`: the most bytes alive in a forward pass. `pass`: in a forward and backward pass, gradients
-    included. The peak is weights, pass, optimizer state and candidates together.
+    budget, steps, static, select_every: as ID3AdamW's, with the uniform schedule. entry_ages: as for
+    `entry_bytes`. `gradients`: of the largest tensor where they are released, of the largest block or tensor
+    where they are sparse, else of all. `forward`: the most bytes alive in a forward pass. `pass`: in a
+    forward and backward pass, gradients included. The peak is weights, pass, optimizer state and candidates
+    together.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     entries = schedules.resolve_budget(budget, sum(p.numel() for p in trained))
     at_once = entries if static else min(entries, -(-entries * select_every // steps))
     dtype, all_gradients = trained[0].dtype, sum(p.nbytes for p in trained)
     own = {
-        "sparse": (entries * entry_bytes(dtype, True), BEST_BYTES * at_once),
-        "released": (entries * entry_bytes(dtype, True), BEST_BYTES * at_once),
-        "dense": (entries * entry_bytes(dtype, False), 0),
+        "sparse": (entries * entry_bytes(dtype, True, entry_ages), BEST_BYTES * at_once),
+        "released": (entries * entry_bytes(dtype, True, entry_ages), BEST_BYTES * at_once),
+        "dense": (entries * entry_bytes(dtype, False, entry_ages), 0),
         "adamw": (2 * all_gradients, 0),
     }
     report = {}
@@ -219,6 +222,7 @@ def estimate_from_config(
     bf16: bool = False,
     checkpointing: bool = False,
     select_every: int = 1,
+    entry_ages: bool = False,
 ) -> dict[str, dict[str, int]]:
     """`estimate` for a batch of `batch` texts of `length` tokens.
 
@@ -237,7 +241,7 @@ def estimate_from_config(
                 return model(input_ids=ids, labels=ids, use_cache=False).loss
             return model(input_ids=ids)[0].float().square().mean()
 
-        return estimate(model, loss_of, budget, steps, static, select_every)
+        return estimate(model, loss_of, budget, steps, static, select_every, entry_ages)
 
 
 class MemoryWatch(transformers.TrainerCallback):

@@ -20,7 +20,8 @@ Mask = Delta | Mapping[str, Tensor]
 def mask_of(entries: Mask, model: nn.Module) -> Fisher:
     """A heuristic that scores `entries` 1 and all other entries 0.
 
-    With `strategy="static"` and a budget of as many entries, the first step makes exactly these active.
+    With `strategy="static"` and a budget of as many entries, the first step makes exactly these active. With
+    a larger budget every step searches for more, and finds none.
     entries: a delta, of which the parameters that it holds whole do not count; or flat indices int [n] by the
     parameter's name in the plain model, as `trained_entries` returns them. model: the one to train; the
     optimizer needs its named parameters. Keeps O(entries) and makes the scores of one tensor at a time.

@@ -21,7 +21,7 @@ class Prune:
     """Entries that have moved least give their place to new ones, as in RigL (Evci et al., 2020).
 
     every: the step 0 is the first; in the steps every, 2·every, … entries leave, and as many join by the
-        heuristic. None leaves in the last `every` steps, since new entries need steps too.
+        heuristic. None leaves later than `every` steps before the end, since new entries need steps.
     share: which part of the active entries leaves at a time. Those of smallest |θ − θ₀| do, of the entries
         that have been active for at least `every` updates; ties by tensor and index.
 

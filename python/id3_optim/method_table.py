@@ -1,4 +1,5 @@
-"""The names of the methods: a heuristic and a strategy for each, the pools, and what they train in words."""
+"""The names of the methods: a heuristic and a strategy for each, the pools, what they train in words, and
+what each needs."""
 
 from __future__ import annotations
 
@@ -38,6 +39,7 @@ ON_A_POOL = {
     if name != "recipe" and (pool != "lora" or name not in ("bitfit", "snip", "snip-dynamic"))
 }
 ALIASES = {"sparse-adapter": "snip+adapter"}
+LORA_RANK = 8  # of the pool
 WHOLE = ("full", "head", "lora", "adalora", "shira", "adapter")  # every entry of the pool is trained
 DESCRIPTIONS = {
     "full": "every entry",
@@ -69,3 +71,67 @@ DESCRIPTIONS = {
 
 # Learning rates to begin from, not tuned for a task; 1e-3 for a method that is not here.
 RATES = {"full": 2e-5, "head": 1e-2, "random": 1e-2, "recipe": 1e-2}
+
+
+def names() -> list[str]:
+    """Every name that `prepare` takes: a method (`id3`), or a method and its pool (`id3+lora`)."""
+    return [*WHOLE, *SELECTIVE, *ALIASES, *ON_A_POOL]
+
+
+def describe(name: str) -> str:
+    """What the method trains, in a few words. Raises ValueError for an unknown name."""
+    check_name(name)
+    if name in DESCRIPTIONS:
+        return DESCRIPTIONS[name]
+    method, pool = ON_A_POOL[name]
+    where = {"lora": f"of LoRA with rank {LORA_RANK}", "adapter": "of bottleneck adapters"}
+    return f"{DESCRIPTIONS[method]}, {where[pool]}"
+
+
+def default_rate(name: str | None) -> float:
+    """A learning rate to begin from, not tuned for any task; None: ID3's."""
+    return RATES.get(name, 1e-3)
+
+
+def trains_entries(name: str | None) -> bool:
+    """Whether the method trains entries of the model's own weights, not whole tensors or an adapter; None:
+    ID3."""
+    return name is None or name in SELECTIVE
+
+
+def needs_examples(name: str) -> bool:
+    """Whether the method chooses entries before training, from `examples`."""
+    check_name(name)
+    method = parts_of(name)[0]
+    return method in SELECTIVE and isinstance(SELECTIVE[method][0], str)
+
+
+def needs_whole_gradients(name: str) -> bool:
+    """Whether the method reads whole gradients in each step, so that none may be released before."""
+    strategy = SELECTIVE.get(parts_of(name)[0], (None, None))[1]
+    return strategy == "repeat" or needs_running(name)
+
+
+def needs_running(name: str) -> bool:
+    """Whether the method scores by the gradients of several steps, by a `Running` that is made anew."""
+    return isinstance(SELECTIVE.get(parts_of(name)[0], (None,))[0], partial)
+
+
+def splits(name: str) -> bool:
+    """Whether the method works where FSDP2 splits the parameters: it adds nothing to the model, and a part's
+    scores need no more than the part."""
+    method, pool = parts_of(name)
+    whole = method in ("full", "head")
+    heuristic = SELECTIVE.get(method, (None, None))[0]
+    return not pool and (whole or (method in SELECTIVE and not isinstance(heuristic, str | partial)))
+
+
+def check_name(name: str) -> None:
+    """Raises ValueError unless `name` is one of `names()`."""
+    if name not in names():
+        raise ValueError(f"method: expected one of {', '.join(names())}, got {name!r}")
+
+
+def parts_of(name: str) -> tuple[str, str]:
+    """The method, and the pool of a selective method: "" for the model's own entries."""
+    return ON_A_POOL.get(ALIASES.get(name, name), (name, ""))

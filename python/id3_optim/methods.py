@@ -16,13 +16,14 @@ from torch import Tensor, nn
 
 from . import pools, schedules
 from .heuristics import Fisher, Heuristic, Random, fisher_scores
-from .method_table import ALIASES, DESCRIPTIONS, ON_A_POOL, RATES, SELECTIVE, WHOLE
+from .method_table import LORA_RANK, SELECTIVE, default_rate, describe, names, needs_examples, parts_of
 from .optimizer import ID3AdamW
 from .running import Running
 
+__all__ = ["Prepared", "default_rate", "describe", "distances", "embeddings", "names", "prepare", "recipe"]
+
 LossOf = Callable[[nn.Module, Any], Tensor]
 SAMPLES = 1024  # examples that a mask is computed from, as in the paper
-LORA_RANK = 8  # of the pool
 _DIFF_BATCH, _DIFF_LR = 16, 2e-5
 
 
@@ -45,56 +46,6 @@ class Prepared:
     merge: Callable[[], nn.Module] | None = None
 
 
-def names() -> list[str]:
-    """Every name that `prepare` takes: a method (`id3`), or a method and its pool (`id3+lora`)."""
-    return [*WHOLE, *SELECTIVE, *ALIASES, *ON_A_POOL]
-
-
-def describe(name: str) -> str:
-    """What the method trains, in a few words. Raises ValueError for an unknown name."""
-    check_name(name)
-    if name in DESCRIPTIONS:
-        return DESCRIPTIONS[name]
-    method, pool = ON_A_POOL[name]
-    where = {"lora": f"of LoRA with rank {LORA_RANK}", "adapter": "of bottleneck adapters"}
-    return f"{DESCRIPTIONS[method]}, {where[pool]}"
-
-
-def default_rate(name: str | None) -> float:
-    """A learning rate to begin from, not tuned for any task; None: ID3's."""
-    return RATES.get(name, 1e-3)
-
-
-def trains_entries(name: str | None) -> bool:
-    """Whether the method trains entries of the model's own weights, not whole tensors or an adapter; None:
-    ID3."""
-    return name is None or name in SELECTIVE
-
-
-def needs_examples(name: str) -> bool:
-    """Whether the method chooses entries before training, from `examples`."""
-    check_name(name)
-    method = _parts(name)[0]
-    return method in SELECTIVE and isinstance(SELECTIVE[method][0], str)
-
-
-def needs_whole_gradients(name: str) -> bool:
-    """Whether the method reads whole gradients in each step, so that none may be released before."""
-    heuristic, strategy = SELECTIVE.get(_parts(name)[0], (None, None))
-    return strategy == "repeat" or isinstance(heuristic, partial)
-
-
-def check_name(name: str) -> None:
-    """Raises ValueError unless `name` is one of `names()`."""
-    if name not in names():
-        raise ValueError(f"method: expected one of {', '.join(names())}, got {name!r}")
-
-
-def _parts(name: str) -> tuple[str, str]:
-    """The method, and the pool of a selective method: "" for the model's own entries."""
-    return ON_A_POOL.get(ALIASES.get(name, name), (name, ""))
-
-
 def prepare(
     name: str,
     model: nn.Module,
@@ -114,7 +65,8 @@ def prepare(
 
     fresh: names of parameters without pre-trained values, such as a new head, which every method trains
         whole. budget: entries, or a share of the model's own pre-trained entries whatever the pool is, so
-        that all methods train equally many; LoRA, AdaLoRA and SHiRA take the largest rank that fits.
+        that all methods train equally many (a share becomes entries at once, so `grow_budget` does not
+        apply); LoRA, AdaLoRA and SHiRA take the largest rank that fits.
     examples: batches of one labelled example; the first 1024 count. loss_of(model, batch): their loss; the
         default is `model(**batch).loss`. head_options: settings of the fresh parameters alone, such as `lr`.
     leave_out: parts of names, such as "embeddings", of parameters that stay frozen.
@@ -122,7 +74,7 @@ def prepare(
     Raises ValueError for an unknown name, missing examples, or a fresh name or part of a name that no
     parameter has, before anything changes.
     """
-    method, pool = _parts(name)
+    method, pool = parts_of(name)
     fresh, leave_out = tuple(fresh), tuple(leave_out)
     head = _fresh_and_left_out(model, name, fresh, leave_out, examples)
     own = sum(p.numel() for p in _trainable(model, head).values())
@@ -131,8 +83,10 @@ def prepare(
         merge, after_step = _add_pool(method, pool, model, entries, total_steps, seed)
     _freeze(model, head, leave_out, embeddings(model) if method == "recipe" else [])
     groups = _groups(model, head, method not in SELECTIVE, head_options or {})
-    competing = sum(p.numel() for p in _trainable(model, head).values())
-    allowed = min(entries, competing) if method in SELECTIVE else competing
+    pool = {name: p.numel() for name, p in _trainable(model, head).items()}
+    competing = sum(pool.values())
+    chosen = sum(size for name, size in pool.items() if method != "bitfit" or name.endswith("bias"))
+    allowed = min(entries, chosen) if method in SELECTIVE else competing
     if method in SELECTIVE:
         heuristic, strategy = SELECTIVE[method]
         heuristic = _made(heuristic, model, head, examples, loss_of or _own_loss, seed)
@@ -161,8 +115,9 @@ def recipe(
     fresh: names of parameters without pre-trained values, such as a new head; they are trained whole, at the
         same rate (`head_options={"lr": …}` for another). total_steps: of the run; None where a trainer's
         callback sets it. budget: entries, or a share of the model's own pre-trained entries, embeddings
-        included. lr: None for that of `default_rate`, 1e-2. options: further arguments of ID3AdamW, such as
-        `max_grad_norm` (here 1.0 by default) and `weight_decay` (0); a `seed` draws another mask.
+        included; a share becomes entries at once, so `grow_budget` does not apply. lr: None for that of
+        `default_rate`, 1e-2. options: further arguments of ID3AdamW, such as `max_grad_norm` (here 1.0 by
+        default) and `weight_decay` (0); a `seed` draws another mask.
     Raises ValueError for a name in `fresh` that no parameter has, before anything changes.
     """
     rate = default_rate("recipe") if lr is None else lr

@@ -204,6 +204,7 @@ class ID3AdamW(torch.optim.Optimizer):
     active_set = property(attrgetter("_unmasking.active"), doc="The `ActiveSet`, which a step may replace.")
     replicas = property(attrgetter("_unmasking.replicas"), doc="Of `process_group`; None without one.")
     releases = property(attrgetter("_unmasking.releases"), doc="Whether the backward pass takes gradients.")
+    select_from = property(attrgetter("_unmasking.select_from"), doc="None where `step()` takes gradients.")
     last_selection = property(attrgetter("_unmasking.last_selection"), doc="The newest `Selection`, or None.")
     phase_seconds = property(attrgetter("_unmasking.phase_seconds"), doc="Host seconds of select and update.")
 

@@ -15,6 +15,7 @@ from .delta import Delta
 from .delta.file import Change
 from .delta.fingerprint import fingerprint
 from .heuristics import D3
+from .method import whole_number
 from .schedules import Schedule, check_total_steps, resolve_budget, tabulate, uniform
 from .wrappers import plain_name
 
@@ -105,8 +106,8 @@ class QuantizedSparse:
             raise ValueError(f"heuristic: expected D3, got {type(heuristic).__name__}")
         n_entries = sum(layer.shape[0] * layer.shape[1] for layer in self._layers)
         self.budget = resolve_budget(budget, n_entries)
-        self._select_every = select_every
-        self._targets = tabulate(schedule, total_steps, self.budget, select_every)
+        self._select_every = whole_number("select_every", select_every, 1)
+        self._targets = tabulate(schedule, total_steps, self.budget, self._select_every)
         device = self._layers[0].slots.device
         self.values = nn.Parameter(torch.zeros(self.budget, device=device))
         self.steps_done, self.n_active = 0, 0

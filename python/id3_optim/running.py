@@ -14,7 +14,7 @@ from . import heuristics
 from .heuristics import D3
 
 KINDS = ("sum", "mean", "adam")
-KEY = "running"  # of the saved state
+KEY = "running"  # in the first param group of a saved state
 
 
 class Running:
@@ -48,15 +48,16 @@ class Running:
         return {"kind": self.kind, "d3": heuristics.describe(self.d3), "betas": list(self.betas)}
 
     def _save(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-        """Adds copies under a key that is no parameter's: torch would cast those to the parameter's dtype."""
-        state["state"][KEY] = saved = {}
+        """Adds copies to the first param group: of a parameter's own state torch would cast them to its
+        dtype, and torch.distributed.checkpoint takes no key there that is no parameter's."""
+        state["param_groups"][0][KEY] = saved = {}
         for position, p in enumerate(_params(optimizer)):
             if p in self._kept:
                 first, second, steps = self._kept[p]
                 saved[position] = {"first": first.clone(), "second": second.clone(), "steps": steps}
 
     def _load(self, optimizer: torch.optim.Optimizer) -> None:
-        saved, self._kept = optimizer.state.pop(KEY, {}), {}
+        saved, self._kept = optimizer.param_groups[0].pop(KEY, {}), {}
         for position, p in enumerate(_params(optimizer)):
             if position in saved:
                 first, second, steps = saved[position].values()

@@ -56,11 +56,7 @@ class Unmasking:
     # --- before the first step -------------------------------------------------------------------------
 
     def take_gradients(
-        self,
-        begin: Begin,
-        group: torch.distributed.ProcessGroup | None,
-        select_from: str,
-        groups: Groups,
+        self, begin: Begin, group: torch.distributed.ProcessGroup | None, select_from: str, groups: Groups
     ) -> None:
         """Averages gradients over a group's processes; hooks the parameters where gradients are released."""
         released = self.active.layout.release
@@ -72,13 +68,14 @@ class Unmasking:
         if released:
             self.release_gradients(begin, select_from, groups)
 
-    releases = property(lambda self: self.release is not None and self.release.select_from is not None)
+    select_from = property(lambda self: None if self.release is None else self.release.select_from)
+    releases = property(lambda self: self.select_from is not None)
 
     def no_sync(self) -> AbstractContextManager[None]:
         """See `ID3AdamW.no_sync`."""
         if self.release is None or self.release.exchange is None:
             return nullcontext()
-        return self.release.exchange.no_sync(self.release.select_from)
+        return self.release.exchange.no_sync(self.select_from)
 
     def share_overflow(self, flags: list[Tensor]) -> None:
         """Makes an overflow on one rank known to all, where each has gradients of its own."""
@@ -175,6 +172,7 @@ class Unmasking:
             compatibility.check_large(self.method, groups)
         if n_entries == 0:
             validation.check_nothing_to_train(groups, self.active.names)
+            self.active.split_over(ranks_of(named_parameters(groups)))  # the norm of dense groups is over all
             return
         if self.n_entries is None:
             self.budget = schedules.resolve_budget(self.method.budget_given, n_entries)
@@ -208,7 +206,7 @@ class Unmasking:
         ranks = ranks_of(named_parameters(groups))
         compatibility.check_ranks(self.method, ranks.alone)
         if self.replicas is not None:
-            taken = "by the step" if self.release.select_from is None else self.release.select_from
+            taken = self.select_from or "by the step"
             check_replicas(self.replicas, self.settings(), groups, self.active.held(), taken)
         elif not ranks.alone:
             check_agreement(ranks, self.settings(), groups)

@@ -1,6 +1,6 @@
 """The plain model and the ID3AdamW inside the wrappers of trainers."""
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from typing import Any
 
 from torch import Tensor, nn
@@ -38,10 +38,10 @@ def plain_name(name: str) -> str:
     return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
-def check_holds(names: dict[int, str], params: Iterable[Tensor]) -> None:
-    """Raises ValueError if a trained parameter has no name in the model (`plain_names`)."""
+def check_holds(known: Container[int], params: Iterable[Tensor]) -> None:
+    """Raises ValueError if a trained parameter is not in the model. known: ids of its parameters."""
     for param in params:
-        if id(param) not in names:
+        if id(param) not in known:
             shape = tuple(param.shape)
             raise ValueError(f"model: expected every trained parameter in it, got none for {shape}")
 

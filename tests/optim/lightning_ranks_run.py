@@ -112,6 +112,17 @@ def check_training(folder, own):
             assert torch.equal(p, q)
 
 
+def check_the_largest(folder):
+    """With select_from="max" each batch of a step is sent, since each has its say."""
+    released = {"release_gradients": True, "select_from": "max"}
+    _, optimizer = fit(
+        folder / "max",
+        make=lambda named: id3(named, torch.distributed.group.WORLD, **released),
+        sparse=False,
+    )
+    assert optimizer.n_active == optimizer.budget
+
+
 def refused(folder, message, **options):
     try:
         fit(folder, **options)
@@ -133,5 +144,6 @@ if __name__ == "__main__":
     torch.distributed.init_process_group("gloo")
     alone_here = torch.distributed.new_subgroups(1)[0]
     check_training(Path(sys.argv[1]), alone_here)
+    check_the_largest(Path(sys.argv[1]))
     check_refusals(Path(sys.argv[1]), alone_here)
     leave(0)

@@ -130,3 +130,11 @@ def test_tied_and_strided_weights():
     with bank.using("x"):
         assert_same_bits(model, tuned)
     assert_same_bits(model, base)
+
+
+def test_a_moved_model_is_refused_by_name(bank):
+    bank, _, _ = bank
+    for param in bank.model.parameters():
+        param.data = param.data.clone()
+    with pytest.raises(ValueError, match=r"0\.weight: expected the memory .* when the bank was made"):
+        bank.use("a")

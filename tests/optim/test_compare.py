@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -150,6 +151,22 @@ def test_ctrl_c_keeps_what_has_ended(files, tmp_path, capsys, monkeypatch):
     assert run(capsys, words(files, tmp_path / "r.sqlite"))[0] == 130
     with Store(tmp_path / "r.sqlite", create=False) as store:
         assert len(store.results(store.plan())) == 2
+
+
+def test_ctrl_c_ends_a_run_of_a_grid_at_once(files, tmp_path, capsys, monkeypatch):
+    """Nothing of it is kept, so it saves nothing."""
+    steps, before = [], signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def pressed(*_, **__):
+        steps.append(1)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(trials.Steps, "on_step_end", pressed)
+    try:
+        code, _, error = run(capsys, words(files, tmp_path / "r.sqlite"))
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert code == 130 and len(steps) == 1 and "saving" not in error
 
 
 def test_a_run_that_diverges_is_counted_and_not_dropped(files, tmp_path, capsys):

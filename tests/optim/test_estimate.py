@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from id3_optim import ID3AdamW, sparse_backward
 from id3_optim.cli import main
+from id3_optim.cli.estimate import predicted_memory
 from id3_optim.cli.train import Settings, train
 from id3_optim.estimate import LiveBytes, entry_bytes, estimate, estimate_from_config
 from id3_optim.step.products import BLOCK_ENTRIES
@@ -101,6 +102,30 @@ def test_train_releases_and_reports(tmp_path):
     assert measured["candidates"] == 16 * -(-300 // 8) == predicted["candidates"]
     assert measured["weights"] == pytest.approx(predicted["weights"], rel=0.05)  # a head and a pooler
     assert measured["peak"] >= 0 and predicted["optimizer_state"] == 300 * 20
+
+
+def test_the_prediction_is_that_of_the_method(tmp_path):
+    """A mask that is drawn before training joins at once; ages take memory; an adapter has no entries."""
+    save_bert(tmp_path / "bert")
+    plain = Settings(model=str(tmp_path / "bert"), train="", eval="", output="", budget=300)
+    found = {
+        name: predicted_memory(replace(plain, **changes), steps=30)
+        for name, changes in {
+            "id3": {},
+            "recipe": {"method": "recipe"},
+            "mask": {"mask": "delta.safetensors"},
+            "ages": {"entry_warmup": 3},
+        }.items()
+    }
+    released = {
+        name: predicted_memory(replace(plain, release_gradients=True, **changes), 30)["candidates"]
+        for name, changes in {"id3": {}, "recipe": {"method": "recipe"}}.items()
+    }
+    assert released == {"id3": 16 * 10, "recipe": 16 * 300}
+    assert found["id3"] == found["recipe"] == found["mask"]
+    assert found["ages"]["optimizer_state"] > found["id3"]["optimizer_state"]
+    with pytest.raises(ValueError, match="--memory-report: does not apply to --method lora"):
+        predicted_memory(replace(plain, method="lora"), 30)
 
 
 @pytest.mark.parametrize("bf16", [False, True])

@@ -80,6 +80,9 @@ def test_the_command_trains_the_mask_of_a_delta_or_of_a_first_run(capsys, files,
     assert entries_of(plain) == entries_of(by_delta) == entries_of(reused)
     assert given["entries"]["active"] == twice["entries"]["active"] == 300
     assert given["metrics"] == twice["metrics"]
+    more, _ = trained(capsys, files, tmp_path / "more", "--delta-only", "--mask", mask, "--budget", "400")
+    assert more["metrics"] == given["metrics"]
+    assert more["entries"] == given["entries"]  # a larger budget would search for more in every step
     for name, change in by_delta.changes.items():
         assert torch.equal(change.values, reused.changes[name].values)
         assert name not in plain.changes or not torch.equal(change.values, plain.changes[name].values)

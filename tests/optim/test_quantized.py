@@ -176,3 +176,8 @@ def test_the_packages_themselves(kind):
         base[at].weight.data = sparse._dequantize(model[at]).float().reshape(dense[at].weight.shape)
     with delta.applied(base, cast=True):
         torch.testing.assert_close(base(x), model(x), rtol=2e-2, atol=2e-2)  # the 8-bit layers round x, too
+
+
+def test_selection_in_no_step_is_refused():
+    with pytest.raises(ValueError, match="select_every: expected an int of at least 1, got 0"):
+        QuantizedSparse(pair()[0], 0.1, STEPS, select_every=0, dequantize=dequantize)

@@ -10,6 +10,7 @@ import torch
 from test_ranks import run
 
 from id3_optim import ID3AdamW
+from id3_optim.distributed.replicas import checksum
 
 CHECKS = {
     "replicas_run.py": [
@@ -58,3 +59,10 @@ def test_on_a_gpu_the_host_knows_where_active_entries_lie(monkeypatch):
             assert inner.start == outer.start and inner.stop <= outer.stop
         covered = sum(stretch.stop - stretch.start for stretch in known)
         assert covered <= optimizer.n_active + shard.arrays["indices"].numel() // 32
+
+
+def test_a_checksum_of_nothing():
+    """An active set without entries has empty tensors."""
+    full, empty = torch.arange(5.0), torch.empty(0)
+    device = torch.device("cpu")
+    assert checksum([full, empty], device) != checksum([full], device) != checksum([], device)

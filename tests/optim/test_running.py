@@ -109,3 +109,19 @@ def test_released_gradients_are_refused_by_name():
         ID3AdamW([param], release_gradients=True, **options)
     with pytest.raises(ValueError, match=refused):
         ID3AdamW([param], **options).release_gradients()
+
+
+def test_the_state_of_torch_distributed_checkpoint(model, make, train):
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+    begun, optimizer = make(model, heuristic=Running("mean"))
+    optimizer.heuristic.watch(optimizer)
+    train(begun, optimizer, 0, 2)
+    state = get_optimizer_state_dict(begun, optimizer)
+    resumed, second = make(begun, heuristic=Running("mean"))
+    second.heuristic.watch(second)
+    second.load_state_dict(state)
+    for twin, own in ((begun, optimizer), (resumed, second)):
+        train(twin, own, 2, 5)
+    assert all(map(torch.equal, begun.parameters(), resumed.parameters()))
+    assert "running" not in second.param_groups[0]

@@ -60,6 +60,14 @@ def test_id3_by_name_is_the_default(capsys, files, tmp_path):
     assert a == b
 
 
+def test_eps_and_exp_reach_the_scores_of_several_steps(capsys, files, tmp_path):
+    report = tmp_path / "report.json"
+    more = ["--method", "id3-sum", "--eps", "0.5", "--exp", "1", "--report", report]
+    assert run(capsys, words(files, tmp_path / "out", *more))[0] == 0
+    heuristic = json.loads(report.read_text())["optimizer"]["heuristic"]
+    assert heuristic["kind"] == "sum" and heuristic["d3"] == {"name": "d3", "eps": 0.5, "exp": 1.0}
+
+
 def test_the_recipe_has_its_own_rate_and_leaves_embeddings_alone(capsys, files, tmp_path):
     report = tmp_path / "report.json"
     more = ["--method", "recipe", "--report", report, "--sparse-backward"]

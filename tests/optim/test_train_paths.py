@@ -91,6 +91,20 @@ def test_overwrite_replaces_what_train_writes_and_nothing_else(files, tmp_path, 
     assert "model.safetensors" not in os.listdir(tmp_path)
 
 
+def test_a_run_that_does_not_begin_leaves_the_old_checkpoints(files, tmp_path, capsys, monkeypatch):
+    assert run(capsys, words(files, tmp_path, "--delta-only", "--save-every", "2"))[0] == 0
+    before = snapshot(tmp_path)
+    from id3_optim.cli import trainer
+
+    def refuse(*args):
+        raise ValueError("--model: expected a tokenizer within the model's 40 tokens, got token 41")
+
+    monkeypatch.setattr(trainer, "check_tokens", refuse)
+    code, _, error = run(capsys, words(files, tmp_path, "--overwrite"))
+    assert code == 2 and "got token 41" in error
+    assert snapshot(tmp_path) == before
+
+
 def test_a_failed_run_leaves_the_old_result(files, tmp_path, capsys, monkeypatch):
     assert run(capsys, words(files, tmp_path, "--delta-only"))[0] == 0
     before = snapshot(tmp_path)

@@ -234,7 +234,10 @@ def test_another_number_of_processes_is_refused(ran, files, capsys):
 
 
 EXCLUDED_BY_FSDP = (
-    ["--method", "bitfit"],
+    ["--method", "fish"],
+    ["--method", "lora"],
+    ["--method", "id3-mean"],
+    ["--method", "random+adapter"],
     ["--sparse-backward"],
     ["--memory-report"],
     ["--tensor-cap", "0.5"],

@@ -279,3 +279,13 @@ def test_the_pair_may_release_gradients(tmp_path):
         models.append(trainer.model)
         assert unwrapped(trainer.optimizer).defaults["weight_decay"] == 0.0
     assert same_bits(*models)
+
+
+def test_a_frozen_body_has_no_group():
+    """For a head that is trained first: torch refuses an empty group without names beside one with names."""
+    model = tiny_bert()
+    model.base_model.requires_grad_(False)
+    groups = parameter_groups(model, HEAD)
+    assert [group.get("dense", False) for group in groups] == [True]
+    optimizer = ID3AdamW(groups, lr=1e-2, budget=0, total_steps=2)
+    assert sum(p.numel() for group in optimizer.param_groups for p in group["params"]) > 0

@@ -106,11 +106,23 @@ def sparse_process(folder):
     for name, one in moved[0].items():  # up to the order of sums
         assert torch.equal(one == 0, moved[1][name] == 0), name
         assert torch.allclose(one, moved[1][name], atol=1e-4), name
+    accumulated_by_the_largest(folder)
     refused(folder, {}, {}, "optimizer: expected ID3AdamW with a process_group, got none")
     whole, own = torch.distributed.group.WORLD, torch.distributed.new_subgroups(1)[0]
     message = "max_grad_norm: expected TrainingArguments(max_grad_norm=0), got 1.0, by which each"
     refused(folder, {"process_group": whole}, {"max_grad_norm": 1.0}, message)
     refused(folder, {"process_group": own}, {}, "process_group: expected all 2 processes, got 1 of them")
+
+
+def accumulated_by_the_largest(folder):
+    """With select_from="max" each batch of a step is sent, since each has its say."""
+    args = arguments(folder, max_steps=2, gradient_accumulation_steps=2, ddp_backend="gloo")
+    own = {"process_group": torch.distributed.group.WORLD, "release_gradients": True, "select_from": "max"}
+    trainer = build(
+        args, kind=SparseTrainer, optimizer_cls_and_kwargs=id3_optimizer(args, HEAD, budget=40, **own)
+    )
+    trainer.train()
+    assert unwrapped(trainer.optimizer).n_active == 40
 
 
 def refused(folder, options, changes, message):

@@ -12,7 +12,7 @@ from ..distributed.part import is_split
 from ..heuristics import D3, Heuristic
 from ..param_groups import selectable
 from ..ranks import world_size
-from ..wrappers import unwrapped, unwrapped_model
+from ..wrappers import check_holds, unwrapped, unwrapped_model
 from .layers import norm_class, sparse_class
 from .weight import Readers, Weight
 
@@ -132,11 +132,9 @@ def _ways(model: nn.Module, optimizer: Any) -> Iterator[tuple[Way, list[nn.Modul
             _make_plain(layer)
         for name, param in layer.named_parameters(recurse=False):
             holders.setdefault(id(param), []).append(_Holder(path, name, layer))
+    check_holds(holders, selectable(optimizer.param_groups))
     for param in selectable(optimizer.param_groups):
-        held = holders.get(id(param), [])
-        if not held:
-            shape = tuple(param.shape)
-            raise ValueError(f"model: expected every trained parameter in it, got none for {shape}")
+        held = holders[id(param)]
         name = f"{held[0].path}.{held[0].name}".lstrip(".")
         if is_split(param):
             raise ValueError(

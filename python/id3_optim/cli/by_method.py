@@ -5,7 +5,7 @@ from functools import partial
 
 import transformers
 
-from .. import methods
+from .. import method_table, methods
 from ..heuristics import D3
 from ..methods import Prepared
 from . import tasks
@@ -28,9 +28,12 @@ def prepare_method(
     settings: Settings, task: Task, start: Start, arguments: transformers.TrainingArguments
 ) -> Prepared:
     """Makes `start.model` trainable by the method, in place."""
-    options = optimizer_options(settings)
-    if settings.method.partition("+")[0] in ("id3", "repeat-d3", "static-d3"):
-        options["heuristic"] = D3(settings.eps, settings.exp)
+    options, d3 = optimizer_options(settings), D3(settings.eps, settings.exp)
+    name = settings.method.partition("+")[0]
+    if name in ("id3", "repeat-d3", "static-d3"):
+        options["heuristic"] = d3
+    elif method_table.needs_running(name):
+        options["heuristic"] = method_table.SELECTIVE[name][0](d3)
     return methods.prepare(
         settings.method,
         start.model,
@@ -38,7 +41,7 @@ def prepare_method(
         budget=settings.budget,
         lr=settings.lr,
         total_steps=total_steps(settings, task, arguments),
-        examples=examples_of(settings, task, start) if methods.needs_examples(settings.method) else (),
+        examples=examples_of(settings, task, start) if method_table.needs_examples(settings.method) else (),
         seed=settings.seed,
         head_options={} if settings.head_lr is None else {"lr": settings.head_lr},
         leave_out=settings.leave_out,

@@ -17,11 +17,12 @@ from typing import Any
 import torch
 import transformers
 
+from ..atomic import sync
 from ..distributed.part import full
 from ..ranks import launched, meet, writes_files
 from .chat import Conversation
 from .divergence import FiniteLoss
-from .output import UNFINISHED, remove
+from .output import UNFINISHED, remove, remove_earlier
 from .settings import Settings, option
 from .tasks import Task
 
@@ -160,14 +161,19 @@ class Checkpoints(transformers.TrainerCallback):
     """Makes a checkpoint of what the Trainer and its callbacks wrote to `unfinished/`, and removes old ones.
 
     Old checkpoints are removed once a further step has had a finite loss, so that a run that diverges keeps
-    the last good one. Put the callback after those that save.
+    the last good one; those of an earlier run, with `overwrite`, when training begins. Put the callback after
+    those that save, and before those that begin files.
     record: what `run_record` returns, with `weights`. watch: knows which losses are finite.
     """
 
     def __init__(self, settings: Settings, record: dict[str, Any], watch: FiniteLoss) -> None:
-        self.output, self.keep = Path(settings.output), settings.keep
+        self.output, self.keep, self._overwrites = Path(settings.output), settings.keep, settings.overwrite
         self.record, self.watch = record, watch
         self._has_old = False  # since the newest save
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if self._overwrites:
+            remove_earlier(self.output)
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.watch.finite(state.global_step):
@@ -185,7 +191,7 @@ class Checkpoints(transformers.TrainerCallback):
             sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
             (folder / RECORD).write_text(json.dumps(self.record | {"files": sizes}, indent=2) + "\n")
             for path in (*folder.rglob("*"), folder):
-                _sync(path)
+                sync(path)
             remove(self.output / name)  # one that is not whole: a run goes on from the newest whole one
             os.replace(folder, self.output / name)
         remove(folder)
@@ -198,13 +204,3 @@ class Checkpoints(transformers.TrainerCallback):
             if path not in whole[: self.keep]:
                 remove(path)
         self._has_old = False
-
-
-def _sync(path: Path) -> None:
-    """Waits until the disk has a file or a folder, where the system supports that."""
-    if os.name == "posix":
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

@@ -3,6 +3,7 @@
 import argparse
 import json
 
+from .. import method_table
 from .models import load_config, quiet_transformers, reading
 from .settings import Settings, naming_options, option
 
@@ -41,11 +42,15 @@ def run_estimate(arguments: argparse.Namespace) -> None:
     print(json.dumps(report, indent=2) if arguments.json else memory_table(report))
 
 
-def predicted_memory(settings: Settings) -> dict[str, int]:
-    """Bytes by kind for a run of `train`, from the model's configuration alone.
+def predicted_memory(settings: Settings, steps: int) -> dict[str, int]:
+    """Bytes by kind for a run of `train` with as many steps, from the model's configuration alone.
 
     Its batches are of texts of `max_length`, or of as many tokens as the model has positions.
+    Raises ValueError for a method that trains whole tensors, or in an adapter.
     """
+    if not method_table.trains_entries(settings.method):
+        raise ValueError(f"--memory-report: does not apply to --method {settings.method}: it predicts what "
+                         "entries of the model's own weights take")  # fmt: skip
     from ..estimate import estimate_from_config  # needs transformers
 
     config = load_config(settings.model)
@@ -53,10 +58,18 @@ def predicted_memory(settings: Settings) -> dict[str, int]:
     length = min(settings.max_length, positions or settings.max_length)
     options = {"batch": settings.batch_size, "length": length}
     options |= {"bf16": settings.bf16, "checkpointing": settings.checkpointing}
-    options |= {"static": settings.strategy != "increment", "select_every": settings.select_every}
-    if settings.steps:
-        options["steps"] = settings.steps
+    options |= {"static": _is_static(settings), "select_every": settings.select_every, "steps": steps}
+    options["entry_ages"] = bool(
+        settings.bias_correction == "entry" or settings.entry_warmup or settings.prune
+    )
     with naming_options("budget"):
         report = estimate_from_config(config, settings.budget, **options)
     released = "released" if settings.release_gradients else "dense"
     return report["sparse" if settings.sparse_backward else released]
+
+
+def _is_static(settings: Settings) -> bool:
+    """Whether the whole budget joins at once."""
+    if settings.method is not None:
+        return method_table.SELECTIVE[settings.method][1] != "increment"
+    return bool(settings.strategy != "increment" or settings.mask or settings.reuse_mask)

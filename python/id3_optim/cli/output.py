@@ -73,18 +73,23 @@ def _check_writable(option: str, folder: Path) -> None:
 
 
 def begin(settings: Settings) -> None:
-    """Makes the output directory and removes what a killed run, and with `overwrite` an earlier one, left.
-
-    Results (weights, delta, tokenizer) stay until `publish` replaces them. Files of other names always stay.
-    """
+    """Makes the output directory and removes what a killed run was writing."""
     meet()  # every process has checked the folder
     output = Path(settings.output)
     output.mkdir(parents=True, exist_ok=True)
     remove_unfinished(output)
-    if writes_files():
-        for path in (p for name in _ALONG_THE_WAY if settings.overwrite for p in output.glob(name)):
-            remove(path)
     meet()
+
+
+def remove_earlier(output: Path) -> None:
+    """Removes what an earlier run wrote along its way; of several processes the first does.
+
+    Results (weights, delta, tokenizer) stay until `publishing` replaces them. Files of other names always
+    stay.
+    """
+    if writes_files():
+        for path in (path for name in _ALONG_THE_WAY for path in output.glob(name)):
+            remove(path)
 
 
 def remove_unfinished(output: Path) -> None:

@@ -7,6 +7,7 @@ import gc
 import os
 import sys
 
+from ..method_table import splits
 from ..ranks import launched
 
 
@@ -23,7 +24,10 @@ def check_processes(settings) -> None:
             "`torchrun --nproc-per-node GPUS -m id3_optim.cli train …`"
         )
     excluded = {
-        "--method": (settings.method, "it trains what --optimizer, --heuristic and --strategy say"),
+        "--method": (
+            settings.method is not None and not splits(settings.method),
+            f"{settings.method} adds to the model, or needs whole tensors to choose",
+        ),
         "--sparse-backward": (settings.sparse_backward, "it needs whole weights"),
         "--memory-report": (settings.memory_report, "the prediction is that of one process"),
         "--tensor-cap": (settings.tensor_cap, "no process sees all entries of a tensor"),

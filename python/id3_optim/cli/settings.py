@@ -12,9 +12,8 @@ import torch
 
 from id3_kernels import backend
 
-from .. import compatibility, methods, schedules
+from .. import compatibility, method_table, schedules
 from ..heuristics import D3
-from ..masks import Mask, indices_of
 from ..method import Method, Prune, share_of
 from . import reading
 from .processes import check_processes, exchanges
@@ -261,13 +260,6 @@ def _check_mask(settings: Settings) -> None:
         _check_file("mask", settings.mask)
 
 
-def check_mask(mask: Mask, budget: int) -> None:
-    """Raises ValueError for a mask of more entries than the budget."""
-    entries = sum(indices.numel() for indices in indices_of(mask).values())
-    if entries > budget:
-        raise ValueError(f"--budget: expected at least the {entries} entries of the mask, got {budget}")
-
-
 def _check_method(settings: Settings) -> None:
     """Raises ValueError for options that a method decides itself, or that its pool excludes."""
     name = settings.method
@@ -275,15 +267,15 @@ def _check_method(settings: Settings) -> None:
         if settings.leave_out:
             raise ValueError("--leave-out: expected --method with it, got none")
         return
-    _check_alone("method", lambda: methods.check_name(name))
+    _check_alone("method", lambda: method_table.check_name(name))
     defaults = {f: Settings.__dataclass_fields__[f].default for f in ("optimizer", "heuristic", "strategy")}
     for given, default in defaults.items():
         if getattr(settings, given) != default:
             raise ValueError(f"{option(given)}: does not apply to --method: {name} decides it")
-    if (settings.release_gradients or settings.sparse_backward) and methods.needs_whole_gradients(name):
+    if (settings.release_gradients or settings.sparse_backward) and method_table.needs_whole_gradients(name):
         raise ValueError(f"--method {name}: does not apply to released gradients: it reads whole ones")
     for unfit in ("delta_only", "save_at", "save_every", "release_gradients", "sparse_backward"):
-        if getattr(settings, unfit) and not methods.trains_entries(name):
+        if getattr(settings, unfit) and not method_table.trains_entries(name):
             raise ValueError(f"{option(unfit)}: does not apply to --method {name}: it trains whole tensors "
                              "or an adapter")  # fmt: skip
 

@@ -13,7 +13,7 @@ from transformers import (
     AutoTokenizer,
 )
 
-from ..methods import trains_entries
+from ..method_table import trains_entries
 from . import tasks
 from .chat import check_template
 from .models import hub_options, load_config, load_mean_pooling, load_pretrained, reading

@@ -16,12 +16,12 @@ from ..estimate import MemoryWatch
 from ..heuristics import D3, Bias, Magnitude, Random
 from ..integrations.groups import parameter_groups
 from ..integrations.huggingface import DELTA_NAME, ID3Callback, StepClock
-from ..masks import Mask, mask_of, trained_entries
+from ..masks import Mask, indices_of, mask_of, trained_entries
 from ..optimizer import ID3AdamW
 from ..ranks import writes_files
 from ..relative import Relative
 from . import fsdp, metrics, tasks
-from .by_method import AfterStep, prepare_method
+from .by_method import AfterStep, prepare_method, total_steps
 from .checkpoints import (
     Checkpoints,
     check_same_run,
@@ -36,7 +36,7 @@ from .interrupt import Interrupt
 from .output import begin, check_paths, publishing, remove_unfinished
 from .progress import ProgressBar, reporters
 from .report import summarise
-from .settings import Settings, check_mask, check_settings, optimizer_options, resolved_budget
+from .settings import Settings, check_settings, optimizer_options, resolved_budget
 from .start import Start, load_start
 from .stopping import stopping
 from .tasks import Task
@@ -50,6 +50,14 @@ class Run:
     metrics: dict[str, float]
     history: list[dict]
     clock: StepClock
+
+
+def _entries_of(mask: Mask, budget: int) -> int:
+    """How many entries a mask has. Raises ValueError for more than the budget."""
+    entries = sum(indices.numel() for indices in indices_of(mask).values())
+    if entries > budget:
+        raise ValueError(f"--budget: expected at least the {entries} entries of the mask, got {budget}")
+    return entries
 
 
 def build_optimizer(settings: Settings, start: Start, mask: Mask | None = None) -> torch.optim.Optimizer:
@@ -75,8 +83,8 @@ def build_optimizer(settings: Settings, start: Start, mask: Mask | None = None) 
     head_options = {} if settings.head_lr is None else {"lr": settings.head_lr}
     groups = parameter_groups(start.model, start.fresh, **head_options)
     budget = resolved_budget(settings, sum(parameter.numel() for _, parameter in groups[0]["params"]))
-    if mask is not None:
-        check_mask(mask, budget)
+    if mask is not None:  # a larger budget would search for more in every step
+        budget = _entries_of(mask, budget)
     return ID3AdamW(
         groups,
         lr=settings.lr,
@@ -122,7 +130,7 @@ def _mask_of_a_run(settings: Settings, task: Task, progress: ProgressBar | None)
     with tempfile.TemporaryDirectory(prefix="id3-first-run-") as folder:
         settings = replace(settings, output=folder, reuse_mask=False, report_to=())
         start, optimizer, callbacks = prepare(settings, task)
-        fit(start, task, optimizer, settings, callbacks, progress=progress)
+        fit(start, task, optimizer, settings, callbacks, progress=progress, stops=False)
     return trained_entries(start.model, optimizer)
 
 
@@ -134,12 +142,14 @@ def fit(
     callbacks: Sequence[transformers.TrainerCallback] = (),
     checkpoint: Path | None = None,
     progress: ProgressBar | None = None,
+    stops: bool = True,
 ) -> Run:
     """Trains `start.model` in place and evaluates it. The same settings give the same batches and dropout.
 
     callbacks: added to a progress bar and a clock. ID3AdamW needs `ID3Callback` among them, or its
     `total_steps` set. checkpoint: to go on from; its record must be that of this run (ValueError).
-    progress: a callback with `note` and `close`, in place of the bar.
+    progress: a callback with `note` and `close`, in place of the bar. stops: whether Ctrl-C waits for the end
+        of a step and a checkpoint of it, or ends the run at once.
     Raises `divergence.Diverged` where the loss or the weights leave the finite numbers, and KeyboardInterrupt
     after Ctrl-C, with a checkpoint of the step that it came in.
     """
@@ -158,7 +168,7 @@ def fit(
         check_same_run(checkpoint, record)
     for note in trainer.notes:
         progress.note(note)
-    with contextlib.closing(progress), interrupt.listening():
+    with contextlib.closing(progress), interrupt.listening() if stops else contextlib.nullcontext():
         run_trainer(trainer, checkpoint)
     if interrupt.stopped:
         raise KeyboardInterrupt
@@ -215,7 +225,8 @@ def train(settings: Settings) -> tuple[dict, Start, torch.optim.Optimizer]:
     for note in notes(settings):
         print(note)
     watch = MemoryWatch() if settings.memory_report else None
-    predicted = predicted_memory(settings) if watch else {}  # before the run, which a failure would lose
+    steps = total_steps(settings, task, trainer_arguments(settings))
+    predicted = predicted_memory(settings, steps) if watch else {}  # before the run: a failure would lose it
     start, optimizer, callbacks = prepare(settings, task)
     if start.fresh:
         print(f"new in this model, so trained whole (dense): {', '.join(sorted(start.fresh))}")

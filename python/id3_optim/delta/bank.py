@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..wrappers import plain_names, plain_parameters
 from .delta import Delta
 from .patches import Patch, find, read, write
-from .rows import Rows, kinds_of
+from .rows import Memory, Rows, kinds_of
 from .values import check_finite
 
 Request, Answer = TypeVar("Request"), TypeVar("Answer")
@@ -39,7 +39,8 @@ class DeltaBank:
 
     def __init__(self, model: nn.Module) -> None:
         self.model, self.active = model, None
-        self._kinds = kinds_of({name: plain_parameters(model)[name] for name in plain_names(model).values()})
+        params = {name: plain_parameters(model)[name] for name in plain_names(model).values()}
+        self._kinds, self._memory = kinds_of(params), Memory(params, "bank")
         self._held: dict[str, _Held] = {}
 
     def __contains__(self, name: str) -> bool:
@@ -85,10 +86,12 @@ class DeltaBank:
     def use(self, name: str | None) -> None:
         """Puts a delta on the model and takes off the one in use; None: the base.
 
-        Raises KeyError for a name that the bank does not hold.
+        Raises KeyError for a name that the bank does not hold, ValueError where the model was moved or cast
+        after the bank was made.
         """
         if name is not None:
             self._check(name)
+        self._memory.check()
         if name == self.active:
             return
         if self.active is not None:

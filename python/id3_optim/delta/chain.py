@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ from .coordinates import checkpoint_parts, located
 from .file import Change
 from .fingerprint import fingerprints
 from .patches import check_param
-from .rows import Kind, Rows, kinds_of
+from .rows import Kind, Memory, Rows, kinds_of
 from .update import WeightUpdate
 from .values import check_finite
 
@@ -36,7 +36,8 @@ class WeightStream:
 
     Raises ValueError for an optimizer with keep_originals=False, a parameter that the model lacks, and a
     DTensor; TypeError for another optimizer. A stream made after a dense group's first step needs its saved
-    state.
+    state. Where the model is moved or cast, or the optimizer gets a param group, `next` raises ValueError:
+    make a stream anew, and load the state of this one.
     """
 
     def __init__(self, model: nn.Module, optimizer: Any) -> None:
@@ -50,6 +51,7 @@ class WeightStream:
         for name, param in params.items():
             _check_whole(name, param)
         self._names, self._parts, self._kinds = names, checkpoint_parts(model), kinds_of(params)
+        self._memory = Memory(params, "stream")
         whole = ((n, p) for n in params for p in self._parts[n] if p.is_all_of(params[n]))
         self._whole = dict(whole)  # parameter name → the weight that is the whole parameter
         dense = [p for group in groups if group.get("dense") for p in group["params"]]
@@ -68,6 +70,7 @@ class WeightStream:
         with a GPU. Raises DeltaError for values that are NaN or infinite, without allow_nonfinite; ValueError
         for a parameter that the checkpoint keeps in a form that is no view of it.
         """
+        self._memory.check()
         step, checksum = (0, 0) if full else (self.step, self.checksum)
         pieces, held, finite = {}, [], True
         for kind, known, original in zip(self._kinds, self._known, self._originals(), strict=True):
@@ -156,10 +159,22 @@ class WeightStream:
             for touched in self.optimizer.touched()
             if touched.indices.numel()
         }
+        self._check_groups(rows)
         for name, values in self._dense.items():
             rows[name] = torch.arange(values.numel(), dtype=torch.int32, device=values.device), values
         for names, tensors in self._kinds:
             yield Rows.of(tensors, {i: rows[name] for i, name in enumerate(names) if name in rows})
+
+    def _check_groups(self, rows: Iterable[str]) -> None:
+        """Raises ValueError for a trained parameter that the optimizer did not have at first."""
+        groups = (group for group in self.optimizer.param_groups if group.get("dense"))
+        dense = {self._names[id(p)] for group in groups for p in group["params"]}
+        known = {name for kind in self._kinds for name in kind.names}
+        for name in [*(dense - self._dense.keys()), *(name for name in rows if name not in known)]:
+            raise ValueError(
+                f"{name}: expected a parameter that the optimizer had when the stream was made, got one of "
+                "a later param group; make a stream anew, and load the state of this one"
+            )
 
     def _in_checkpoint(
         self, names: list[str], entries: Entries, before: Tensor, after: Tensor

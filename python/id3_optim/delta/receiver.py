@@ -11,7 +11,7 @@ from .coordinates import part_views
 from .file import Change, DeltaError
 from .fingerprint import fingerprints
 from .patches import find_in
-from .rows import Kind, Rows, kinds_of
+from .rows import Kind, Memory, Rows, kinds_of
 from .update import WeightUpdate
 
 
@@ -35,6 +35,7 @@ class WeightReceiver:
         self.step, self.checksum = 0, 0
         self._weights = part_views(model)
         self._kinds = kinds_of(self._weights)
+        self._memory = Memory(dict(model.named_parameters()), "receiver")
         self._originals = [Rows.empty(kind.tensors) for kind in self._kinds]
 
     @torch.no_grad()
@@ -43,8 +44,10 @@ class WeightReceiver:
 
         An update from step 0 applies at every step: entries that it lacks return to the first model's values.
         Raises ResendNeeded, and changes nothing, where another update is missing before this one, or the
-        weights are not those of the update's base; DeltaError for a name, shape or dtype of another model.
+        weights are not those of the update's base; DeltaError for a name, shape or dtype of another model;
+        ValueError where the model was moved or cast after the receiver was made.
         """
+        self._memory.check()
         full = update.base_step == 0 and update.base_checksum == 0
         if not full:
             self._check_base(update)
@@ -64,7 +67,8 @@ class WeightReceiver:
 
     @torch.no_grad()
     def reset(self) -> None:
-        """Puts the first model's values back bit for bit: step 0."""
+        """Puts the first model's values back bit for bit: step 0. Raises ValueError as `apply_patch`."""
+        self._memory.check()
         for kind, rows in zip(self._kinds, self._originals, strict=True):
             rows.write(kind.tensors)
         self._originals = [Rows.empty(kind.tensors) for kind in self._kinds]

@@ -84,6 +84,23 @@ class Kind(NamedTuple):
     tensors: list[Tensor]
 
 
+class Memory:
+    """Where named tensors lie when something is made of them (`owner`): what keeps views of them has to know
+    whether a model has been moved or cast since."""
+
+    def __init__(self, named: Mapping[str, Tensor], owner: str) -> None:
+        self._owner, self._lie = owner, [(name, t, t.data_ptr()) for name, t in named.items()]
+
+    def check(self) -> None:
+        """Raises ValueError for a tensor that lies elsewhere now."""
+        for name, tensor, pointer in self._lie:
+            if tensor.data_ptr() != pointer:
+                raise ValueError(
+                    f"{name}: expected the memory that it had when the {self._owner} was made, got another: "
+                    f"the model was moved or cast; make the {self._owner} afterwards"
+                )
+
+
 def kinds_of(named: Mapping[str, Tensor]) -> list[Kind]:
     """The named tensors by device and dtype."""
     names, tensors = list(named), list(named.values())

@@ -26,7 +26,6 @@ class WeightPatch(NamedTuple):
     values: Tensor
 
 
-@torch.no_grad()
 def weight_patches(model: nn.Module, optimizer: Any, since: int = 0) -> Iterator[WeightPatch]:
     """The patches that turn a copy of the model as it was after `since` steps into the present model.
 

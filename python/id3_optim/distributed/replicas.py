@@ -109,7 +109,7 @@ def checksum(tensors: Iterable[Tensor], device: torch.device) -> int:
     total = torch.zeros((), dtype=torch.int64, device=device)
     for tensor in tensors:
         for part in tensor.detach().reshape(-1).split(SLICE):
-            odd = torch.arange(1, 2 * part.numel(), 2, device=part.device)
+            odd = 1 + 2 * torch.arange(part.numel(), device=part.device)  # of an empty part too
             bits = part.view(_BITS[part.element_size()])
             total = mix64(total + (bits * odd).sum().to(device))  # wraps modulo 2^64
     return int(total) % 2**64

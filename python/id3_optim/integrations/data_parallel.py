@@ -46,7 +46,8 @@ class SparseDataParallel:
             return super().training_step(*args, **kwargs)
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate wraps it
         _check(optimizer, self.args.max_grad_norm)
-        with nullcontext() if self.accelerator.sync_gradients else optimizer.no_sync():
+        whole = self.accelerator.sync_gradients or optimizer.select_from == "max"
+        with nullcontext() if whole else optimizer.no_sync():
             return super().training_step(*args, **kwargs)
 
 

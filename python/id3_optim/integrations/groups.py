@@ -22,7 +22,7 @@ def parameter_groups(model: torch.nn.Module, fresh: Iterable[str] = (), **dense_
     """Param groups for ID3AdamW: pre-trained parameters share the budget, fresh ones are trained whole.
 
     fresh: names of the parameters of a `dense=True` group. dense_options: settings of that group alone, such
-    as `lr`. Parameters with `requires_grad=False` are left out.
+    as `lr`. Parameters with `requires_grad=False` are left out, and a group that would have none.
     Raises ValueError for a fresh name that is not in the model.
     """
     fresh = set(fresh)
@@ -30,8 +30,9 @@ def parameter_groups(model: torch.nn.Module, fresh: Iterable[str] = (), **dense_
     if unknown := sorted(fresh - named.keys()):
         raise ValueError(f"fresh: expected names of the model's parameters, got {unknown[0]!r}")
     trainable = [(name, p) for name, p in named.items() if p.requires_grad]
-    groups = [{"params": [(name, p) for name, p in trainable if name not in fresh]}]
+    pretrained = [(name, p) for name, p in trainable if name not in fresh]
     dense = [(name, p) for name, p in trainable if name in fresh]
+    groups = [{"params": pretrained}] if pretrained or not dense else []
     if dense:
         groups.append({"params": dense, "dense": True, **dense_options})
     return groups

@@ -105,8 +105,9 @@ class ID3Callback(TrainerCallback, ExportableState):
     """Sets the optimizer's `total_steps`, logs its numbers, and saves a delta in every checkpoint.
 
     The number of steps is the Trainer's own (epochs, accumulation, the last partial batch), read when
-    training begins. An optimizer that already has a `total_steps` keeps it. A run resumed with a different
-    number of steps is refused (ValueError), since its budget was spent over the first number.
+    training begins. An optimizer that already has a `total_steps` keeps it. A run resumed with fewer
+    steps is refused (ValueError), since its budget is spent over the first number; with more it trains on
+    with the entries that are active then, and warns. With a static mask any number is taken.
 
     The Trainer's history gets `run.numbers_to_log`. The reporters of `report_to` get these numbers after
     `report_first(trainer)`; without that call a warning is given.

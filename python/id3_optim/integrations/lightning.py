@@ -45,7 +45,8 @@ class ID3Callback(pl.Callback):
     The number of steps is `trainer.estimated_stepping_batches` when training begins, after a checkpoint has
     been loaded, less the steps that an earlier `fit` of the same Trainer has taken. An optimizer that has a
     `total_steps` keeps it. Raises ValueError where the Trainer has neither max_epochs nor max_steps, or where
-    a resumed run has a different number of steps from its first part, or an optimizer without its steps.
+    a resumed run has fewer steps than it began with (with more it trains on with the entries that are active
+    then, and warns), or an optimizer without its steps.
 
     Loggers get `run.numbers_to_log` every `log_every_n_steps`.
 

@@ -59,6 +59,6 @@ class SparseDataParallelStrategy(DDPStrategy):
         """Around the batches of a step but the last one."""
         with ExitStack() as stack:
             if world_size() > 1:
-                for optimizer in self.optimizers:
+                for optimizer in (own for own in self.optimizers if own.select_from != "max"):
                     stack.enter_context(optimizer.no_sync())
             yield

@@ -38,7 +38,7 @@ def adapter_groups(
     _check_prefix_tuning(model)
     fresh = set(fresh) | _modules_to_save(model)
     groups = parameter_groups(model, fresh, **dense_options)
-    adapter = groups[0]["params"]
+    adapter = [] if groups[0].get("dense") else groups[0]["params"]
     if not adapter:
         raise ValueError(
             "model: expected an adapter with trainable parameters, got none; load it by "

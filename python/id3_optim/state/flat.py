@@ -46,8 +46,10 @@ def mark(state: MutableMapping[Any, Any], groups: list[dict[str, Any]]) -> None:
 
 
 def is_flat(groups: list[dict[str, Any]], layout: Layout) -> bool:
-    """Whether the state takes this form. With "repeat" it has no size that is known in advance."""
-    return not layout.repeat and any_split(groups)
+    """Whether the state takes this form. With "repeat" it has no size that is known in advance; dense groups
+    alone have torch's own form."""
+    sparse = any(True for _ in members(groups, dense=False))
+    return sparse and not layout.repeat and any_split(groups)
 
 
 def close(

@@ -73,7 +73,7 @@ def run_trial(settings: Settings, task: Task, threads: int, on_step: Callable[[]
             start, optimizer, callbacks = prepare(settings, task, Steps(on_step))
             if torch.cuda.is_available():
                 torch.cuda.reset_peak_memory_stats()
-            run = fit(start, task, optimizer, settings, callbacks, progress=Steps(on_step))
+            run = fit(start, task, optimizer, settings, callbacks, progress=Steps(on_step), stops=False)
         except Diverged as error:
             return Outcome({"metrics": {}, "diverged": str(error), "history": []}, None)
         report = _of_this_run(summarise(settings, start, optimizer, run)) | _memory()
