@@ -40,7 +40,8 @@ class DeltaBank:
     def __init__(self, model: nn.Module) -> None:
         self.model, self.active = model, None
         params = {name: plain_parameters(model)[name] for name in plain_names(model).values()}
-        self._kinds, self._memory = kinds_of(params), Memory(params, "bank")
+        self._kinds = kinds_of(params)
+        self._memory = Memory(params, "bank", "make a bank of the base anew, and add the deltas")
         self._held: dict[str, _Held] = {}
 
     def __contains__(self, name: str) -> bool:

@@ -51,7 +51,7 @@ class WeightStream:
         for name, param in params.items():
             _check_whole(name, param)
         self._names, self._parts, self._kinds = names, checkpoint_parts(model), kinds_of(params)
-        self._memory = Memory(params, "stream")
+        self._memory = Memory(params, "stream", "make a stream anew, and load the state of this one")
         whole = ((n, p) for n in params for p in self._parts[n] if p.is_all_of(params[n]))
         self._whole = dict(whole)  # parameter name → the weight that is the whole parameter
         dense = [p for group in groups if group.get("dense") for p in group["params"]]

@@ -35,7 +35,8 @@ class WeightReceiver:
         self.step, self.checksum = 0, 0
         self._weights = part_views(model)
         self._kinds = kinds_of(self._weights)
-        self._memory = Memory(dict(model.named_parameters()), "receiver")
+        remedy = "make a receiver of the first model, and send it next(full=True)"
+        self._memory = Memory(dict(model.named_parameters()), "receiver", remedy)
         self._originals = [Rows.empty(kind.tensors) for kind in self._kinds]
 
     @torch.no_grad()

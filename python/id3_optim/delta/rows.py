@@ -86,10 +86,11 @@ class Kind(NamedTuple):
 
 class Memory:
     """Where named tensors lie when something is made of them (`owner`): what keeps views of them has to know
-    whether a model has been moved or cast since."""
+    whether a model has been moved or cast since. remedy: what to do then."""
 
-    def __init__(self, named: Mapping[str, Tensor], owner: str) -> None:
-        self._owner, self._lie = owner, [(name, t, t.data_ptr()) for name, t in named.items()]
+    def __init__(self, named: Mapping[str, Tensor], owner: str, remedy: str) -> None:
+        self._owner, self._remedy = owner, remedy
+        self._lie = [(name, tensor, tensor.data_ptr()) for name, tensor in named.items()]
 
     def check(self) -> None:
         """Raises ValueError for a tensor that lies elsewhere now."""
@@ -97,7 +98,7 @@ class Memory:
             if tensor.data_ptr() != pointer:
                 raise ValueError(
                     f"{name}: expected the memory that it had when the {self._owner} was made, got another: "
-                    f"the model was moved or cast; make the {self._owner} afterwards"
+                    f"the model was moved or cast; {self._remedy}"
                 )
 
 
