@@ -58,7 +58,7 @@ def describe(threads: int) -> dict[str, object]:
 def multiplies_bfloat16() -> bool:
     """Whether the CPU has a fast product of bfloat16 matrices. Without AVX-512 it takes ten times as long as
     that of float32, which says nothing about a method."""
-    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return "AVX512" in torch.backends.cpu.get_cpu_capability()
 
 
 def results_path(folder: Path, machine: dict[str, object], ending: str = "") -> Path:
