@@ -14,6 +14,7 @@ from benchmarks.shapes import KNOWN, MODELS, Inputs
 
 # A budget is spent in this many steps, so k = B / 3000.
 SPREAD = 3000
+_READS = {"read_both", "read_grad"}
 ALL_RIVALS = ("dense", "dense_plain", "toolkit", "adamw")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -82,7 +83,7 @@ def reads(ours: Ours, inputs: Inputs) -> dict[str, Timed]:
 def fastest_reads(methods: dict[str, dict]) -> dict[str, dict]:
     """Medians by method, with the faster way of each read in place of both."""
     found = dict(methods)
-    for name in [name for name in methods if f"{name}_plain" in methods and name.startswith("read")]:
+    for name in _READS & methods.keys():
         found[name] = min(found[name], found.pop(f"{name}_plain"), key=lambda timed: timed["median_ms"])
     return found
 

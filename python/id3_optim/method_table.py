@@ -121,9 +121,8 @@ def splits(name: str) -> bool:
     """Whether the method works where FSDP2 splits the parameters: it adds nothing to the model, and a part's
     scores need no more than the part."""
     method, pool = parts_of(name)
-    whole = method in ("full", "head")
-    heuristic = SELECTIVE.get(method, (None, None))[0]
-    return not pool and (whole or (method in SELECTIVE and not isinstance(heuristic, str | partial)))
+    by_part = method in SELECTIVE and not (needs_examples(name) or needs_running(name))
+    return not pool and (by_part or method in ("full", "head"))
 
 
 def check_name(name: str) -> None:

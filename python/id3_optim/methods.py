@@ -83,9 +83,9 @@ def prepare(
         merge, after_step = _add_pool(method, pool, model, entries, total_steps, seed)
     _freeze(model, head, leave_out, embeddings(model) if method == "recipe" else [])
     groups = _groups(model, head, method not in SELECTIVE, head_options or {})
-    pool = {name: p.numel() for name, p in _trainable(model, head).items()}
-    competing = sum(pool.values())
-    chosen = sum(size for name, size in pool.items() if method != "bitfit" or name.endswith("bias"))
+    sizes = {name: p.numel() for name, p in _trainable(model, head).items()}
+    competing = sum(sizes.values())
+    chosen = sum(size for name, size in sizes.items() if method != "bitfit" or name.endswith("bias"))
     allowed = min(entries, chosen) if method in SELECTIVE else competing
     if method in SELECTIVE:
         heuristic, strategy = SELECTIVE[method]

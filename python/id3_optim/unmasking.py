@@ -172,7 +172,6 @@ class Unmasking:
             compatibility.check_large(self.method, groups)
         if n_entries == 0:
             validation.check_nothing_to_train(groups, self.active.names)
-            self.active.split_over(ranks_of(named_parameters(groups)))  # the norm of dense groups is over all
             return
         if self.n_entries is None:
             self.budget = schedules.resolve_budget(self.method.budget_given, n_entries)
@@ -205,6 +204,8 @@ class Unmasking:
         """Before all else, since a rank that fails alone leaves the other ranks waiting."""
         ranks = ranks_of(named_parameters(groups))
         compatibility.check_ranks(self.method, ranks.alone)
+        if not self.active.shards:  # dense groups alone: their norm is over all ranks, too
+            self.active.split_over(ranks)
         if self.replicas is not None:
             taken = self.select_from or "by the step"
             check_replicas(self.replicas, self.settings(), groups, self.active.held(), taken)

@@ -1,15 +1,12 @@
 """`id3-optim train --fsdp --method`: split over two processes, a method trains what it trains whole."""
 
-import json
-from pathlib import Path
-
 import pytest
 import torch
 
 pytest.importorskip("transformers", reason="`train` comes with the extra `hf`")
 
 from safetensors.torch import load_file
-from torchrun import launch
+from torchrun import train_in_two
 from train_command import save_train_files, words
 from transformers import AutoModelForSequenceClassification
 
@@ -44,12 +41,7 @@ def commands(files):
 def files(tmp_path_factory):
     """The folder in which both processes have run all commands."""
     folder = save_train_files(tmp_path_factory.mktemp("files"))
-    (folder / "commands.json").write_text(json.dumps(commands(folder)))
-    done = launch(Path(__file__).parent / "train_ranks_run.py", folder)
-    assert done.returncode == 0, done.stderr[-3000:]
-    for rank in (0, 1):
-        ran = json.loads((folder / f"rank-{rank}.json").read_text())
-        assert {name: error for name, (code, _, error) in ran.items() if code} == {}
+    train_in_two(folder, commands(folder))
     return folder
 
 

@@ -1,14 +1,11 @@
 """`id3-optim train` in two processes that send what a step uses, in place of DistributedDataParallel."""
 
-import json
-from pathlib import Path
-
 import pytest
 
 pytest.importorskip("transformers", reason="`train` comes with the extra `hf`")
 
 from test_train_ranks import DELTA, LLAMA
-from torchrun import launch
+from torchrun import train_in_two
 from train_command import save_train_files, words
 
 from id3_optim import load_delta
@@ -48,12 +45,7 @@ def commands(files):
 def files(tmp_path_factory):
     """The folder of all runs, which have ended in both processes."""
     folder = save_train_files(tmp_path_factory.mktemp("files"))
-    (folder / "commands.json").write_text(json.dumps(commands(folder)))
-    done = launch(Path(__file__).parent / "train_ranks_run.py", folder)
-    assert done.returncode == 0, done.stderr[-3000:]
-    for rank in (0, 1):
-        for name, (code, _, error) in json.loads((folder / f"rank-{rank}.json").read_text()).items():
-            assert code == 0, (name, error[-500:])
+    train_in_two(folder, commands(folder))
     return folder
 
 

@@ -1,5 +1,6 @@
 """torchrun, for tests of several processes."""
 
+import json
 import os
 import subprocess
 import sys
@@ -15,3 +16,13 @@ def launch(*command, processes=2, timeout=280):
     environment = {name: value for name, value in os.environ.items() if name != "PL_GLOBAL_SEED"}
     words = [sys.executable, *map(str, (*start, *command))]
     return subprocess.run(words, env=environment, capture_output=True, text=True, timeout=timeout)
+
+
+def train_in_two(folder, commands):
+    """Runs commands of `id3-optim train` (name → words) in two processes, of which all succeed in both."""
+    (folder / "commands.json").write_text(json.dumps(commands))
+    done = launch(Path(__file__).parent / "train_ranks_run.py", folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for rank in range(2):
+        for name, (code, _, error) in json.loads((folder / f"rank-{rank}.json").read_text()).items():
+            assert code == 0, (name, error[-500:])

@@ -225,8 +225,8 @@ def train(settings: Settings) -> tuple[dict, Start, torch.optim.Optimizer]:
     for note in notes(settings):
         print(note)
     watch = MemoryWatch() if settings.memory_report else None
-    steps = total_steps(settings, task, trainer_arguments(settings))
-    predicted = predicted_memory(settings, steps) if watch else {}  # before the run: a failure would lose it
+    if watch:  # before the run, which a failure would lose
+        predicted = predicted_memory(settings, total_steps(settings, task, trainer_arguments(settings)))
     start, optimizer, callbacks = prepare(settings, task)
     if start.fresh:
         print(f"new in this model, so trained whole (dense): {', '.join(sorted(start.fresh))}")
