@@ -150,6 +150,16 @@ def test_every_grid_is_a_command_that_parses(name, tmp_path):
         assert {len(method.rates) for method in arguments.methods} == {7 if PARTS[name].tuned else 1}
 
 
+def test_tuning_is_as_long_as_the_task_needs(tmp_path):
+    def length(part, task, *more):
+        options = run._parse(["--model", "m", "--runs", str(tmp_path), *more])
+        words = run.command(options, part, task, (tmp_path / "a", tmp_path / "b"))
+        return int(words[words.index("--tune-steps") + 1])
+
+    assert length("main", "cola") == length("longer", "cola") == 1000  # they share these runs
+    assert length("main", "sst2") == 500 and length("main", "cola", "--steps", "40") == 20
+
+
 @pytest.mark.parametrize("name", PARTS)
 def test_every_method_of_a_grid_has_settings_that_can_run(name, tmp_path):
     write_reviews(tmp_path / "rows.csv")

@@ -38,13 +38,14 @@ def command(options: argparse.Namespace, name: str, task_name: str, files: tuple
     """The words of `id3-optim compare` for a part on a task."""
     part, task = PARTS[name], TASKS[task_name]
     steps = options.steps or part.steps or task.steps
+    tune = max(1, options.steps // 2) if options.steps else task.tune
     given = ["compare", *model_and_rows(options, task, files), "--task", task.kind]
     given += ["--max-length", task.length, "--batch-size", task.batch]
     given += ["--results", results_of(options, name, task_name), "--metric", task.metric]
     given += ["--methods", *(with_rates(method, part) for method in methods_of(options, part))]
     given += ["--budgets", *part.budgets, "--seeds", *range(options.seeds or part.seeds)]
     evaluate_every = max(1, steps // task.evaluations)
-    given += ["--steps", steps, "--tune-steps", max(1, steps // 2), "--eval-every", evaluate_every]
+    given += ["--steps", steps, "--tune-steps", tune, "--eval-every", evaluate_every]
     given += ["--log-every", max(1, steps // 50), "--group-by-length"]
     given += ["--jobs", 1, "--threads", os.cpu_count()] if part.timed else ["--jobs", options.jobs]
     return [*map(str, given), *(["--cpu"] if options.cpu else [])]

@@ -20,7 +20,8 @@ from benchmarks.render import ROOT
 class Task:
     """folder, train, eval: of the data; text, label: its columns; rows: a fixed subset of the training rows.
 
-    steps, batch, length: of a run. evaluations: in its course; on the rows of three training steps one costs
+    steps, batch, length: of a run. tune: steps of the longest tuning runs; as many as a run's where shorter
+    ones give one label to all rows. evaluations: in its course; on the rows of three training steps one costs
     as much as a step. A text column has the same name in the files that are written. One of kind causal-lm
     has questions and answers in a single file, whose last `KEPT_ROWS` are measured on.
     """
@@ -33,6 +34,7 @@ class Task:
     metric: str
     rows: int | None = None
     steps: int = 1000
+    tune: int = 500
     batch: int = 16
     length: int = 64
     evaluations: int = 4
@@ -41,7 +43,9 @@ class Task:
 
 KEPT_ROWS = 500
 TASKS = {
-    "cola": Task("CoLA", "train.tsv", "dev.tsv", ("sentence1",), "label", "matthews", evaluations=10),
+    "cola": Task(
+        "CoLA", "train.tsv", "dev.tsv", ("sentence1",), "label", "matthews", tune=1000, evaluations=10
+    ),
     "mrpc": Task("MRPC", "train.tsv", "dev.tsv", ("sentence1", "sentence2"), "label", "accuracy", length=96),
     "sst2": Task("SST-2", "train.tsv", "dev.tsv", ("sentence1",), "label", "accuracy", rows=16000),
     "banking77": Task("banking77", "train.csv", "test.csv", ("text",), "category", "accuracy", batch=32),

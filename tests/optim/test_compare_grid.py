@@ -168,6 +168,14 @@ def test_a_run_is_the_same_in_every_grid_that_has_it():
     assert key(small, trial) == key(renamed, trial)
 
 
+def test_grids_of_other_lengths_share_their_tuning_runs():
+    short = plan_of(Method("id3"))
+    long = replace(short, settings=replace(short.settings, steps=80, eval_every=8, log_every=2))
+    trial = Trial("id3", 0.01, 1e-3, 3, 20, True)
+    assert key(short, trial) == key(long, trial)
+    assert key(short, trial._replace(tuning=False)) != key(long, trial._replace(tuning=False))
+
+
 @pytest.mark.parametrize(
     ("changes", "trial"),
     [

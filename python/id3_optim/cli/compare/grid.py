@@ -79,8 +79,8 @@ def settings_of(plan: Plan, trial: Trial) -> Settings:
     changes = dict(plan.method(trial.method).changes)
     changes["budget"] = trial.budget if trial.budget is not None else plan.settings.budget
     changes |= {"lr": trial.lr, "seed": trial.seed, "steps": trial.steps}
-    if trial.tuning:
-        changes["eval_every"] = None
+    if trial.tuning:  # only its end counts, so that grids whose runs are longer or shorter share it
+        changes |= {"eval_every": None, "log_every": Settings.log_every}
     return replace(plan.settings, **changes)
 
 
