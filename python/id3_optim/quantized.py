@@ -95,6 +95,7 @@ class QuantizedSparse:
         dequantize: Dequantize | None = None,
     ) -> None:
         check_total_steps(total_steps)
+        self.total_steps = total_steps
         self._dequantize, self.heuristic = dequantize or dequantized, heuristic
         self._layers = list(self._find(model))
         if not self._layers:

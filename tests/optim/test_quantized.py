@@ -4,30 +4,13 @@ import copy
 
 import pytest
 import torch
+from int8_model import Int8Linear, dequantize
 from torch import nn
 
 from id3_optim import ID3AdamW, Magnitude
 from id3_optim.quantized import QuantizedSparse
 
 STEPS = 6
-
-
-class Int8Linear(nn.Module):
-    """A linear layer in 8 bits, as simple as one can be: a scale for each row."""
-
-    def __init__(self, linear):
-        super().__init__()
-        scale = linear.weight.detach().abs().amax(1, keepdim=True) / 127
-        self.register_buffer("scale", scale)
-        self.register_buffer("codes", (linear.weight.detach() / scale).round().to(torch.int8))
-        self.bias = nn.Parameter(linear.bias.detach().clone(), requires_grad=False)
-
-    def forward(self, x):
-        return nn.functional.linear(x, dequantize(self), self.bias)
-
-
-def dequantize(module):
-    return module.codes.float() * module.scale if isinstance(module, Int8Linear) else None
 
 
 def pair():
