@@ -18,7 +18,6 @@ from . import pools, schedules
 from .heuristics import Fisher, Heuristic, Random, fisher_scores
 from .method_table import LORA_RANK, SELECTIVE, default_rate, describe, names, needs_examples, parts_of
 from .optimizer import ID3AdamW
-from .running import Running
 
 __all__ = ["Prepared", "default_rate", "describe", "distances", "embeddings", "names", "prepare", "recipe"]
 
@@ -92,8 +91,6 @@ def prepare(
         heuristic = _made(heuristic, model, head, examples, loss_of or _own_loss, seed)
         options = {"heuristic": heuristic, "strategy": strategy, **options}
     optimizer = ID3AdamW(groups, lr=lr, budget=allowed, total_steps=total_steps, **options)
-    if isinstance(optimizer.heuristic, Running):
-        optimizer.heuristic.watch(optimizer)
     return Prepared(model, optimizer, competing, allowed, after_step, merge)
 
 

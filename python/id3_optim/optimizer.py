@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import compatibility, validation
+from . import compatibility, running, validation
 from .heuristics import D3, Heuristic
 from .method import Method, Prune
 from .param_groups import selectable
@@ -147,8 +147,7 @@ class ID3AdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        scaled = getattr(self, "found_inf", None) is not None  # a GradScaler sets it around step()
-        if scaled and run.release is not None:
+        if run.release is not None and getattr(self, "found_inf", None) is not None:  # of a GradScaler
             run.release.check_scaler()
         scaling = Scaling.of(self, run.method.max_grad_norm, run.active.layout.capturable)
         if not scaling.stopped:
@@ -252,6 +251,7 @@ class ID3AdamW(torch.optim.Optimizer):
 
         def pack(_: Any, state: dict[str, Any]) -> None:
             checkpoint.pack(state, self.settings(), self.param_groups, self._unmasking.active.layout)
+            running.save(self.heuristic, self.param_groups, state)
 
         flat.mark(self.state, self.param_groups)
         sparse = checkpoint.sparse_state(self._unmasking.active)
@@ -279,6 +279,7 @@ class ID3AdamW(torch.optim.Optimizer):
         def restore(_: Any) -> None:
             checkpoint.settle_dense(self.state, self.param_groups)
             self._unmasking.restore(found[0], self.param_groups)
+            running.load(self.heuristic, self.param_groups)
 
         with (
             self.register_load_state_dict_pre_hook(check),  # behind the user's

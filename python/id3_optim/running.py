@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -25,10 +25,10 @@ class Running:
         corrected for their start at 0, as AdamW would move the entry.
     d3: the denominator.
 
-    Call `watch(optimizer)` once; before every step the heuristic then reads all gradients. It keeps one
-    float32 (for "adam" two) for each entry of the parameters. The optimizer's state dict holds these too, so
-    that a resumed run goes on bit for bit. Does not apply to released gradients or a GradScaler, whose steps
-    it would read scaled. Raises ValueError for another kind.
+    ID3AdamW gives it the gradients of every step. It keeps one float32 (for "adam" two) for each entry of
+    the parameters. The optimizer's state dict holds these too, so that a resumed run goes on bit for bit.
+    Does not apply to released gradients or a GradScaler, whose steps it would read scaled. Raises ValueError
+    for another kind.
     """
 
     def __init__(self, kind: str, d3: D3 = D3(), betas: tuple[float, float] = (0.9, 0.999)):  # noqa: B008
@@ -37,35 +37,31 @@ class Running:
         self.kind, self.d3, self.betas = kind, d3, betas
         self._kept: dict[Tensor, tuple[Tensor, Tensor, int]] = {}  # first and second moment, steps
 
-    def watch(self, optimizer: torch.optim.Optimizer) -> None:
-        """Reads the gradients before each of the optimizer's steps, and joins its state dict."""
-        optimizer.register_step_pre_hook(self._read)
-        optimizer.register_state_dict_post_hook(self._save)
-        optimizer.register_load_state_dict_post_hook(self._load)
-
     def describe(self) -> dict[str, Any]:
         """Plain values, which a resumed run must share."""
         return {"kind": self.kind, "d3": heuristics.describe(self.d3), "betas": list(self.betas)}
 
-    def _save(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-        """Adds copies to the first param group: of a parameter's own state torch would cast them to its
-        dtype, and torch.distributed.checkpoint takes no key there that is no parameter's."""
-        state["param_groups"][0][KEY] = saved = {}
-        for position, p in enumerate(_params(optimizer)):
+    def save(self, params: list[Tensor]) -> dict[int, dict[str, Any]]:
+        """Copies of what is kept, by the parameter's number."""
+        found = {}
+        for position, p in enumerate(params):
             if p in self._kept:
                 first, second, steps = self._kept[p]
-                saved[position] = {"first": first.clone(), "second": second.clone(), "steps": steps}
+                found[position] = {"first": first.clone(), "second": second.clone(), "steps": steps}
+        return found
 
-    def _load(self, optimizer: torch.optim.Optimizer) -> None:
-        saved, self._kept = optimizer.param_groups[0].pop(KEY, {}), {}
-        for position, p in enumerate(_params(optimizer)):
+    def load(self, params: list[Tensor], saved: Mapping[int, Mapping[str, Any]]) -> None:
+        """Takes over what `save` gave."""
+        self._kept = {}
+        for position, p in enumerate(params):
             if position in saved:
                 first, second, steps = saved[position].values()
                 self._kept[p] = first.to(p.device, copy=True), second.to(p.device, copy=True), steps
 
     @torch.no_grad()
-    def _read(self, optimizer: torch.optim.Optimizer, *call: Any) -> None:
-        for group in optimizer.param_groups:
+    def read(self, groups: list[dict[str, Any]]) -> None:
+        """Takes the gradients of a step, before its scores."""
+        for group in groups:
             for p in group["params"]:
                 if p.grad is not None and not group["dense"]:
                     self._take(p, p.grad if p.dtype == torch.float64 else p.grad.float())
@@ -84,7 +80,7 @@ class Running:
     def __call__(self, param: Tensor, grad: Tensor) -> Tensor:
         """Scores as `D3`, in the parameter's shape. With "sum" the sum begins anew."""
         if param not in self._kept:
-            raise ValueError("heuristic Running: expected watch(optimizer) before the first step, got none")
+            raise ValueError("heuristic Running: expected the gradients of a step of ID3AdamW, got none")
         first, second, steps = self._kept[param]
         size = first
         if self.kind == "adam":
@@ -96,5 +92,19 @@ class Running:
         return score
 
 
-def _params(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
-    return (p for group in optimizer.param_groups for p in group["params"])
+def save(heuristic: Any, groups: list[dict[str, Any]], state: dict[str, Any]) -> None:
+    """Adds what a `Running` keeps to the first param group of a state dict: of a parameter's own state torch
+    would cast it to its dtype, and torch.distributed.checkpoint takes no key there that is no parameter's."""
+    if isinstance(heuristic, Running):
+        state["param_groups"][0][KEY] = heuristic.save(_params(groups))
+
+
+def load(heuristic: Any, groups: list[dict[str, Any]]) -> None:
+    """Takes it out of the first param group, which has been loaded."""
+    saved = groups[0].pop(KEY, {})
+    if isinstance(heuristic, Running):
+        heuristic.load(_params(groups), saved)
+
+
+def _params(groups: list[dict[str, Any]]) -> list[Tensor]:
+    return [p for group in groups for p in group["params"]]

@@ -16,8 +16,9 @@ from . import compatibility, schedules, validation
 from .distributed.agreement import check_agreement, check_replicable, check_replicas
 from .distributed.many_ranks import ranks_of
 from .distributed.replicas import Replicas
-from .method import Method, Prune
+from .method import Method
 from .param_groups import members, named_parameters, parameter_names, selectable, trainable_entries
+from .running import Running
 from .state.active_set import ActiveSet, Touched
 from .state.checkpoint import Restored
 from .state.layout import Layout
@@ -218,13 +219,16 @@ class Unmasking:
     def step(self, groups: Groups, dense_state: MutableMapping[Tensor, dict], scaling: Scaling) -> None:
         """One step. Mutates active entries of the parameters, dense groups, all state, and the active set."""
         active, wanted = self.begin_pass(groups)
+        if isinstance(self.method.heuristic, Running):
+            self.method.heuristic.read(groups)
         if self.release is None:
             grads = gradients.of_step(active, groups)
         else:
             grads = self.release.gradients(groups, active, wanted)
         started, joined = time.perf_counter(), []
-        if self.method.prune is not None:
-            wanted = self._pruned(active, self.method.prune, wanted)
+        rule = self.method.prune
+        if rule is not None and active.shards and rule.due(self.progress.done, self.total_steps):
+            wanted = self.progress.wanted(active, freed=prune(active, rule, grads))
         if wanted is not None:
             if scaling.not_overflowed is not None:
                 wanted = wanted._replace(k=wanted.k * scaling.not_overflowed)
@@ -246,12 +250,6 @@ class Unmasking:
         self.phase_seconds["select"] += selected - started
         self.phase_seconds["update"] += time.perf_counter() - selected
         self.progress.advance(scaling.not_overflowed)
-
-    def _pruned(self, active: ActiveSet, rule: Prune, wanted: Wanted | None) -> Wanted | None:
-        """Prunes the active set where the step is to; what is wanted then, with the places that are free."""
-        if not active.shards or not rule.due(self.progress.done, self.total_steps):
-            return wanted
-        return self.progress.wanted(active, freed=prune(active, rule))
 
     # --- what has changed, and what is saved -------------------------------------------------------------
 

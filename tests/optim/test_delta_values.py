@@ -260,3 +260,19 @@ def test_another_shape_is_refused_with_a_cast_too(tmp_path):
     model.across = nn.Parameter(torch.zeros(7, 4, dtype=torch.bfloat16))
     with pytest.raises(DeltaError, match=r"across: expected a parameter of .* \(4, 7\), got .* \(7, 4\)$"):
         delta.apply(model, cast=True)
+
+
+@pytest.mark.parametrize("other", [torch.bfloat16, torch.float64])
+def test_a_model_that_is_cast_after_training_has_no_delta(tmp_path, other):
+    torch.manual_seed(0)
+    model = nn.Linear(8, 8)
+    optimizer = ID3AdamW(model.named_parameters(), budget=9, total_steps=2)
+    for _ in range(2):
+        model(torch.randn(3, 8)).square().mean().backward()
+        optimizer.step()
+    model.to(other)
+    message = rf"(weight|bias): expected torch.float32, as it was trained, got {other}: save it before"
+    with pytest.raises(ValueError, match=message):
+        save_delta(tmp_path / "delta", model, optimizer)
+    assert not (tmp_path / "delta").exists()
+    save_delta(tmp_path / "delta", model.to(torch.float32), optimizer)

@@ -100,6 +100,15 @@ def test_deltas_can_be_left_out(tmp_path):
     assert {p.suffix for p in tmp_path.iterdir()} == {".ckpt"}
 
 
+def test_averaged_weights_have_no_delta(tmp_path):
+    kind = getattr(pl.callbacks, "EMAWeightAveraging", None)
+    if kind is None:
+        pytest.skip("this Lightning has none")
+    with pytest.raises(ValueError, match="save_deltas: expected False beside EMAWeightAveraging, got True"):
+        fit(tmp_path, callbacks=[ID3Callback(), kind()])
+    fit(tmp_path, callbacks=[ID3Callback(save_deltas=False), kind()])
+
+
 @pytest.mark.parametrize("precision", ["32-true", "bf16-true", "bf16-mixed"])
 def test_resume_is_bit_exact(tmp_path, precision):
     """Dropout is off: Lightning restores no generator states."""

@@ -160,3 +160,21 @@ def test_changes_since_a_step_are_not_known(model, make, train):
     train(twin, optimizer, 0, 2)
     with pytest.raises(ValueError, match="changed_since: does not apply to prune"):
         weight_patches(twin, optimizer, since=1)
+
+
+@pytest.mark.parametrize("frozen", [0, 4])
+def test_a_frozen_tensor_keeps_its_entries(model, make, give_gradients, frozen):
+    """Its entries stand still, so that they would be the first to leave."""
+    options = OPTIONS | {"prune": Prune(3, 0.75)}
+    twin, optimizer = make(model, schedule=front_loaded(0.25), **options)
+    params = list(twin.parameters())
+    for step in range(T):
+        if step == 4:
+            held = active_of(optimizer)
+            kept = params[frozen].detach().clone()
+        give_gradients(step, params)
+        if step >= 4:
+            params[frozen].grad = None
+        optimizer.step()
+    assert held[frozen] and active_of(optimizer)[frozen] == held[frozen]
+    assert torch.equal(params[frozen], kept) and active_of(optimizer) != held

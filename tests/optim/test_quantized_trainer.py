@@ -141,6 +141,12 @@ def test_accumulation_and_gradient_checkpoints(folder, tmp_path):
     same(*modules)
 
 
+def test_mixed_precision(folder, tmp_path):
+    module, trainer = fit(folder, tmp_path, bf16=True)
+    assert module.sparse.n_active == module.sparse.budget and module.values.dtype == torch.float32
+    assert [log["loss"] < 2 for log in trainer.state.log_history if "loss" in log] == [True] * STEPS
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
@@ -188,7 +194,7 @@ def test_four_bits_in_trl(folder, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(folder / "llama", pad_token="[PAD]")
     facts = [{"prompt": "the film is", "completion": " red"}, {"prompt": "a book is", "completion": " blue"}]
     sparse = QuantizedSparse(model, 0.05, STEPS)
-    given = {"max_steps": STEPS, "learning_rate": 1e-2, "max_grad_norm": 0, "logging_steps": 1, "bf16": False}
+    given = {"max_steps": STEPS, "learning_rate": 1e-2, "max_grad_norm": 0, "logging_steps": 1}
     given |= {"use_cpu": True, "save_steps": 3, "report_to": [], "lr_scheduler_type": "constant"}
     trainer = trl.SFTTrainer(
         trainable(model, sparse),

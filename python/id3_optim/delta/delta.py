@@ -246,9 +246,9 @@ def save_delta(
     keep_originals=False the originals are unknown, and the file has no fingerprint. compact, allow_nonfinite:
     as in `Delta.save`. The write is atomic. Where ranks hold parts of the parameters, every rank has to call
     this, and rank 0 writes.
-    Raises ValueError for originals=True without known originals, or a parameter that is not in the model or
-    not a plain dense tensor; DeltaError for values that are NaN or infinite, as after a run that diverged;
-    TypeError for another optimizer; OSError if writing fails (`atomic.write`).
+    Raises ValueError for originals=True without known originals, or a parameter that is not in the model, not
+    a plain dense tensor, or cast since it was trained; DeltaError for values that are NaN or infinite, as
+    after a run that diverged; TypeError for another optimizer; OSError if writing fails (`atomic.write`).
     """
     optimizer, names = unwrapped(optimizer), plain_names(model)
     check_trained(names, optimizer)
@@ -277,8 +277,14 @@ def save_delta(
 def _collect(
     model: nn.Module, touched: Sequence[Any], dense: Sequence[Tensor], names: dict, known: bool
 ) -> dict[str, Change]:
-    """Every change by name, with originals where they are known."""
+    """Every change by name, with originals where they are known. Raises ValueError for cast parameters."""
     changes = {}
+    for t in touched:
+        if known and t.originals.dtype != t.param.dtype:
+            raise ValueError(
+                f"{names[id(t.param)]}: expected {t.originals.dtype}, as it was trained, got "
+                f"{t.param.dtype}: save it before the model is cast; `Delta.cast` fits it to a cast base"
+            )
     large = any(t.indices.dtype == torch.int64 for t in touched)
     parts = checkpoint_parts(model) if large else {}
     for t, patch in zip(touched, read([Patch(t.param, t.indices, t.param) for t in touched]), strict=True):

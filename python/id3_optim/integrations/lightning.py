@@ -51,9 +51,9 @@ class ID3Callback(pl.Callback):
     Loggers get `run.numbers_to_log` every `log_every_n_steps`.
 
     save_deltas: write `<name>.delta.safetensors` beside each `<name>.ckpt`, and remove both together; on rank
-    0, to local disks. submodule: the module whose parameter names the delta has, "" for the whole
-    LightningModule; every trained parameter must be in it (ValueError when training begins). delta_options:
-    arguments for `save_delta`, such as `originals=True`.
+    0, to local disks; not with WeightAveraging (ValueError). submodule: the module whose parameter names the
+    delta has, "" for the whole LightningModule; every trained parameter must be in it (ValueError when
+    training begins). delta_options: arguments for `save_delta`, such as `originals=True`.
     sparse_backward: change the module by `id3_optim.sparse_backward` when training begins.
     """
 
@@ -75,6 +75,7 @@ class ID3Callback(pl.Callback):
         self.total_steps_from_run, self.begun_at = False, 0  # a checkpoint is loaded after this
         self._recorded = None
         if stage == "fit" and self.save_deltas:
+            _refuse_averages(trainer)
             _beside(trainer, self)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -122,6 +123,17 @@ class ID3Callback(pl.Callback):
             owner = type(module).__name__
             raise ValueError(f"submodule: expected the name of a module in {owner}, got {self.submodule!r}")
         return modules[self.submodule]
+
+
+def _refuse_averages(trainer: pl.Trainer) -> None:
+    """Raises ValueError for a callback that puts averaged weights into the checkpoints."""
+    kind = getattr(pl.callbacks, "WeightAveraging", ())  # of Lightning 2.6
+    for callback in trainer.callbacks:
+        if isinstance(callback, kind):
+            raise ValueError(
+                f"save_deltas: expected False beside {type(callback).__name__}, got True: its checkpoints "
+                "hold averaged weights, and a delta other ones; id3_optim.diff(base, model) makes theirs"
+            )
 
 
 def _beside(trainer: pl.Trainer, callback: ID3Callback) -> None:

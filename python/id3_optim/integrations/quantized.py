@@ -26,7 +26,7 @@ from ..quantized import QuantizedSparse
 from .huggingface import DELTA_NAME
 
 _COUNTS = ("steps_done", "n_active")
-_PLACES = ("indices", "slots")
+_PLACES = ("indices", "slots", "shape")
 
 
 class _Loaded(NamedTuple):
@@ -66,6 +66,9 @@ class _Trainable(nn.Module):
         """What trains: `QuantizedSparse.state_dict` without its nesting, and the fresh parameters."""
         state = self.sparse.state_dict()
         flat = {"values": state["values"]} | {name: torch.tensor(state[name]) for name in _COUNTS}
+        flat |= {
+            f"run.{name}": torch.tensor(value, dtype=_wide(value)) for name, value in state["run"].items()
+        }
         for layer, places in state["layers"].items():
             flat |= {f"{kind}.{layer}": places[kind] for kind in _PLACES}
         return flat | {f"fresh.{name}": p.detach().clone() for name, p in self.fresh.items()}
@@ -78,15 +81,22 @@ class _Trainable(nn.Module):
             got = f"{len(state_dict)} tensors without"
             raise ValueError(f"state: expected {', '.join(absent)}, got {got}")
         layers: dict[str, dict[str, Tensor]] = {}
-        for name, places in state_dict.items():
-            kind, _, layer = name.partition(".")
+        run = {}
+        for name, held in state_dict.items():
+            kind, _, of = name.partition(".")
             if kind in _PLACES:
-                layers.setdefault(layer, {})[kind] = places
+                layers.setdefault(of, {})[kind] = held
+            elif kind == "run":
+                run[of] = held.item()
         counts = {name: int(state_dict[name]) for name in _COUNTS}
-        self.sparse.load_state_dict({"values": state_dict["values"], "layers": layers} | counts)
+        self.sparse.load_state_dict({"values": state_dict["values"], "layers": layers, "run": run} | counts)
         for name, p in self.fresh.items():
             p.copy_(state_dict[f"fresh.{name}"])
         return _Loaded([], [])
+
+
+def _wide(value: float) -> torch.dtype:
+    return torch.int64 if isinstance(value, int) else torch.float64
 
 
 def trainable(model: nn.Module, sparse: QuantizedSparse, fresh: Iterable[str] = ()) -> nn.Module:

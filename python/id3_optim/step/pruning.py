@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -12,16 +14,18 @@ from ..method import Prune
 from ..state.active_set import ActiveSet
 from ..state.layout import moved
 from ..state.shard import Shard
+from .gradients import Whole
 
 
-def prune(active: ActiveSet, rule: Prune) -> int:
-    """Applies `Prune` once; returns how many entries have left.
+def prune(active: ActiveSet, rule: Prune, grads: Sequence[Whole]) -> int:
+    """Applies `Prune` once; returns how many entries have left: none of a tensor without a gradient in grads.
 
     Mutates the parameters at these entries and the active set, which is settled; this cannot be undone.
     Synchronises with a GPU.
     """
     home = active.shards[0].device
-    per_shard = [_distances(shard, rule.every) for shard in active.shards]
+    shards = zip(active.shards, grads, strict=True)
+    per_shard = [_distances(shard, rule.every, own.present()) for shard, own in shards]
     distance = torch.cat([moved(d, home) for d in per_shard])
     first = distance.argsort(stable=True)[: int(rule.share * active.n_active)]
     leaves = torch.zeros_like(distance, dtype=torch.bool)
@@ -32,12 +36,15 @@ def prune(active: ActiveSet, rule: Prune) -> int:
     return int(leaves.sum())
 
 
-def _distances(shard: Shard, at_least: int) -> Tensor:
-    """float64 [n]: |θ − θ₀| of each active entry, in order; infinite before `at_least` updates."""
+def _distances(shard: Shard, at_least: int, present: list[bool]) -> Tensor:
+    """float64 [n]: |θ − θ₀| of each active entry, in order; infinite before `at_least` updates, and in
+    tensors that are not present."""
     shard.settle()
     n = shard.n_active
     weight, original = shard.weights()[0][:n].double(), shard.arrays["originals"][:n].double()
-    return (weight - original).abs_().masked_fill_(shard.arrays["age"][:n] < at_least, torch.inf)
+    owner = owners(Entries(shard.offsets[0], shard.arrays["indices"][:n]), n)
+    stays = (shard.arrays["age"][:n] < at_least) | ~shard.mask(present)[owner]
+    return (weight - original).abs_().masked_fill_(stays, torch.inf)
 
 
 def _put_back(shard: Shard, leaves: Tensor) -> None:

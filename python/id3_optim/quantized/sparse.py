@@ -3,64 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import id3_kernels
-from id3_kernels import Entries
 
-from .delta import Delta
-from .delta.file import Change
-from .delta.fingerprint import fingerprint
-from .heuristics import D3
-from .method import whole_number
-from .schedules import Schedule, check_total_steps, resolve_budget, tabulate, uniform
-from .wrappers import plain_name
+from ..delta import Delta
+from ..delta.file import Change
+from ..delta.fingerprint import fingerprint
+from ..heuristics import D3
+from ..method import whole_number
+from ..schedules import Schedule, check_total_steps, resolve_budget, tabulate, uniform
+from ..step.passes import Passes
+from ..wrappers import plain_name
+from .formats import dequantized
+from .layer import Candidates, Hook, Layer
 
 Dequantize = Callable[[nn.Module], Tensor | None]
-
-
-class _Candidates(NamedTuple):
-    """The best entries of one layer in a backward pass, with their scores, gradients and weights."""
-
-    layer: int
-    indices: Tensor
-    scores: Tensor
-    gradients: Tensor
-    weights: Tensor
-
-
-class _Layer:
-    """A quantised linear layer, and which entries of its weight have which slots of the values."""
-
-    def __init__(self, number: int, name: str, module: nn.Module, weight: Tensor) -> None:
-        self.number, self.name, self.module = number, name, module
-        self.shape, self.dtype = tuple(weight.shape), weight.dtype
-        self.indices = torch.empty(0, dtype=torch.int32, device=weight.device)
-        self.slots = torch.empty(0, dtype=torch.int64, device=weight.device)
-        self.originals = weight.new_empty(0)
-
-    @property
-    def entries(self) -> Entries:
-        n = self.indices.numel()
-        return Entries(torch.tensor([0, n], device=self.indices.device), self.indices)
-
-    def sparse(self, values: Tensor) -> Tensor:
-        """The sparse part of the weight, in CSR."""
-        rows, columns = self.indices.long() // self.shape[1], self.indices.long() % self.shape[1]
-        counts = torch.bincount(rows, minlength=self.shape[0])
-        begins = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-        return torch.sparse_csr_tensor(
-            begins, columns, values[self.slots], self.shape, check_invariants=False
-        )
-
-    def join(self, new: _Candidates, first_slot: int) -> None:
-        slots = torch.arange(first_slot, first_slot + new.indices.numel(), device=self.slots.device)
-        self.indices, order = torch.cat([self.indices, new.indices]).sort()
-        self.slots = torch.cat([self.slots, slots])[order]
-        self.originals = torch.cat([self.originals, new.weights.to(self.dtype)])[order]
 
 
 class QuantizedSparse:
@@ -112,8 +73,10 @@ class QuantizedSparse:
         device = self._layers[0].slots.device
         self.values = nn.Parameter(torch.zeros(self.budget, device=device))
         self.steps_done, self.n_active = 0, 0
-        self._candidates: list[_Candidates] = []
-        self._hooks = [layer.module.register_forward_hook(self._hook(layer)) for layer in self._layers]
+        self._candidates: list[Candidates] = []
+        self._passes = Passes()
+        hooks = (Hook(layer, self.values, self._backward) for layer in self._layers)
+        self._hooks = [h.module.register_forward_hook(k) for h, k in zip(self._layers, hooks, strict=True)]
 
     def remove(self) -> None:
         """Takes the sparse part off the model again, which then computes what the quantised layers do."""
@@ -127,10 +90,13 @@ class QuantizedSparse:
         if wanted and self._candidates:
             for new in self._best(wanted):
                 layer, first = self._layers[new.layer], self.n_active
+                slots = slice(first, first + new.indices.numel())
                 layer.join(new, first)
-                self._gradient()[first : first + new.indices.numel()] = new.gradients
-                self.n_active += new.indices.numel()
-        self._candidates, self.steps_done = [], self.steps_done + 1
+                self.values[slots] = 0  # an optimizer of an earlier run of these values may have moved them
+                self._gradient()[slots] = new.gradients
+                self.n_active = slots.stop
+        self._forget()
+        self.steps_done += 1
 
     def delta(self) -> Delta:
         """What training changed, as a delta of the dequantised base: for a model of plain weights.
@@ -151,34 +117,65 @@ class QuantizedSparse:
     def state_dict(self) -> dict[str, Any]:
         """The additive form: what to add to the quantised weights, and how far the run is."""
         layers = {
-            layer.name: {"indices": layer.indices.clone(), "slots": layer.slots.clone()}
+            layer.name: {
+                "indices": layer.indices.clone(),
+                "slots": layer.slots.clone(),
+                "shape": torch.tensor(layer.shape),
+            }
             for layer in self._layers
         }
-        state = {"values": self.values.detach().clone(), "layers": layers}
+        state = {"values": self.values.detach().clone(), "layers": layers, "run": self._run()}
         return state | {"steps_done": self.steps_done, "n_active": self.n_active}
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes over a saved state. Raises ValueError, before anything changes, for that of another model."""
-        own = {layer.name for layer in self._layers}
-        if state["layers"].keys() != own or state["values"].shape != self.values.shape:
-            got = f"{len(state['layers'])} layers and {tuple(state['values'].shape)} values"
-            expected = f"those of the model, {len(own)}, and {tuple(self.values.shape)} values"
-            raise ValueError(f"state: expected layers as {expected}, got {got}")
+        """Takes over a saved state, on the quantised weights that it was trained on. Restore the optimizer's
+        state with it. Raises ValueError, before anything changes, for that of another model or run."""
+        self._check(state)
+        held = self._held(state["layers"])
+        if (saved := state["run"]["fingerprint"]) != _fingerprint(held):
+            raise ValueError(
+                f"state: expected the dequantised weights of the fingerprint {saved}, got other weights"
+            )
         for layer in self._layers:
-            saved, weight = state["layers"][layer.name], self._dequantize(layer.module)
-            layer.indices = saved["indices"].to(layer.indices.device)
-            layer.slots = saved["slots"].to(layer.slots.device)
-            layer.originals = weight.reshape(-1)[layer.indices.long()].clone()
+            layer.indices, layer.originals = held[layer.name]
+            layer.slots = state["layers"][layer.name]["slots"].to(layer.slots.device)
         self.values.copy_(state["values"])
         self.steps_done, self.n_active = int(state["steps_done"]), int(state["n_active"])
+        self._forget()
 
-    def _find(self, model: nn.Module) -> Iterator[_Layer]:
+    def _run(self) -> dict[str, int | float]:
+        """What a resumed run must share."""
+        run = {"total_steps": self.total_steps, "select_every": self._select_every}
+        run |= {"eps": self.heuristic.eps, "exp": self.heuristic.exp}
+        rows = {layer.name: (layer.indices, layer.originals) for layer in self._layers}
+        return run | {"fingerprint": _fingerprint(rows)}
+
+    def _check(self, state: Mapping[str, Any]) -> None:
+        shapes = {name: tuple(row["shape"].tolist()) for name, row in state["layers"].items()}
+        own = {layer.name: layer.shape for layer in self._layers}
+        if shapes != own or state["values"].shape != self.values.shape:
+            got = f"{len(shapes)} layers and {tuple(state['values'].shape)} values"
+            expected = f"those of the model, {len(own)}, and {tuple(self.values.shape)} values"
+            raise ValueError(f"state: expected layers as {expected}, got {got}")
+        for name, value in self._run().items():
+            if name != "fingerprint" and state["run"][name] != value:
+                raise ValueError(f"{name}: expected {state['run'][name]}, as saved, got {value}")
+
+    def _held(self, saved: Mapping[str, Mapping[str, Tensor]]) -> dict[str, tuple[Tensor, Tensor]]:
+        """Layer's name -> the saved indices, and what the dequantised weight has there."""
+        found = {}
+        for layer in self._layers:
+            indices = saved[layer.name]["indices"].to(layer.indices.device)
+            found[layer.name] = indices, self._dequantize(layer.module).reshape(-1)[indices.long()].clone()
+        return found
+
+    def _find(self, model: nn.Module) -> Iterator[Layer]:
         number = 0
         for name, module in model.named_modules():
             weight = self._dequantize(module)
             if weight is not None:
-                yield _Layer(number, plain_name(f"{name}.weight"), module, weight)
+                yield Layer(number, plain_name(f"{name}.weight"), module, weight)
                 number += 1
 
     def _wanted(self) -> int:
@@ -192,31 +189,39 @@ class QuantizedSparse:
             self.values.grad = torch.zeros_like(self.values)
         return self.values.grad
 
-    def _hook(self, layer: _Layer):
-        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            return _Added.apply(output, args[0], self.values, layer, self._backward)
-
-        return hook
-
-    def _backward(self, layer: _Layer, grad: Tensor, inputs: Tensor) -> None:
+    def _backward(self, layer: Layer, grad: Tensor, inputs: Tensor) -> None:
         """Adds the gradients of the layer's entries, and scores its other entries where some should join."""
         if layer.indices.numel():
             values = grad.new_zeros(layer.indices.numel())
             id3_kernels.sampled_weight_grad_(grad, inputs, layer.entries, values)
             self._gradient()[layer.slots] += values
         wanted = self._wanted()
-        if wanted <= 0:
-            return
-        weight, whole = self._dequantize(layer.module).float(), grad.t() @ inputs
+        if wanted > 0:
+            self._passes.enter(layer.number, self._begin_pass, within=1)
+            self._score(layer, layer.summed(grad.t() @ inputs), wanted)
+        layer.uses = max(layer.uses - 1, 0)
+
+    def _begin_pass(self, unfinished: bool) -> None:
+        for layer in self._layers:
+            layer.whole = None
+
+    def _forget(self) -> None:
+        """What a step has used."""
+        self._candidates = []
+        self._begin_pass(False)
+
+    def _score(self, layer: Layer, whole: Tensor, wanted: int) -> None:
+        """The layer's best entries in this pass. whole: the gradient of its weight."""
+        weight = self._dequantize(layer.module).float()
         options = {"eps": self.heuristic.eps, "exp": self.heuristic.exp}
         k = min(wanted, weight.numel() - layer.indices.numel())
         found, scores = id3_kernels.select_topk([weight], [whole], layer.entries, k, **options)
         at = found.indices.long()
         picked = whole.reshape(-1)[at], weight.reshape(-1)[at]
         self._candidates = [c for c in self._candidates if c.layer != layer.number]
-        self._candidates.append(_Candidates(layer.number, found.indices, scores, *picked))
+        self._candidates.append(Candidates(layer.number, found.indices, scores, *picked))
 
-    def _best(self, wanted: int) -> list[_Candidates]:
+    def _best(self, wanted: int) -> list[Candidates]:
         """The `wanted` best candidates of all layers; ties go to the first layer and index."""
         rows = sorted(self._candidates, key=lambda row: row.layer)
         scores = torch.cat([row.scores for row in rows])
@@ -230,56 +235,7 @@ class QuantizedSparse:
         return [row for row in kept if row.indices.numel()]
 
 
-class _Added(torch.autograd.Function):
-    """The output of a quantised layer and the product of its input with the sparse part."""
-
-    @staticmethod
-    def forward(ctx, output, inputs, values, layer, backward):
-        ctx.layer, ctx.backward_of_entries = layer, backward
-        ctx.save_for_backward(inputs, values)
-        if layer.indices.numel() == 0:
-            return output.clone()
-        rows = inputs.reshape(-1, inputs.shape[-1]).float()
-        added = (layer.sparse(values.detach()) @ rows.t()).t()
-        return output + added.reshape(output.shape).to(output.dtype)
-
-    @staticmethod
-    def backward(ctx, grad):
-        inputs, values = ctx.saved_tensors
-        layer = ctx.layer
-        rows = inputs.reshape(-1, inputs.shape[-1]).float()
-        given = grad.reshape(-1, grad.shape[-1]).float()
-        ctx.backward_of_entries(layer, given, rows)
-        through = None
-        if ctx.needs_input_grad[1] and layer.indices.numel():
-            transposed = layer.sparse(values.detach()).to_sparse_coo().t().to_sparse_csr()
-            through = (transposed @ given.t()).t().reshape(inputs.shape).to(inputs.dtype)
-        return grad, through, None, None, None
-
-
-def dequantized(module: nn.Module) -> Tensor | None:
-    """The weight of a quantised linear layer as a plain tensor [outputs, inputs]; None for another module.
-
-    Knows the layers of bitsandbytes in 4 and in 8 bits, and torchao's tensors in `torch.nn.Linear`.
-    """
-    weight = getattr(module, "weight", None)
-    if weight is None:
-        return None
-    kind, package = type(module).__name__, type(module).__module__.partition(".")[0]
-    if package == "bitsandbytes" and kind == "Linear4bit":
-        from bitsandbytes.functional import dequantize_4bit
-
-        return dequantize_4bit(weight.data, weight.quant_state)
-    if package == "bitsandbytes" and kind == "Linear8bitLt":
-        codes, scales = (
-            held if held is not None else getattr(weight, name, None)
-            for name, held in (("CB", module.state.CB), ("SCB", module.state.SCB))
-        )
-        if codes is None or scales is None:
-            raise ValueError(
-                f"model: expected 8-bit weights, got {weight.dtype}; move the model to its device"
-            )
-        return codes.float() * (scales.float()[:, None] / 127)
-    if type(weight.data).__module__.startswith("torchao") and isinstance(module, nn.Linear):
-        return weight.data.dequantize()
-    return None
+def _fingerprint(rows: Mapping[str, tuple[Tensor, Tensor]]) -> int:
+    """That of a delta, as a signed number of 64 bits, which a tensor can hold."""
+    found = fingerprint({name: (at.cpu(), held.cpu()) for name, (at, held) in rows.items() if at.numel()})
+    return found - (found >> 63 << 64)

@@ -1,0 +1,4 @@
+"""Sparse training beside quantised weights."""
+
+from .formats import dequantized as dequantized
+from .sparse import QuantizedSparse as QuantizedSparse
