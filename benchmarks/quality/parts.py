@@ -116,6 +116,13 @@ PARTS = {
         ("cola", "mrpc"),
         tuned=False,
     ),
+    "head": Part(
+        "A rate of its own for the new head, where no rate is tuned",
+        ("id3", f"id3:head_lr={_DEFAULTS['random']}", RECIPE, "lora", f"lora:head_lr={_DEFAULTS['random']}"),
+        ("cola",),
+        seeds=3,
+        tuned=False,
+    ),
     "causal": Part(
         "A causal model: the loss on GSM8K, and what it forgets",
         ("id3", "full", "random", "fish", "lora"),
