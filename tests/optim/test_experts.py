@@ -13,9 +13,9 @@ pytest.importorskip("transformers", reason="the experts are those of transformer
 import transformers
 from safetensors.torch import load_file
 
-from id3_optim import Delta, ID3AdamW, WeightReceiver, diff, load_delta, pieces, save_delta
+from id3_optim import Delta, ID3AdamW, WeightReceiver, diff, load_delta, merge, pieces, save_delta
 from id3_optim.cli.main import main
-from id3_optim.delta import Change
+from id3_optim.delta import Change, DeltaError
 from id3_optim.delta.coordinates import checkpoint_parts
 from id3_optim.delta.fingerprint import fingerprint
 
@@ -82,6 +82,19 @@ def test_a_delta_by_the_names_of_the_checkpoint_fits_the_model(trained):
     undo = delta.apply(model)
     undo.revert()
     assert_same_bits(model, mixtral())
+
+
+def test_a_parameter_and_its_part_in_one_delta_are_refused(trained):
+    """The merge of a delta of a model in memory with one of checkpoint files."""
+    folder, tuned = trained
+    base = mixtral()
+    files = [load_file(folder / name / "model.safetensors") for name in ("base", "tuned")]
+    merged, _ = merge([diff(base, tuned), diff(*files)], whole="first")
+    with pytest.raises(DeltaError, match="expected changes of the checkpoint's weights alone, got those of"):
+        merged.apply(base)
+    assert_same_bits(base, mixtral())
+    twice, _ = merge([diff(base, tuned)] * 2)
+    assert twice.apply(base)
 
 
 def test_inspect_counts_the_entries_of_each_expert(trained, capsys):

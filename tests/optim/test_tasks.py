@@ -2,6 +2,7 @@
 
 import pytest
 from tiny_models import word_tokenizer
+from tokenizers.processors import TemplateProcessing
 
 from id3_optim.cli import reading, tasks
 
@@ -95,3 +96,17 @@ def test_a_label_that_training_never_saw(tmp_path):
         ValueError, match=r"eval.csv: expected labels that occur in .*train.csv, got '3' \(1 such"
     ):
         tasks.read_task(str(tmp_path / "train.csv"), str(tmp_path / "eval.csv"))
+
+
+def test_no_end_of_text_stands_between_prompt_and_completion():
+    """Some tokenizers put one behind every text."""
+    tokenizer = word_tokenizer(eos_token="</s>")
+    plain, _ = tasks.encode_completion(reading.Completion("the film is", "red"), tokenizer, 32)
+    ends = word_tokenizer(eos_token="</s>")
+    single = [("</s>", ends.eos_token_id)]
+    ends.backend_tokenizer.post_processor = TemplateProcessing(single="$A </s>", special_tokens=single)
+    assert ends("the film")["input_ids"][-1] == ends.eos_token_id
+    for prompt in ("the film is", "the"):
+        row = reading.Completion(prompt, "red")
+        assert tasks.encode_completion(row, ends, 32) == tasks.encode_completion(row, tokenizer, 32)
+    assert plain["labels"][:3] == [tasks.IGNORED] * 3

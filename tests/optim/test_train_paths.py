@@ -7,6 +7,7 @@ from train_command import run, save_train_files, snapshot, words
 
 from id3_optim.cli import output
 from id3_optim.cli.report import write_report
+from id3_optim.cli.settings import Settings
 
 
 @pytest.fixture(scope="module")
@@ -171,3 +172,42 @@ def test_publishing_follows_no_half_written_file(tmp_path):
     with output.publishing(tmp_path) as folder:
         (folder / "config.json").write_text("new")
     assert snapshot(tmp_path) == {"config.json": b"new"}
+
+
+def test_an_earlier_runs_chat_template_goes_with_its_result(tmp_path):
+    (tmp_path / "chat_template.jinja").write_text("old")
+    (tmp_path / "notes.txt").write_text("mine")
+    with output.publishing(tmp_path) as folder:
+        (folder / "config.json").write_text("new")
+    assert snapshot(tmp_path) == {"config.json": b"new", "notes.txt": b"mine"}
+
+
+def settings_for(files, folder):
+    data = str(files / "reviews.csv")
+    return Settings(str(files / "bert"), data, data, str(folder))
+
+
+def test_one_run_at_a_time_writes_to_a_folder(files, tmp_path, capsys):
+    target = tmp_path / "out"
+    with output.holding(settings_for(files, target)):
+        (target / output.UNFINISHED).mkdir()
+        code, _, error = run(capsys, words(files, target))
+        assert code == 2 and "--output: expected a folder that no other run writes to" in error
+        assert (target / output.UNFINISHED).is_dir()  # of the run that goes on
+    assert run(capsys, words(files, target))[0] == 0
+
+
+def test_a_result_that_has_come_meanwhile_stays(files, tmp_path, capsys, monkeypatch):
+    from id3_optim.cli import train
+
+    target, prepare = tmp_path / "out", train.prepare
+
+    def slow(*arguments):
+        target.mkdir()
+        (target / "model.safetensors").write_text("of another run")
+        return prepare(*arguments)
+
+    monkeypatch.setattr(train, "prepare", slow)
+    code, _, error = run(capsys, words(files, target, "--delta-only"))
+    assert code == 2 and "expected a new or an empty folder" in error
+    assert snapshot(target) == {"model.safetensors": b"of another run"}

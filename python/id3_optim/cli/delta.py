@@ -12,13 +12,22 @@ import torch
 from ..analysis import Allocation, allocation_table, delta_allocation, delta_experts
 from ..delta import Delta, DeltaError
 from ..delta.diff import diff
+from ..delta.facts import model_facts
 from ..delta.toolkit import load_toolkit_summary
 from ..extras import require
 from ..plots import save_allocation
 from ..wrappers import plain_parameters
+from .alike import differing, load_alike, load_as_stored
 from .delta_files import delta_path, read_delta
 from .merge import run_merge
-from .models import check_held, load, load_config, load_model, load_tokenizer, model_facts, quiet_transformers
+from .models import (
+    check_held,
+    load,
+    load_config,
+    load_model,
+    load_tokenizer,
+    quiet_transformers,
+)
 from .results import (
     check_new_directory,
     check_new_file,
@@ -211,12 +220,12 @@ def run_diff(arguments: argparse.Namespace) -> None:
     quiet_transformers()
     check_new_file(arguments.output)
     config = load_config(arguments.tuned, "--tuned")
-    kind = load_config(arguments.base, "--base").model_type
-    if kind != config.model_type:
-        raise ValueError(f"--base: expected a {config.model_type} model as --tuned, got {kind}")
-    tuned, missing = load(config, arguments.tuned, config.dtype or "auto", "--tuned")
+    first = load_config(arguments.base, "--base")
+    if first.model_type != config.model_type:
+        raise ValueError(f"--base: expected a {config.model_type} model as --tuned, got {first.model_type}")
+    tuned, missing = load_as_stored(config, arguments.tuned, "--tuned")
     check_held("--tuned", missing, arguments.tuned)
-    base, fresh = load(config, arguments.base, tuned.dtype, "--base")
+    base, fresh = load_alike(config, arguments.base, tuned, "--base")
     known = {name: param for name, param in plain_parameters(base).items() if name not in fresh}
     delta = diff(known, plain_parameters(tuned), originals=not arguments.no_originals)
     delta.settings["config"] = model_facts(json.loads(config.to_json_string()))
@@ -225,7 +234,11 @@ def run_diff(arguments: argparse.Namespace) -> None:
     counts = f"{summary['entries']:,} entries of {sparse} parameters differ"
     whole = [name for name, change in delta.changes.items() if change.indices is None]
     lines = [counts, *([f"stored whole: {', '.join(whole)}"] if whole else []), written(summary)]
-    print_summary(arguments, summary | {"whole": whole}, *lines)
+    other = differing(first.to_dict(), config.to_dict())
+    if other:
+        told = f"the configurations differ, too: {', '.join(other)}"
+        lines.append(f"{told}; `apply --config {arguments.tuned}` takes over that of --tuned")
+    print_summary(arguments, summary | {"whole": whole, "configuration": other}, *lines)
 
 
 def run_convert(arguments: argparse.Namespace) -> None:

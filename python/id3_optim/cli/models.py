@@ -14,12 +14,10 @@ from typing import Any
 import torch
 
 from ..delta import Delta
+from ..delta.facts import model_facts
 from ..extras import require
 from ..integrations.groups import fresh_parameters
 from .failures import first_line
-
-# A configuration file omits the labels where they have transformers' default values, which are these.
-_TWO_LABELS = {"0": "LABEL_0", "1": "LABEL_1"}
 
 
 def quiet_transformers() -> None:
@@ -31,14 +29,6 @@ def quiet_transformers() -> None:
     transformers.logging.set_verbosity_error()
     huggingface_hub.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-
-
-def model_facts(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a `config.json` that a delta's settings hold: the model's class and its labels."""
-    if not config.get("architectures"):
-        return {}
-    facts = {"architectures": config["architectures"], "id2label": config.get("id2label", _TWO_LABELS)}
-    return facts | ({"problem_type": config["problem_type"]} if config.get("problem_type") else {})
 
 
 def facts_of(delta: Delta, folder: Path) -> dict[str, Any]:
@@ -61,7 +51,8 @@ def _checked(facts: Any) -> dict[str, Any]:
     fits = fits and all(isinstance(name, str) for name in names or ())
     fits = fits and all(isinstance(label, str) for label in labels.values())
     fits = fits and all(number.isdecimal() for number in map(str, labels))
-    if not (fits and isinstance(facts.get("problem_type"), str | None)):
+    fits = fits and isinstance(facts.get("problem_type"), str | None)
+    if not (fits and isinstance(facts.get("pad_token_id"), int | None)):
         raise ValueError(f"settings: expected a config of architectures and labels, got {facts}")
     return facts
 
@@ -108,7 +99,7 @@ def _put(facts: dict[str, Any], config) -> None:
     """Writes the recorded facts into a transformers configuration, in place."""
     _checked(facts)
     with reading("settings", "a config of architectures and labels"):
-        for name in ("architectures", "problem_type"):
+        for name in ("architectures", "problem_type", "pad_token_id"):
             if name in facts:
                 setattr(config, name, facts[name])
         if "id2label" in facts:

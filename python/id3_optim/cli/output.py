@@ -14,7 +14,9 @@ from .settings import Settings, option
 UNFINISHED = "unfinished"  # in the output directory: the checkpoint that is being written
 # Of an earlier run: what a result of another kind would leave behind, and what the first step removes.
 _WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
-_RESULTS = (*_WEIGHTS, "delta.safetensors", "plots.png")
+_TOKENIZER = ("tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "merges.txt", "added_tokens.json")
+_TOKENIZER += ("special_tokens_map.json", "chat_template.jinja", "generation_config.json")
+_RESULTS = (*_WEIGHTS, *_TOKENIZER, "delta.safetensors", "plots.png")
 _ALONG_THE_WAY = ("checkpoint-*[0-9]", "delta-*[0-9].safetensors", "runs/events.out.tfevents.*")
 
 
@@ -23,14 +25,9 @@ def check_paths(settings: Settings) -> None:
 
     Writes nothing that stays.
     """
-    output = Path(settings.output)
     _check_apart_from_model(settings)
-    _check_writable("--output", output)
-    if _contents(output) and not (settings.resume or settings.overwrite):
-        raise ValueError(
-            f"--output: expected a new or an empty folder, got {output} with {min(_contents(output))} in it; "
-            "--resume goes on with its run, --overwrite replaces its results"
-        )
+    _check_writable("--output", Path(settings.output))
+    _check_new(settings)
     if settings.report:
         report = Path(settings.report)
         if report.is_dir():
@@ -40,6 +37,15 @@ def check_paths(settings: Settings) -> None:
             if path is not None and _same(report, Path(path)):
                 raise ValueError(f"--report: expected another file than {option(name)}, got {report}")
         _check_writable("--report", report.parent)
+
+
+def _check_new(settings: Settings) -> None:
+    output = Path(settings.output)
+    if _contents(output) and not (settings.resume or settings.overwrite):
+        raise ValueError(
+            f"--output: expected a new or an empty folder, got {output} with {min(_contents(output))} in it; "
+            "--resume goes on with its run, --overwrite replaces its results"
+        )
 
 
 def _check_apart_from_model(settings: Settings) -> None:
@@ -72,13 +78,44 @@ def _check_writable(option: str, folder: Path) -> None:
         raise OSError(f"{option}: expected a folder to write to, got {existing}: {error.strerror}") from None
 
 
-def begin(settings: Settings) -> None:
-    """Makes the output directory and removes what a killed run was writing."""
+@contextlib.contextmanager
+def holding(settings: Settings) -> Iterator[None]:
+    """Makes the output directory, removes what a killed run was writing, and keeps other runs out.
+
+    Raises ValueError where another run holds the directory, or has written a result since `check_paths`.
+    """
     meet()  # every process has checked the folder
     output = Path(settings.output)
     output.mkdir(parents=True, exist_ok=True)
-    remove_unfinished(output)
-    meet()
+    with _locked(output) if writes_files() else contextlib.nullcontext():
+        if writes_files():
+            _check_new(settings)
+        remove_unfinished(output)
+        meet()
+        yield
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Holds the folder itself, so that no file of a killed process is left; not on Windows."""
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    place = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(
+            f"--output: expected a folder that no other run writes to, got {folder}; give each run its own"
+        ) from None
+    except OSError:  # a file system without locks
+        pass
+    try:
+        yield
+    finally:
+        os.close(place)
 
 
 def remove_earlier(output: Path) -> None:
@@ -120,8 +157,8 @@ def remove(path: Path) -> None:
 def publishing(output: Path) -> Iterator[Path]:
     """`with publishing(output) as folder:` moves what the block wrote to `folder` into `output`.
 
-    Only when the block has succeeded do its files replace those of their names, and weights or deltas that
-    it did not write are removed: `output` holds the old result or the new one.
+    Only when the block has succeeded do its files replace those of their names, and weights, deltas or parts
+    of a tokenizer that it did not write are removed: `output` holds the old result or the new one.
     """
     with atomic.directory(output, last="config.json") as folder:
         yield folder

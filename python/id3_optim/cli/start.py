@@ -36,6 +36,10 @@ _SAMPLED = 200  # rows whose tokens are counted
 _SHORTEST = 2  # tokens of a text, as for --max-length
 
 
+# Decoders classify by the last token that is no padding of the configuration's: it has to be the rows'.
+_WHOLE_TEXTS = ("classification", "regression")
+
+
 @dataclass
 class Start:
     """A model before training; `fresh` names its parameters that no checkpoint held.
@@ -73,8 +77,9 @@ def load_start(settings: Settings, task: Task, device: torch.device | str = "cpu
         options = {"dtype": dtype, **label_options(task)}
         options |= {"ignore_mismatched_sizes": True} if task.kind != "causal-lm" else {}
         model, fresh = load_pretrained(_AUTO[task.kind], settings.model, **options)
-    if model.config.pad_token_id is None:
-        model.config.pad_token_id = tasks.padding_token(tokenizer)
+    for config in (model.config, model.config.get_text_config()):
+        if config.pad_token_id is None or task.kind in _WHOLE_TEXTS:
+            config.pad_token_id = tasks.padding_token(tokenizer)
     model.config.architectures = [type(model).__name__]
     # The optimizer chooses its backend by the parameters' device.
     model = model.to(device)

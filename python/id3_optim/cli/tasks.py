@@ -1,5 +1,6 @@
 """The tasks of `id3-optim train`: the rows of both files, tokenising and padding."""
 
+import functools
 import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -230,7 +231,9 @@ def encode_tagged(rows: list[TaggedText], labels: list[str], tokenizer, max_leng
 def encode_completion(row: Completion, tokenizer, max_length: int) -> tuple[dict, bool]:
     """Prompt, completion, end of text, of which the loss covers the last two; and whether they are cut, the
     prompt's beginning first."""
-    prompt = tokenizer(row.prompt)["input_ids"]
+    prompt = list(tokenizer(row.prompt)["input_ids"])
+    if _ends_texts(tokenizer) and len(prompt) > 1:  # what follows is no new text
+        prompt.pop()
     completion = tokenizer(row.completion, add_special_tokens=False)["input_ids"]
     if tokenizer.eos_token_id is not None:
         completion = [*completion, tokenizer.eos_token_id]
@@ -241,6 +244,13 @@ def encode_completion(row: Completion, tokenizer, max_length: int) -> tuple[dict
     tokens = prompt + completion
     labels = [IGNORED] * len(prompt) + completion
     return {"input_ids": tokens, "attention_mask": [1] * len(tokens), "labels": labels}, len(tokens) < whole
+
+
+@functools.lru_cache(maxsize=8)
+def _ends_texts(tokenizer) -> bool:
+    """Whether the tokenizer puts the end of text behind every text."""
+    bare, whole = (tokenizer("a", add_special_tokens=added)["input_ids"] for added in (False, True))
+    return len(whole) > len(bare) and whole[-1] == tokenizer.eos_token_id and whole[-len(bare) :] != bare
 
 
 def padding_token(tokenizer) -> int:

@@ -33,7 +33,7 @@ from .checkpoints import (
 from .divergence import FiniteLoss
 from .estimate import predicted_memory
 from .interrupt import Interrupt
-from .output import begin, check_paths, publishing, remove_unfinished
+from .output import check_paths, holding, publishing, remove_unfinished
 from .progress import ProgressBar, reporters
 from .report import summarise
 from .settings import Settings, check_settings, optimizer_options, resolved_budget
@@ -230,12 +230,12 @@ def train(settings: Settings) -> tuple[dict, Start, torch.optim.Optimizer]:
     start, optimizer, callbacks = prepare(settings, task)
     if start.fresh:
         print(f"new in this model, so trained whole (dense): {', '.join(sorted(start.fresh))}")
-    begin(settings)
-    if settings.save_at:
-        DeltaSeries(settings.output, start.model, optimizer, settings.save_at, originals=settings.originals)
     if watch:
         callbacks.append(watch)
-    with stopping(Path(settings.output)):
+    with holding(settings), stopping(Path(settings.output)):
+        if settings.save_at:
+            own = start.model, optimizer, settings.save_at
+            DeltaSeries(settings.output, *own, originals=settings.originals)
         run = fit(start, task, optimizer, settings, callbacks, checkpoint)
         report = summarise(settings, start, optimizer, run)
         if start.merge is not None:

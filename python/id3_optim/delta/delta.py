@@ -17,6 +17,7 @@ from ..ranks import writes_files
 from ..wrappers import check_holds, check_trained, plain_names, unwrapped
 from . import file, hub
 from .coordinates import checkpoint_parts, in_parts
+from .facts import facts_of_model
 from .file import Change, Contents, DeltaError
 from .fingerprint import fingerprint, same_bits
 from .patches import Patch, check_param, find, first_changed, read, write
@@ -269,7 +270,8 @@ def save_delta(
     mark = fingerprint(rows) if known else None
     if not originals:
         changes |= {name: change._replace(originals=None) for name, change in sparse.items()}
-    delta = Delta(changes, mark, optimizer.settings())
+    facts = {"config": own} if (own := facts_of_model(model)) else {}
+    delta = Delta(changes, mark, optimizer.settings() | facts)
     if writes_files() or not any_split(optimizer.param_groups):
         delta.save(path, compact, allow_nonfinite)
 

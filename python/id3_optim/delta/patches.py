@@ -14,7 +14,7 @@ from id3_kernels import Entries
 from ..distributed.part import block_of, check_part, full, is_split, local
 from ..pieces import cut
 from ..wrappers import plain_parameters
-from .coordinates import Part, part_views, parts_of_split
+from .coordinates import Part, checkpoint_parts, part_views, parts_of_split
 from .file import VALUE_DTYPES, Change, DeltaError
 from .fingerprint import by_kind, first_difference
 from .split import read_split, write_split
@@ -65,10 +65,22 @@ def find(
     if not changes.keys() <= present.keys():
         parts = parts_of_split(model)
         parts = {name: parts[name] for name in changes if name in parts and name not in present}
+        _check_apart(model, changes)
         present = part_views(model) | present
     placed = find_in(present, {n: c for n, c in changes.items() if n not in parts}, strict, cast, not parts)
     placed |= {n: _in_split(*parts[n], change, cast) for n, change in changes.items() if n in parts}
     return {name: placed[name] for name in changes if name in placed}
+
+
+def _check_apart(model: nn.Module, changes: Mapping[str, Change]) -> None:
+    """Raises DeltaError for changes of a parameter and of its part, which would overwrite each other."""
+    for name, own in checkpoint_parts(model).items():
+        part = next((part.name for part in own if part.name in changes and part.name != name), None)
+        if name in changes and part is not None:
+            raise DeltaError(
+                f"{part}: expected changes of the checkpoint's weights alone, got those of {name}, "
+                "which holds it, too; merge deltas of one form"
+            )
 
 
 def _in_split(part: Part, param: Tensor, change: Change, cast: bool) -> Patch:

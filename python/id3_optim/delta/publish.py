@@ -14,6 +14,7 @@ from ..analysis import delta_allocation
 from ..extras import require
 from ..plots import save_allocation
 from .delta import Delta, load_delta
+from .facts import TWO_LABELS
 from .hub import FILE
 
 _PICTURE, _CARD = "allocation.png", "README.md"
@@ -121,6 +122,8 @@ def _use(delta: Delta, repo_id: str, base: str | None, base_revision: str | None
     named = config.get("architectures") if isinstance(config, dict) else None
     auto, source = (named or ["AutoModel"])[0], "BASE" if base is None else base
     at = "" if base_revision is None else f', revision="{base_revision}"'
+    labels = config.get("id2label", TWO_LABELS) if isinstance(config, dict) else TWO_LABELS
+    at += "" if labels == TWO_LABELS else f", id2label={ {int(i): label for i, label in labels.items()} }"
     return (
         f"```python\nfrom id3_optim import load_delta\nfrom transformers import {auto}\n\n"
         f'model = {auto}.from_pretrained("{source}"{at})\nload_delta("{repo_id}").apply(model)\n```'
