@@ -18,6 +18,7 @@ _FRONT_LOADED = "id3:schedule=front-loaded:0.1,leave_out=embeddings,head_lr=0.00
 # (part, method, budget): what the guide calls it.
 _SHOWN = {
     ("main", "full", MAIN_BUDGET): "full fine-tuning",
+    ("longer", "full", MAIN_BUDGET): "full fine-tuning, 2000 steps",
     ("budgets", RECIPE, "1%"): "random mask outside the embeddings, of 1 %",
     ("main", RECIPE, MAIN_BUDGET): "random mask outside the embeddings",
     ("longer", RECIPE, MAIN_BUDGET): "that mask, 2000 steps",

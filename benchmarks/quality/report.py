@@ -215,9 +215,10 @@ def _how(reports: Reports, part: str, tasks: list[str]) -> str:
         subset = report.get("rows_subset") and f" on {report['rows_subset']:,} of its training rows"
         tied = chosen_by_loss(report)
         loss = f" Tuning had one score for all, and the loss chose, for {', '.join(tied)}." if tied else ""
+        how = f"tuned with {report['tune_steps']}" if PARTS[part].tuned else "not tuned"
         versions = sorted({run["versions"] for run in report["runs"] if run.get("versions")})
         lines.append(
-            f"- {task}: {report['steps']} steps{subset or ''}, tuned with {report['tune_steps']}; "
+            f"- {task}: {report['steps']} steps{subset or ''}, {how}; "
             f"{'; '.join(versions)}. Learning rates: {', '.join(rates) or 'none chosen yet'}.{loss}"
         )
     return "\n".join(lines)
