@@ -34,7 +34,7 @@ COMMANDS = {
     ),
     "merge": (
         "merge one two --whole first --output old",
-        [f"{folder}/{name}" for folder in ("one", "two") for name in ("delta.safetensors", "config.json")],
+        ["one/delta.safetensors", "two/delta.safetensors"],
     ),
     "diff": (
         "diff --base bert --tuned tuned --output old",

@@ -53,7 +53,7 @@ FAULTS = [missing, empty, truncated, garbled, a_directory, through_a_file, unrea
 # These the commands can do without: the model's own configuration serves, or no tokenizer is written.
 SPARE = {("revert", "one/config.json"), ("apply", "bert/tokenizer_config.json")}
 SPARE |= {("train", "bert/tokenizer_config.json"), ("causal", "llama/tokenizer_config.json")}
-SPARE |= {("merge", "one/config.json"), ("merge", "two/config.json")}
+SPARE |= {("apply", "one/config.json")}
 
 
 READS = [

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from train_command import run, save_train_files, words
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from id3_optim import load_delta
+from id3_optim import Delta, load_delta
+from id3_optim.cli.models import facts_of
 from id3_optim.delta.publish import delta_card
 
 
@@ -120,3 +121,15 @@ def test_a_head_in_float32_beside_bfloat16_stays_exact(files, tmp_path, capsys):
     assert all(
         value.dtype == own[name].dtype and torch.equal(value, own[name]) for name, value in found.items()
     )
+
+
+def test_a_delta_without_them_has_those_beside_it(files, tmp_path):
+    """Of an earlier release."""
+    delta = Delta({}, None, {})
+    assert facts_of(delta, tmp_path) == {}
+    config = {"architectures": ["BertForSequenceClassification"], "id2label": {"0": "a", "1": "b"}}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"hidden_size": 16}))
+    assert facts_of(delta, tmp_path) == config
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="expected a configuration in JSON"):
+        facts_of(delta, tmp_path)
