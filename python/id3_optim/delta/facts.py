@@ -26,7 +26,9 @@ def model_facts(config: Mapping[str, Any]) -> dict[str, Any]:
 def facts_of_model(model: nn.Module) -> dict[str, Any]:
     """`model_facts` of a model of transformers itself, as it would be saved; {} for another."""
     model = unwrapped_model(model)
-    own = type(model).__module__.startswith("transformers.models.")
+    # FSDP2 gives a model a class of its own, before that of the model.
+    kind = next(k for k in type(model).__mro__ if not k.__module__.startswith("torch.distributed."))
+    own = kind.__module__.startswith("transformers.models.")
     if not own or not hasattr(getattr(model, "config", None), "to_dict"):
         return {}
-    return model_facts(model.config.to_dict() | {"architectures": [type(model).__name__]})
+    return model_facts(model.config.to_dict() | {"architectures": [kind.__name__]})
