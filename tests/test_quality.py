@@ -106,6 +106,19 @@ def test_rates_that_the_loss_has_chosen_are_named(reports):
     assert not list(guide.undecided({("main", "mrpc"): reports["main", "mrpc"]}))
 
 
+def test_methods_that_were_tuned_by_shorter_runs_are_named(reports):
+    reports["budgets", "cola"] = made("budgets", "cola", {parts.RECIPE: 0.6}, guide.budget("1%"))
+    assert not list(guide.shorter(reports))
+    reports["main", "cola"]["tune_steps"] = 8
+    (text,) = guide.shorter(reports)
+    assert text.startswith(
+        "Tuned on cola by runs of 5 steps, where the main part's methods were tuned by 8: random"
+    )
+    assert "runs of 5 steps" in report.readme_block(reports) and "runs of 5 steps" in guide.guide_block(
+        reports
+    )
+
+
 def test_a_cell_with_seeds_missing_is_named(reports):
     reports["main", "cola"] = made("main", "cola", SCORES, seeds=3)
     assert "id3 on cola at 0.17 %" in list(report.empty(reports, "main"))

@@ -58,7 +58,7 @@ def guide_block(reports: Reports) -> str:
     if not scores:
         return NOTHING
     texts = [_allocation(reports["main", task], task) for task in _tasks(reports)]
-    texts += undecided(reports)
+    texts += [*undecided(reports), *shorter(reports)]
     texts += [_untuned(report, task) for (part, task), report in reports.items() if part == "recipe"]
     return "\n\n".join([scores, *(textwrap.fill(text, WIDTH) for text in texts)])
 
@@ -73,6 +73,18 @@ def undecided(reports: Reports) -> Iterator[str]:
                 f"On {task} the longest tuning runs of these have one score in common, so that their rates "
                 f"are those of the least loss: {'; '.join(names)}."
             )
+
+
+def shorter(reports: Reports) -> Iterator[str]:
+    """The methods that were tuned by shorter runs than the main part's on the same task."""
+    for (part, method, share), words in _SHOWN.items():
+        for task in _tasks(reports):
+            row, main = row_of(reports, part, task, method, budget(share)), reports["main", task]
+            if _scored(row) and (steps := reports[part, task]["tune_steps"]) < main["tune_steps"]:
+                yield (
+                    f"Tuned on {task} by runs of {steps} steps, where the main part's methods were tuned by "
+                    f"{main['tune_steps']}: {words}."
+                )
 
 
 def _untuned(report: dict, task: str) -> str:

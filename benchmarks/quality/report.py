@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import fmean
 
 from benchmarks.quality.causal_table import causal_table
-from benchmarks.quality.guide import GUIDE, MARKERS, guide_block, scores_table, undecided
+from benchmarks.quality.guide import GUIDE, MARKERS, guide_block, scores_table, shorter, undecided
 from benchmarks.quality.parts import PARTS
 from benchmarks.quality.rows import Reports, chosen_by_loss, read, row_of
 from benchmarks.quality.time_table import time_table
@@ -145,7 +145,7 @@ def readme_block(reports: Reports) -> str:
         "said, every method tuned alike; mean ± standard deviation on the development set. Much of the grid "
         "has not been run: [Evidence](docs/evidence.md) names it."
     )
-    texts = [textwrap.fill(text, WIDTH) for text in (about, *undecided(reports))]
+    texts = [textwrap.fill(text, WIDTH) for text in (about, *undecided(reports), *shorter(reports))]
     return "\n\n".join([scores_table(reports), *texts])
 
 
