@@ -18,6 +18,7 @@ from . import pools, schedules
 from .heuristics import Fisher, Heuristic, Random, fisher_scores
 from .method_table import LORA_RANK, SELECTIVE, default_rate, describe, names, needs_examples, parts_of
 from .optimizer import ID3AdamW
+from .validation import check_fresh
 
 __all__ = ["Prepared", "default_rate", "describe", "distances", "embeddings", "names", "prepare", "recipe"]
 
@@ -128,8 +129,7 @@ def _fresh_and_left_out(
 ) -> list[Tensor]:
     """The fresh parameters. Raises ValueError for what `prepare` refuses."""
     named = dict(model.named_parameters())
-    if unknown := sorted(set(fresh) - named.keys()):
-        raise ValueError(f"fresh: expected names of the model's parameters, got {unknown[0]!r}")
+    check_fresh(named, fresh)
     for part in leave_out:
         if not any(part in known for known in named):
             raise ValueError(f"leave_out: expected parts of the model's parameter names, got {part!r}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -192,3 +192,9 @@ def usable_backend(name: str | None) -> str | None:
     if name is not None:
         backend.require(name)
     return name
+
+
+def check_fresh(named: Mapping[str, torch.Tensor], fresh: Iterable[str]) -> None:
+    """Raises ValueError for a name in `fresh`, the parameters to train whole, that no parameter has."""
+    if unknown := sorted(set(fresh) - named.keys()):
+        raise ValueError(f"fresh: expected names of the model's parameters, got {unknown[0]!r}")

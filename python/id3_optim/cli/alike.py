@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from ..delta.file import STORED, VALUE_DTYPES
 from .models import load, reading
 
-_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 # Of a configuration: what a delta's settings hold, and what says nothing of what a model computes.
 _ELSEWHERE = {"architectures", "id2label", "label2id", "problem_type", "pad_token_id", "dtype"}
 _ELSEWHERE |= {"_name_or_path", "transformers_version", "use_cache"}
@@ -19,23 +19,24 @@ _ELSEWHERE |= {"_name_or_path", "transformers_version", "use_cache"}
 
 def load_as_stored(config, source: str, option: str) -> tuple[torch.nn.Module, set[str]]:
     """As `load`, each parameter in the dtype that the checkpoint has for it, which may have several."""
-    kinds = _stored_dtypes(Path(source), option)
-    if len(set(kinds.values())) < 2:
-        return load(config, source, config.dtype or "auto", option)
-    model, missing = load(config, source, torch.float32, option)
-    for name, param in model.named_parameters():
-        param.data = param.data.to(kinds.get(name, config.dtype or torch.float32))
-    return model, missing
+    return _load_in(_stored_dtypes(Path(source), option), config.dtype, config, source, option)
 
 
 def load_alike(config, source: str, other: torch.nn.Module, option: str) -> tuple[torch.nn.Module, set[str]]:
     """As `load`, each parameter in the dtype that it has in another model of the same class."""
     dtypes = {name: param.dtype for name, param in other.named_parameters()}
+    return _load_in(dtypes, other.dtype, config, source, option)
+
+
+def _load_in(
+    dtypes: Mapping[str, torch.dtype], default: torch.dtype | None, config, source: str, option: str
+) -> tuple[torch.nn.Module, set[str]]:
+    """As `load`, in `dtypes` where they are several: transformers loads all parameters in one."""
     if len(set(dtypes.values())) < 2:
-        return load(config, source, other.dtype, option)
+        return load(config, source, default or "auto", option)
     model, missing = load(config, source, torch.float32, option)
     for name, param in model.named_parameters():
-        param.data = param.data.to(dtypes[name])
+        param.data = param.data.to(dtypes.get(name, default or torch.float32))
     return model, missing
 
 
@@ -45,8 +46,8 @@ def _stored_dtypes(folder: Path, option: str) -> dict[str, torch.dtype]:
     for path in sorted(folder.glob("model*.safetensors")) if folder.is_dir() else ():
         with reading(option, f"a model's weights in {folder}"), safe_open(path, "pt") as file:
             for name in file.keys():  # noqa: SIM118 - it is no mapping
-                found[name] = _DTYPES.get(file.get_slice(name).get_dtype())
-    return {name: dtype for name, dtype in found.items() if dtype is not None}
+                found[name] = STORED.get(file.get_slice(name).get_dtype())
+    return {name: dtype for name, dtype in found.items() if dtype in VALUE_DTYPES}
 
 
 def differing(base: Mapping[str, Any], tuned: Mapping[str, Any]) -> list[str]:

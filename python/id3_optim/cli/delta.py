@@ -20,14 +20,7 @@ from ..wrappers import plain_parameters
 from .alike import differing, load_alike, load_as_stored
 from .delta_files import delta_path, read_delta
 from .merge import run_merge
-from .models import (
-    check_held,
-    load,
-    load_config,
-    load_model,
-    load_tokenizer,
-    quiet_transformers,
-)
+from .models import check_held, load, load_config, load_model, load_tokenizer, quiet_transformers
 from .results import (
     check_new_directory,
     check_new_file,

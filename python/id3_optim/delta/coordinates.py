@@ -119,10 +119,10 @@ def _split(part: Part) -> list[Part]:
     ]
 
 
-def part_views(model: nn.Module) -> dict[str, Tensor]:
+def part_views(model: nn.Module, parts: Mapping[str, list[Part]] | None = None) -> dict[str, Tensor]:
     """The weights of the model's checkpoint by name, as views of its parameters; of DTensors those alone that
-    have the form of one."""
-    params, parts = plain_parameters(model), checkpoint_parts(model)
+    have the form of one. parts: the model's `checkpoint_parts`, where they are known."""
+    params, parts = plain_parameters(model), checkpoint_parts(model) if parts is None else parts
     return {
         part.name: part.view(params[name])
         for name, views in parts.items()
@@ -131,10 +131,10 @@ def part_views(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def parts_of_split(model: nn.Module) -> dict[str, tuple[Part, Tensor]]:
-    """The weights of the model's checkpoint that are parts of DTensors, which have no views, by name."""
+def parts_of_split(model: nn.Module, parts: Mapping[str, list[Part]]) -> dict[str, tuple[Part, Tensor]]:
+    """The weights of the model's checkpoint that are parts of DTensors, which have no views, by name. parts:
+    the model's `checkpoint_parts`."""
     params = {name: param for name, param in plain_parameters(model).items() if is_split(param)}
-    parts = checkpoint_parts(model) if params else {}
     return {part.name: (part, param) for name, param in params.items() for part in parts.get(name, ())}
 
 

@@ -29,7 +29,7 @@ VERSION = 1
 KEY = "id3_delta"
 # The limit of the safetensors library, some 250 000 parameters. It bounds the JSON of a crafted file.
 _HEADER_LIMIT_BYTES = 100_000_000
-_STORED = {
+STORED = {
     "F32": torch.float32,
     "BF16": torch.bfloat16,
     "F16": torch.float16,
@@ -37,7 +37,7 @@ _STORED = {
     "I32": torch.int32,
     "U8": torch.uint8,
 }
-VALUE_DTYPES = [dtype for dtype in _STORED.values() if dtype.is_floating_point]
+VALUE_DTYPES = [dtype for dtype in STORED.values() if dtype.is_floating_point]
 _FORMS = [{"dense"}, {"indices", "values"}, {"gaps", "values"}]  # originals may accompany values
 
 Parts = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # part of a parameter → its dtype and shape
@@ -218,11 +218,11 @@ def _layout(stored: dict[str, Any], body_bytes: int) -> dict[str, Parts]:
             continue
         _require(isinstance(entry, dict), key, "dtype, shape and data_offsets", entry)
         dtype, shape = entry.get("dtype"), entry.get("shape")
-        _require(isinstance(dtype, str) and dtype in _STORED, f"{key}: dtype", " or ".join(_STORED), dtype)
+        _require(isinstance(dtype, str) and dtype in STORED, f"{key}: dtype", " or ".join(STORED), dtype)
         _require(_is_shape(shape), f"{key}: shape", "fewer than 2^31 entries", shape)
         name, _, part = key.rpartition(".")
-        layout.setdefault(name, {})[part] = (_STORED[dtype], tuple(shape))
-        total += math.prod(shape) * _STORED[dtype].itemsize
+        layout.setdefault(name, {})[part] = (STORED[dtype], tuple(shape))
+        total += math.prod(shape) * STORED[dtype].itemsize
     _require(total == body_bytes, "delta file", f"{total} bytes of tensors (a truncated file?)", body_bytes)
     return layout
 

@@ -61,20 +61,21 @@ def find(
     A name that is no parameter's may be that of a weight of the model's checkpoint, a part of a parameter.
     cast: the values are rounded to the parameters' dtypes, which may differ from the delta's.
     """
-    present, parts = plain_parameters(model), {}
+    present, split = plain_parameters(model), {}
     if not changes.keys() <= present.keys():
-        parts = parts_of_split(model)
-        parts = {name: parts[name] for name in changes if name in parts and name not in present}
-        _check_apart(model, changes)
-        present = part_views(model) | present
-    placed = find_in(present, {n: c for n, c in changes.items() if n not in parts}, strict, cast, not parts)
-    placed |= {n: _in_split(*parts[n], change, cast) for n, change in changes.items() if n in parts}
+        parts = checkpoint_parts(model)
+        _check_apart(parts, changes)
+        split = parts_of_split(model, parts)
+        split = {name: split[name] for name in changes if name in split and name not in present}
+        present = part_views(model, parts) | present
+    placed = find_in(present, {n: c for n, c in changes.items() if n not in split}, strict, cast, not split)
+    placed |= {n: _in_split(*split[n], change, cast) for n, change in changes.items() if n in split}
     return {name: placed[name] for name in changes if name in placed}
 
 
-def _check_apart(model: nn.Module, changes: Mapping[str, Change]) -> None:
+def _check_apart(parts: Mapping[str, list[Part]], changes: Mapping[str, Change]) -> None:
     """Raises DeltaError for changes of a parameter and of its part, which would overwrite each other."""
-    for name, own in checkpoint_parts(model).items():
+    for name, own in parts.items():
         part = next((part.name for part in own if part.name in changes and part.name != name), None)
         if name in changes and part is not None:
             raise DeltaError(

@@ -4,6 +4,8 @@ from collections.abc import Iterable
 
 import torch
 
+from ..validation import check_fresh
+
 
 def fresh_parameters(model: torch.nn.Module, loading_info: dict) -> set[str]:
     """Names of the parameters that have no values in the checkpoint, such as a new head.
@@ -27,8 +29,7 @@ def parameter_groups(model: torch.nn.Module, fresh: Iterable[str] = (), **dense_
     """
     fresh = set(fresh)
     named = dict(model.named_parameters())
-    if unknown := sorted(fresh - named.keys()):
-        raise ValueError(f"fresh: expected names of the model's parameters, got {unknown[0]!r}")
+    check_fresh(named, fresh)
     trainable = [(name, p) for name, p in named.items() if p.requires_grad]
     pretrained = [(name, p) for name, p in trainable if name not in fresh]
     dense = [(name, p) for name, p in trainable if name in fresh]

@@ -23,6 +23,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from ..delta import Delta
 from ..delta.file import Change
 from ..quantized import QuantizedSparse
+from ..validation import check_fresh
 from .huggingface import DELTA_NAME
 
 _COUNTS = ("steps_done", "n_active")
@@ -109,8 +110,7 @@ def trainable(model: nn.Module, sparse: QuantizedSparse, fresh: Iterable[str] = 
     Raises ValueError for a fresh name that is not in the model.
     """
     named, fresh = dict(model.named_parameters()), set(fresh)
-    if unknown := sorted(fresh - named.keys()):
-        raise ValueError(f"fresh: expected names of the model's parameters, got {unknown[0]!r}")
+    check_fresh(named, fresh)
     for name, p in named.items():
         p.requires_grad_(name in fresh)
 
