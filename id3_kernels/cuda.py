@@ -1,8 +1,8 @@
 """The ops of `table.py` on an NVIDIA GPU, through the CUDA C++ kernels of csrc/cuda.
 
 The kernels take row-major tensors of float32, bfloat16 and float16; a tensor of other strides passes through
-a copy. Only two calls synchronise with the GPU: `union`, which is the reference's, and the first AdamW step
-with its betas on a device. After that step a CUDA graph can capture every op except `union`.
+a copy. `union` and `fingerprint` are the reference's, and synchronise with the GPU; beside them only the
+first AdamW step with its betas on a device does. After that step a CUDA graph can capture them all.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from . import reference
 from .reference.collect import best_by_selection_
 
-union = reference.union
+union, fingerprint = reference.union, reference.fingerprint
 _ops = torch.ops.id3_cuda
 
 

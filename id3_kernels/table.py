@@ -154,6 +154,14 @@ OPS = {
         """Writes values, in entry order and in the dtype of tensors (M of any strides and of one dtype), to
         the entries (offsets, indices). Mutates tensors at these entries alone.""",
     ),
+    "fingerprint": Op(
+        "(Tensor[] values, Tensor keys, Tensor offsets, Tensor indices) -> Tensor",
+        lambda values, keys, offsets, indices: offsets.new_empty(len(values)),
+        """For each vector of values (of 2, 4 or 8 bytes, parallel to `indices`), int64, the sum modulo 2^64
+        over the entries (offsets, indices) of mix64(mix64(key + index · INCREMENT) xor bits), in any order,
+        as in `docs/delta-format.md`. keys: int64 [M], one per tensor; bits: a value's bit pattern,
+        sign-extended; mix64, INCREMENT: those of `hashing.py`. Mutates nothing.""",
+    ),
     "squared_norm": Op(
         "(Tensor?[] tensors, Tensor offsets, Tensor indices) -> Tensor",
         lambda tensors, offsets, indices: offsets.new_empty((), dtype=torch.float64),

@@ -2,6 +2,7 @@
 
 from .collect import collect_
 from .entries import gather, join_, scatter_, union
+from .fingerprint import fingerprint
 from .norm import squared_norm
 from .sampled import sampled_embedding_grad_, sampled_weight_grad_
 from .score import d3_score, wide_dtype
@@ -13,6 +14,7 @@ __all__ = [
     "adamw_compact_",
     "collect_",
     "d3_score",
+    "fingerprint",
     "gather",
     "join_",
     "sampled_embedding_grad_",

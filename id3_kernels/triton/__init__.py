@@ -1,7 +1,8 @@
 """The ops of `table.py` on a GPU, through Triton; on CPU tensors with TRITON_INTERPRET=1, for tests."""
 
+from ..reference import fingerprint, union
 from .collect import collect_
-from .entries import gather, join_, scatter_, union
+from .entries import gather, join_, scatter_
 from .launch import why_unavailable
 from .norm import squared_norm
 from .sampled import sampled_embedding_grad_, sampled_weight_grad_
@@ -14,6 +15,7 @@ __all__ = [
     "adamw_compact_",
     "collect_",
     "d3_score",
+    "fingerprint",
     "gather",
     "join_",
     "sampled_embedding_grad_",

@@ -6,13 +6,10 @@ import torch
 import triton
 import triton.language as tl
 
-from .. import reference
 from . import launch, tables
 from .places import lower_bound, owner_of
 
 BLOCK = 256
-
-union = reference.union
 
 
 @triton.jit(do_not_specialize=["n", "n_tensors"])  # else a new size compiles anew

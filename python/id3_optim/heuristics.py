@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from id3_kernels.hashing import INCREMENT, SLICE, mix64, shifted_right
+
 from .distributed.blocks import Blocks
 from .distributed.part import block_of, is_split, like, local, part_of
-from .hashing import INCREMENT, SLICE, mix64, shifted_right
 from .pieces import Rows, rows_of
 
 
@@ -57,10 +58,7 @@ class D3:
 
 @dataclass(frozen=True)
 class Magnitude:
-    """PaFi: the smallest |θ| first, zeros before all.
-
-    The order is exact for |θ| below 2^127 (float64: 2^1023); larger values tie.
-    """
+    """PaFi: the smallest |θ| first, zeros before all; values of 2^127 (float64: 2^1023) and more tie."""
 
 
 @dataclass(frozen=True, eq=False)

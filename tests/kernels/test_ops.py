@@ -72,6 +72,7 @@ SAMPLES = {
         *Entries.from_lists([[1], [0, 2]]),
         [torch.tensor([5.0, 6.0, 7.0]), None],
     ),
+    "fingerprint": lambda: ([torch.arange(5.0)], torch.tensor([3, 4]), *held()),
     "gather": lambda: (two_tensors()[0], *held()),
     "scatter_": lambda: (two_tensors()[0], *held(), torch.arange(5.0)),
     "sampled_weight_grad_": lambda: (*sampled_arguments(), torch.ones(3), True),

@@ -113,7 +113,7 @@ def test_no_op_of_a_step_asks_the_device(gpu, name, runs):
 
 def test_every_op_of_a_step_is_tried():
     tried = {name.split()[0].strip(",") for name in OPS}
-    assert tried == set(kernels.__all__) - {"union", "why_unavailable"}
+    assert tried == set(kernels.__all__) - {"fingerprint", "union", "why_unavailable"}
 
 
 QUESTIONS = {

@@ -40,8 +40,7 @@ def test_the_best_within_the_cap_join(model, give_gradients, strategy, backend):
             taken[:] = False
         taken[capped(scores, taken, targets[step] - taken.sum(), int(CAP * BUDGET))] = True
         optimizer.step()
-        shard = optimizer.active_set.shards[0]
-        indices = [shard.column("indices", j) for j in range(len(params))]
+        indices = [row["indices"] for row in optimizer.active_set.columns(0, [])]
         own = np.split(taken, np.cumsum([p.numel() for p in params])[:-1])
         assert [i.tolist() for i in indices] == [mask.nonzero()[0].tolist() for mask in own]
     assert optimizer.n_active == BUDGET

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -181,11 +180,11 @@ class WeightStream:
     ) -> dict[str, _Piece]:
         """The changed entries by the checkpoint's names, on the CPU."""
         entries, before, after = Entries(*(t.cpu() for t in entries)), before.cpu(), after.cpu()
-        found, bounds = {}, entries.offsets.tolist()
-        for name, (begin, end) in zip(names, pairwise(bounds), strict=True):
-            if begin == end:
+        found, counts = {}, entries.offsets.diff().tolist()
+        columns = (column.split(counts) for column in (entries.indices, before, after))
+        for name, indices, old, new in zip(names, *columns, strict=True):
+            if indices.numel() == 0:
                 continue
-            indices, old, new = (t[begin:end] for t in (entries.indices, before, after))
             if (part := self._whole.get(name)) is not None:
                 found[part.name] = _Piece(part.shape, indices, old, new)
                 continue

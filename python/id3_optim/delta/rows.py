@@ -42,6 +42,8 @@ class Rows(NamedTuple):
         if second.entries.indices.numel() == 0 or self._same_entries(second):
             return self
         union, *places = id3_kernels.union(self.entries, second.entries)
+        if union.indices.numel() == self.values.numel():  # all entries of the second are among these
+            return self
         values = self.values.new_empty(union.indices.numel())
         values[places[1]] = second.values
         values[places[0]] = self.values

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..hashing import SLICE, mix64
+from id3_kernels.hashing import SLICE, mix64
+
 from .many_ranks import ManyRanks, called
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -177,32 +177,23 @@ class ActiveSet:
 
         Where ranks hold parts of the parameters, every rank has to go through all of these.
         """
-        whole = None if self.ranks.alone else [self._touched_over_ranks(i) for i in range(len(self.shards))]
+        rows = [self._touched_rows(i) for i in range(len(self.shards))]
         for p in params:
             at = self.locate(p)
             if at is None:
                 yield Touched(p, torch.empty(0, dtype=index_dtype(p), device=p.device), None)
-            elif whole is None:
-                yield Touched(p, *self._held(*at))
             else:
-                i, j = at
-                yield Touched(p, whole[i][j]["indices"], whole[i][j].get("originals"))
+                yield Touched(p, *self._of_parameter(*at, rows[at[0]]))
 
-    def _held(self, i: int, j: int) -> tuple[Tensor, Tensor | None]:
-        """(indices, originals) of the parameter whose first tensor is j of shard i."""
-        shard = self.shards[i]
-        found = [self._held_of_tensor(i, n) for n in shard.pieces(j)]
+    def _of_parameter(self, i: int, j: int, rows: list[dict[str, Tensor]]) -> tuple[Tensor, Tensor | None]:
+        """(indices, originals) of the parameter whose first tensor is j of shard i, from the shard's rows."""
+        found = [rows[n] for n in self.shards[i].pieces(j)] if self.ranks.alone else [rows[j]]
+        indices, originals = ([row.get(name) for row in found] for name in ("indices", "originals"))
         if len(found) == 1:
-            return found[0]
-        indices, originals = zip(*found, strict=True)
-        return shard.joined(j, indices), None if originals[0] is None else torch.cat(originals)
+            return indices[0], originals[0]
+        return self.shards[i].joined(j, indices), None if originals[0] is None else torch.cat(originals)
 
-    def _held_of_tensor(self, i: int, j: int) -> tuple[Tensor, Tensor | None]:
-        if self.layout.repeat:
-            return self.ever[i].of(j)
-        return tuple(self.shards[i].column(name, j) for name in ("indices", "originals"))
-
-    def _touched_over_ranks(self, i: int) -> list[dict[str, Tensor]]:
+    def _touched_rows(self, i: int) -> list[dict[str, Tensor]]:
         if self.layout.repeat:
             return self.ever_columns(i)
         return self.columns(i, ["originals"] if self.layout.originals else [])

@@ -25,12 +25,6 @@ class EverActive:
         missing = n_tensors + 1 - offsets.numel()
         self.entries = Entries(torch.cat([offsets, offsets[-1:].expand(missing)]), indices)
 
-    def of(self, j: int) -> tuple[Tensor, Tensor | None]:
-        """(indices, originals) of tensor j."""
-        begin, end = self.entries.offsets[j : j + 2].tolist()
-        originals = self.originals
-        return self.entries.indices[begin:end], None if originals is None else originals[begin:end]
-
     def remember(self, kernels, new: Entries, values: Tensor) -> None:
         """Adds `new`, with the values that they have now; an entry that is known keeps its first value."""
         offsets, indices, held_at, new_at = kernels.union(*self.entries, *new)

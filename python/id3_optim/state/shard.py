@@ -103,15 +103,6 @@ class Shard(Tensors):
     def n_active(self) -> int:
         return sum(run[-1] - run[0] for run in self.bounds)
 
-    def column(self, name: str, j: int) -> Tensor | None:
-        """The part of an array that belongs to tensor j; None where the layout has no such array. Settles."""
-        self.settle()
-        if self.layout.capturable:  # `bounds` would read all offsets anew
-            begin, end = self.offsets[0, j : j + 2].tolist()
-        else:
-            begin, end = self.bounds[0][j : j + 2]
-        return self.arrays[name][begin:end] if name in self.arrays else None
-
     def runs(self) -> list[Entries]:
         """The active entries run by run, the offsets of each from 0; values begin where the indices do."""
         indices = self.arrays["indices"]

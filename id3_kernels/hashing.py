@@ -1,6 +1,5 @@
-"""An integer hash, in torch ops for the random mask and in numpy for the fingerprint of a delta."""
+"""An integer hash in torch ops: for the random mask, and for the fingerprint of entries."""
 
-import numpy as np
 from torch import Tensor
 
 # splitmix64 (Steele, Lea, Flood 2014): its increment and two multipliers, as signed 64-bit integers.
@@ -20,11 +19,3 @@ def mix64(z: Tensor) -> Tensor:
     z = (z ^ shifted_right(z, 30)) * _MULTIPLIER_1
     z = (z ^ shifted_right(z, 27)) * _MULTIPLIER_2
     return z ^ shifted_right(z, 31)
-
-
-def mix64_(z: np.ndarray, scratch: np.ndarray) -> None:
-    """`mix64` of uint64, in place; scratch: as large as z, overwritten."""
-    for bits, multiplier in ((30, _MULTIPLIER_1), (27, _MULTIPLIER_2), (31, 1)):
-        np.right_shift(z, np.uint64(bits), out=scratch)
-        z ^= scratch
-        z *= np.uint64(multiplier % 2**64)
