@@ -54,8 +54,8 @@ class Joins:
         recent = self._shard.offsets[-1].diff().sum() if len(self._shard.offsets) > 1 else 0
         assert recent <= max(len(self._increments) - 1, 0) * len(self._increments[0].indices), "no merge"
         parts = zip(self._held.lists(), *(increment.lists() for increment in self._increments), strict=True)
-        for j, group in enumerate(parts):
-            joined = self._shard.column("indices", j)
+        self._shard.settle()
+        for j, (group, joined) in enumerate(zip(parts, self._shard.runs()[0].lists(), strict=True)):
             assert torch.equal(joined, torch.cat(group).sort().values), f"join: tensor {j}"
 
 

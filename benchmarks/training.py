@@ -107,6 +107,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", type=Path, default=RESULTS / "training")
+    parser.add_argument("--resume", action="store_true", help="measure the cases that the results lack")
     parser.add_argument("--report", type=Path, metavar="JSON", help="measure nothing; render this file again")
     parser.add_argument("--update-pages", action="store_true", help="put the tables into README and the page")
     parser.add_argument("--in-process", help=argparse.SUPPRESS)
@@ -129,13 +130,26 @@ def main(arguments: list[str] | None = None) -> None:
     print(tables(results), bars_table(results["bars"]), sep="\n\n")
 
 
+def _earlier(path: Path, machine: dict[str, object]) -> dict[str, object]:
+    """Results to go on from. SystemExit where another machine, torch or number of threads gave them."""
+    results = json.loads(path.read_text())
+    for name in machine.keys() - {"commit", "date"}:
+        if (saved := results["machine"].get(name)) != machine[name]:
+            sys.exit(f"--resume: expected results of {name} {machine[name]}, got {saved} in {path}")
+    return results
+
+
 def measure(options: argparse.Namespace) -> Path:
     """Measures every case, and writes the results file after each."""
     machine = describe(options.threads)
     path = results_path(options.output, machine)
     results: dict[str, object] = {"machine": machine, "times": [], "memory": []}
+    if options.resume and path.exists():
+        results = _earlier(path, machine)
+    done = {(row["model"], row["dtype"], row["tokens"]) for row in results["times"]}
     models, tokens = options.model or MODELS, options.tokens or (512, 2048)
     cases = [case for case in CASES if case[1] != "bfloat16" or multiplies_bfloat16()]
+    cases = [case for case in cases if case not in done]
     for case in (case for case in cases if case[0] in models and case[2] in tokens):
         results["times"].append(_fresh(options, case, None))
         for method in methods_of(case[0]):
