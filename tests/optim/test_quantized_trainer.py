@@ -128,7 +128,9 @@ def test_the_delta_makes_the_trained_model(ran, folder):
             parent, _, own = name.rpartition(".")
             setattr(plain.get_submodule(parent), own, linear)
     x = torch.tensor([row["input_ids"] for row in rows()])
-    load_delta(f"{trainer.state.best_model_checkpoint}/delta.safetensors").apply(plain)
+    delta = load_delta(f"{trainer.state.best_model_checkpoint}/delta.safetensors")
+    assert delta.settings["config"]["architectures"] == ["BertForSequenceClassification"]
+    delta.apply(plain)
     torch.testing.assert_close(plain.eval()(x).logits, module.eval()(x).logits, rtol=1e-5, atol=1e-5)
 
 

@@ -75,7 +75,6 @@ def test_a_file_in_another_encoding(tmp_path, content, message):
             "a.csv:3: expected a record of CSV, got none that can be read",
         ),
         ('text,label\n"x\ny",1\n"a" b,2\n', "a.csv:4: expected a record of CSV, got none that can be read"),
-        (f"text,label\nx,1\n{'y' * 200_000},2\n", r"a.csv:3: expected a record .* field limit \(131072\)"),
         ('text,label\nx,1\n"y\nz",2,3\n', "a.csv:3: expected 2 fields, got 3"),
     ],
 )
@@ -113,6 +112,10 @@ def test_delimiters(tmp_path, delimiter, name):
         ('{"prompt": "a", "completion": NaN}', "a.jsonl:2: expected an object with the string 'completion'"),
         ('{"prompt": null, "completion": "b"}', "a.jsonl:2: expected an object with the string 'prompt'"),
         ("[" * 100_000, "a.jsonl:2: expected "),
+        (
+            '{"prompt": "a", "completion": "b \\uD83D"}',
+            "a.jsonl:2: expected whole characters, got .ud83d alone",
+        ),
     ],
 )
 def test_mistakes_in_jsonl(tmp_path, line, message):
@@ -225,3 +228,14 @@ def test_jsonl_under_the_name_of_csv(tmp_path):
         ValueError, match=r"a.csv: expected CSV or TSV with a column 'text', got .* like JSONL"
     ):
         reading.read_labelled(path, ["text"], "label")
+
+
+def test_an_escaped_pair_is_a_character(tmp_path):
+    path = written(tmp_path, '{"prompt": "a", "completion": "b \\uD83D\\ude00"}', "a.jsonl")
+    assert reading.read_completions(path) == [reading.Completion("a", "b 😀")]
+
+
+def test_a_long_document_is_a_field(tmp_path):
+    text = "word " * 50_000
+    path = written(tmp_path, f"text,label\n{text},a\n")
+    assert reading.read_labelled(path, ["text"], "label") == [reading.LabelledText((text,), "a")]

@@ -18,6 +18,7 @@ from .failures import shortened
 # The first bytes of a file: its encoding. UTF-32's begin with UTF-16's, so they come first.
 _MARKS = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32"}
 _MARKS |= {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
+_LONGEST_FIELD = 2**31 - 1  # characters; Python's own limit, 131,072, is less than a long document
 
 
 class LabelledText(NamedTuple):
@@ -127,6 +128,7 @@ def _records(path: str, encoding: str, delimiter: str | None) -> Iterator[tuple[
     quoting = csv.QUOTE_NONE if tab else csv.QUOTE_MINIMAL
     lines = io.StringIO(read_text(path, encoding), newline="")
     separator = delimiter or ("\t" if tab else ",")
+    csv.field_size_limit(_LONGEST_FIELD)
     reader = csv.reader(lines, delimiter=separator, quoting=quoting, strict=True)
     while True:
         line = reader.line_num + 1
@@ -222,9 +224,21 @@ def _object(where: str, line: str) -> Any:
         return dict(pairs)
 
     try:
-        return json.loads(line, object_pairs_hook=once)
+        row = json.loads(line, object_pairs_hook=once)
     except json.JSONDecodeError as error:
         got = shortened(line.strip())
         raise ValueError(f"{where}: expected JSON, got {got} ({error.msg})") from None
     except RecursionError:
         raise ValueError(f"{where}: expected an object, got {shortened(line)}, nested too deeply") from None
+    if "\\ud" in line.lower():
+        _check_surrogates(where, row)
+    return row
+
+
+def _check_surrogates(where: str, row: Any) -> None:
+    """Raises ValueError for half of a surrogate pair, which is no character and which no tokenizer takes."""
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(error.object[error.start]):04x}"
+        raise ValueError(f"{where}: expected whole characters, got {half} alone, half of a pair") from None
