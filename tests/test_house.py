@@ -15,8 +15,8 @@ PACKAGES = {"id3_kernels": ROOT / "id3_kernels", "id3_optim": ROOT / "python" / 
 FOREIGN = {
     "_C", "_current_graph_task_id", "_execution_engine", "_amp_foreach_non_finite_check_and_unscale_",
     "_functorch", "_will_engine_execute_node", "_autograd", "_get_current_graph_task_keep_graph", "_is_view",
-    "_base", "_unsafe_view", "_backward_hooks", "_subclasses", "_nnz", "_modules", "_getframe", "_replace",
-    "_fields", "_asdict", "_exit", "_run_exitfuncs",
+    "_base", "_unsafe_view", "_backward_hooks", "_post_accumulate_grad_hooks", "_subclasses", "_nnz",
+    "_modules", "_getframe", "_replace", "_fields", "_asdict", "_exit", "_run_exitfuncs",
 }  # fmt: skip
 
 

@@ -12,7 +12,8 @@ from .delta.series import DeltaSeries
 from .delta.stream import WeightPatch, weight_patches
 from .delta.toolkit import load_toolkit_summary
 from .delta.update import WeightUpdate, load_update
-from .heuristics import D3, Bias, Fisher, Magnitude, Random, fisher_scores
+from .fisher import fisher_scores
+from .heuristics import D3, Bias, Fisher, Magnitude, Random
 from .method import Prune
 from .methods import recipe
 from .optimizer import ID3AdamW

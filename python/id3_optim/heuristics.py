@@ -6,9 +6,8 @@ selection kernels. Every other heuristic gives one score tensor per parameter, b
 
 import math
 import numbers
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import torch
@@ -66,7 +65,8 @@ class Fisher:
     """Fish mask: precomputed scores, such as those of `fisher_scores`.
 
     scores: a mapping from parameter name to a tensor of that parameter's shape (needs an optimizer built from
-    `named_parameters()`), or a sequence of such tensors in the order of the optimizer's parameters.
+    `named_parameters()`), or a sequence of such tensors in the order of the optimizer's parameters. A resumed
+    run and the other ranks need the same ones; this is checked, except of DTensors.
     """
 
     scores: Mapping[str, Tensor] | Sequence[Tensor]
@@ -174,37 +174,6 @@ def describe(heuristic: Heuristic) -> dict[str, Any]:
     return {"name": _title(heuristic), **own}
 
 
-def fisher_scores(
-    model: torch.nn.Module,
-    loader: Iterable[Any],
-    loss_fn: Callable[[torch.nn.Module, Any], Tensor],
-    samples: int = 1024,
-) -> dict[str, Tensor]:
-    """Mean squared gradient of each trainable parameter over the first `samples` batches of `loader`.
-
-    loss_fn(model, batch) returns the scalar loss of one batch. With batches of one example this is the
-    diagonal of the empirical Fisher information (Sung et al., 2021); larger batches average gradients before
-    squaring.
-    Returns name → float32 tensor (float64 for float64 parameters), zero where no gradient arrived.
-    Neither parameters nor any `.grad` are changed; call `model.eval()` first to switch dropout off.
-    Raises ValueError if the loader has no batch.
-    """
-    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    sums = {name: torch.zeros_like(p, dtype=_score_dtype(p)) for name, p in named.items()}
-    count = 0
-    for batch in islice(loader, samples):
-        loss = loss_fn(model, batch)
-        grads = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
-        for total, grad in zip(sums.values(), grads, strict=True):
-            if grad is not None:
-                wide = grad.to(total.dtype)
-                total.addcmul_(wide, wide)
-        count += 1
-    if count == 0:
-        raise ValueError(f"loader: expected at least one batch (samples={samples}), got none")
-    return {name: total.div_(count) for name, total in sums.items()}
-
-
 def _score_dtype(param: Tensor) -> torch.dtype:
     return torch.float64 if param.dtype == torch.float64 else torch.float32
 
@@ -214,7 +183,10 @@ def _title(function: Callable) -> str:
 
 
 def _checksum(scores: Tensor) -> int:
-    """An integer sum of bit patterns, which unlike a float sum is the same for every thread count."""
+    """An integer sum of bit patterns, which unlike a float sum is the same for every thread count. 0 of split
+    scores, of which each rank has other ones."""
+    if is_split(scores):
+        return 0
     bits = scores.double().contiguous().view(torch.int64)
     return bits.sum().item()
 

@@ -62,7 +62,7 @@ class _Ones(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         plain = plain_name(name)
-        scores = torch.zeros(self._shapes[plain])
+        scores = torch.zeros(self._shapes[plain], dtype=torch.float32, device="cpu")
         if plain in self._entries:
             scores.view(-1)[self._entries[plain].long()] = 1.0
         return scores

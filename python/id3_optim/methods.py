@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from . import pools, schedules
-from .heuristics import Fisher, Heuristic, Random, fisher_scores
+from .fisher import fisher_scores
+from .heuristics import Fisher, Heuristic, Random
 from .method_table import LORA_RANK, SELECTIVE, default_rate, describe, names, needs_examples, parts_of
 from .optimizer import ID3AdamW
 from .validation import check_fresh

@@ -13,7 +13,7 @@ from torch import Tensor
 from . import compatibility, running, validation
 from .heuristics import D3, Heuristic
 from .method import Method, Prune
-from .param_groups import selectable
+from .param_groups import OPTIONS, selectable
 from .schedules import Schedule, uniform
 from .state import checkpoint, flat
 from .state.active_set import ActiveSet, Touched
@@ -293,7 +293,7 @@ class ID3AdamW(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         for group in self.param_groups:  # an older state may lack what came later
-            for name in ("lr", "betas", "eps", "weight_decay", "maximize", "dense"):
+            for name in OPTIONS:
                 group.setdefault(name, self.defaults[name])
         # torch's own load_state_dict calls this too, without an `_unmasking`: then nothing is copied.
         if "_unmasking" in state and self._unmasking.release is not None:

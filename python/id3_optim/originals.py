@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .distributed.part import reshard
 from .state.originals import originals_in
 from .wrappers import check_trained, plain_names, unwrapped
 
@@ -27,7 +28,8 @@ def original_weights(
 
     Mutates the parameters at the active entries, in O(entries), and puts the trained values back after the
     block, bit for bit and after an error too. Does not synchronise with a GPU. What was computed before the
-    block can be differentiated after it; inside the block, compute without gradients. One process or DDP.
+    block can be differentiated after it; inside the block, compute without gradients. In one process, under
+    DistributedDataParallel, and for DTensors, where every rank enters and leaves the block.
     dense: the values of the dense groups before training, as `dense_copies` gave them; {}: these groups keep
     their trained values in the block.
     Raises ValueError for an optimizer with keep_originals=False or dense groups without `dense`, and
@@ -49,6 +51,7 @@ def original_weights(
             yield model
     finally:
         hook.remove()
+        reshard(model)  # FSDP2 keeps the whole parameters of some modules, which hold the originals now
 
 
 class ReferenceModel(nn.Module):

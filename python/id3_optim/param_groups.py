@@ -12,6 +12,15 @@ from .distributed.part import local
 from .pieces import Rows, pieces_of
 from .state.layout import moved
 
+OPTIONS = (
+    "lr",
+    "betas",
+    "eps",
+    "weight_decay",
+    "maximize",
+    "dense",
+)  # of a group; other keys are a user's own
+
 
 class Member(NamedTuple):
     """A parameter, its position among all parameters of all groups, and the number of its group."""

@@ -73,7 +73,8 @@ class After:
     """Nothing over the first `share` of the steps, ceil(share·T) of them, then the whole budget at once.
 
     Dense groups, such as a new head, train from the first step on, so that the one choice sees a head that
-    has learnt. Raises ValueError unless 0 < share < 1 (0 is `one_shot`).
+    has learnt. With `select_every` the choice is made in the first selecting step from then on, or in the
+    last one of the run. Raises ValueError unless 0 < share < 1 (0 is `one_shot`).
     """
 
     share: float
@@ -84,7 +85,11 @@ class After:
         object.__setattr__(self, "share", float(self.share))
 
     def __call__(self, step: int, total_steps: int, budget: int) -> int:
-        return budget if step >= math.ceil(self.share * total_steps - 1e-6) else 0
+        return budget if step >= self.wait(total_steps) else 0
+
+    def wait(self, total_steps: int) -> int:
+        """The first step with entries."""
+        return math.ceil(self.share * total_steps - 1e-6)
 
 
 exponential, front_loaded, after = Exponential, FrontLoaded, After
@@ -109,15 +114,20 @@ def tabulate(schedule: Schedule, total_steps: int, budget: int, select_every: in
         reached = min(max(reached, operator.index(target)), budget)
         targets.append(reached)
     targets[-1] = budget
-    return in_windows(targets, select_every)
+    return in_windows(targets, schedule, select_every)
 
 
-def in_windows(targets: list[int], select_every: int) -> list[int]:
+def in_windows(targets: list[int], schedule: Schedule, select_every: int) -> list[int]:
     """All steps of a window mK … mK+K−1 have the target of the window's last step, so that its first step
-    selects what the window is due and the whole budget is spent. select_every: K."""
-    steps = range(len(targets))
-    last_of_window = (step - step % select_every + select_every - 1 for step in steps)
-    return [targets[min(last, len(targets) - 1)] for last in last_of_window]
+    selects what the window is due and the whole budget is spent. A schedule `After` waits: only windows that
+    begin late enough, or the last one, have a target. select_every: K."""
+    n, found = len(targets), []
+    wait = schedule.wait(n) if isinstance(schedule, After) else 0
+    for step in range(n):
+        first = step - step % select_every
+        waits = first < wait and first + select_every < n
+        found.append(0 if waits else targets[min(first + select_every, n) - 1])
+    return found
 
 
 def grown(targets: list[int], schedule: Schedule, growth: Sequence[tuple[int, int]]) -> list[int]:

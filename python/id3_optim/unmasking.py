@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import compatibility, schedules, validation
 from .distributed.agreement import check_agreement, check_replicable, check_replicas
-from .distributed.many_ranks import ranks_of
+from .distributed.many_ranks import holders_of, ranks_of
 from .distributed.replicas import Replicas
 from .method import Method
 from .param_groups import members, named_parameters, parameter_names, selectable, trainable_entries
@@ -74,9 +74,8 @@ class Unmasking:
 
     def no_sync(self) -> AbstractContextManager[None]:
         """See `ID3AdamW.no_sync`."""
-        if self.release is None or self.release.exchange is None:
-            return nullcontext()
-        return self.release.exchange.no_sync(self.select_from)
+        exchange = None if self.release is None else self.release.exchange
+        return nullcontext() if exchange is None else exchange.no_sync(self.select_from)
 
     def share_overflow(self, flags: list[Tensor]) -> None:
         """Makes an overflow on one rank known to all, where each has gradients of its own."""
@@ -144,7 +143,7 @@ class Unmasking:
             self.budget += added
             self.growth.append((self.progress.steps_done, added))
             self.active.reserve(self.budget)
-            self.progress.forget_targets()
+            self._forget_targets()
 
     def set_total_steps(self, total_steps: int) -> None:
         """See `ID3AdamW.set_total_steps`."""
@@ -156,7 +155,12 @@ class Unmasking:
             raise ValueError(f"total_steps: expected {expected} (it cannot change), got {total_steps}")
         validation.warn_one_selection(self.method, total_steps)
         self.total_steps = int(total_steps)
+        self._forget_targets()
+
+    def _forget_targets(self) -> None:
         self.progress.forget_targets()
+        if self.release is not None:
+            self.release.replan()
 
     def begin(self, groups: Groups) -> None:
         """Fixes N, the budget and the shards, at the first gradient or step or when a state is loaded.
@@ -210,8 +214,8 @@ class Unmasking:
         if self.replicas is not None:
             taken = self.select_from or "by the step"
             check_replicas(self.replicas, self.settings(), groups, self.active.held(), taken)
-        elif not ranks.alone:
-            check_agreement(ranks, self.settings(), groups)
+        elif not (holders := holders_of(named_parameters(groups))).alone:
+            check_agreement(holders, self.settings(), groups)
         self.agreed = True
 
     # --- algorithm 1 -----------------------------------------------------------------------------------
@@ -266,7 +270,7 @@ class Unmasking:
         done = self.progress.steps_done
         if not isinstance(step, numbers.Integral) or not 0 <= step <= done:
             raise ValueError(f"step: expected 0 to {done} (steps_done), got {step}")
-        dense = (p for _, _, p in members(groups, dense=True) if done > step)
+        dense = (row.param for row in members(groups, dense=True) if done > step)
         whole = (Touched(p, None, None) for p in dense if p in dense_state)  # those that have had a gradient
         return chain(self.active.changed_since(selectable(groups), step), whole)
 
@@ -286,8 +290,7 @@ class Unmasking:
     def restore(self, saved: Restored, groups: Groups) -> None:
         """Takes over a checked state; the param groups are those that torch has loaded."""
         self.progress = Progress(self.active.layout.capturable, saved.steps_done, self.method.select_every)
-        if self.total_steps is None:
-            self.total_steps = saved.total_steps
+        self.total_steps = saved.total_steps if self.total_steps is None else self.total_steps
         self.active, self.agreed = ActiveSet(self.active.layout, parameter_names(groups)), False
         self.n_entries, self.budget, self.growth = saved.n_entries, saved.budget, list(saved.growth)
         if self.n_entries is not None:

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from id3_optim import heuristics
-from id3_optim.heuristics import D3, Bias, Fisher, Magnitude, Random, fisher_scores, scores
+from id3_optim.fisher import fisher_scores
+from id3_optim.heuristics import D3, Bias, Fisher, Magnitude, Random, scores
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
@@ -209,3 +210,5 @@ def test_fisher_scores_are_mean_squared_gradients():
     torch.testing.assert_close(result["0.weight"], expected)
     with pytest.raises(ValueError, match="loader: expected at least one batch"):
         fisher_scores(model, [], lambda m, x: m(x).sum())
+    with pytest.raises(ValueError, match="loss_fn: expected a loss of the model's parameters, got no grad"):
+        fisher_scores(model, [torch.ones(2, 3)], lambda m, x: x.clone().requires_grad_().sum())

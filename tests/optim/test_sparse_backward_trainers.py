@@ -98,19 +98,84 @@ def test_the_recipe_in_the_trainer(tmp_path, taken):
     assert same_bits(base, trainer.model)
 
 
-def test_after_training_another_optimizer_finds_gradients(tmp_path):
-    trainer, optimizer = train(tmp_path, sparse_backward=True)
-    assert type(trainer.model.bert.pooler.dense) is torch.nn.Linear
-    before = trainer.model.bert.pooler.dense.weight.detach().clone()
+def check_others_train(trainer, folder):
+    """Another optimizer in another Trainer moves every tensor of the model."""
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
     other = torch.optim.AdamW(trainer.model.parameters(), lr=1e-2)
     Trainer(
         trainer.model,
-        arguments(tmp_path, max_steps=2),
+        arguments(folder, max_steps=2),
         train_dataset=trainer.train_dataset,
         data_collator=trainer.data_collator,
         optimizers=(other, None),
     ).train()
-    assert optimizer.steps_done and not torch.equal(trainer.model.bert.pooler.dense.weight, before)
+    assert not [name for name, p in trainer.model.named_parameters() if torch.equal(p, before[name])]
+
+
+@pytest.mark.parametrize("sparse", [True, False], ids=["sparse", "released"])
+def test_after_training_another_optimizer_finds_gradients(tmp_path, sparse):
+    trainer, optimizer = train(tmp_path, released=True, sparse_backward=sparse)
+    assert type(trainer.model.bert.pooler.dense) is torch.nn.Linear and optimizer.steps_done
+    check_others_train(trainer, tmp_path)
+
+
+class Interrupted(Trainer):
+    """A notebook's stop button."""
+
+    def training_step(self, *args, **kwargs):
+        if self.state.global_step == 3:
+            raise KeyboardInterrupt
+        return super().training_step(*args, **kwargs)
+
+
+def interrupted(folder, sparse):
+    """(the Trainer, its callback, its optimizer) after an interrupt."""
+    model, callback = tiny_bert(), ID3Callback(sparse_backward=sparse)
+    optimizer = id3(model, select_every=4, release_gradients=not sparse)
+    options = {"kind": Interrupted, "optimizers": (optimizer, None)}
+    trainer = build(arguments(folder), model, callback, **options)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    return trainer, callback, optimizer
+
+
+@pytest.mark.parametrize("sparse", [True, False], ids=["sparse", "released"])
+def test_after_an_interrupt_another_run_begins(tmp_path, sparse):
+    """It takes the gradients over from the one before, which a notebook still holds."""
+    trainer, _, before = interrupted(tmp_path, sparse)
+    optimizer = id3(trainer.model, select_every=4, release_gradients=not sparse)
+    callback = ID3Callback(sparse_backward=sparse)
+    again = build(arguments(tmp_path), trainer.model, callback, optimizers=(optimizer, None))
+    again.train()
+    assert optimizer.n_active == optimizer.budget and before.steps_done == 3
+    check_others_train(again, tmp_path)
+
+
+@pytest.mark.parametrize("sparse", [True, False], ids=["sparse", "released"])
+def test_after_an_interrupt_remove_gives_the_model_back(tmp_path, sparse):
+    trainer, callback, _ = interrupted(tmp_path, sparse)
+    callback.remove()
+    check_others_train(trainer, tmp_path)
+
+
+def test_lightning_gives_the_model_back_after_an_error(tmp_path):
+    pytest.importorskip("lightning", reason="Lightning comes with the extra `lightning`")
+    from test_lightning import Tagger, fit
+
+    from id3_optim.integrations.lightning import ID3Callback as LightningCallback
+
+    class Fails(Tagger):
+        def training_step(self, batch, batch_idx):
+            if self.global_step == 3:
+                raise OSError("disk")
+            return super().training_step(batch, batch_idx)
+
+    module = Fails(select_every=4)
+    with pytest.raises(OSError, match="disk"):
+        fit(tmp_path, None, module, LightningCallback(sparse_backward=True))
+    assert type(module.net[0]) is torch.nn.Linear
+    module.net(torch.ones(2, module.net[0].in_features)).sum().backward()
+    assert all(p.grad is not None for p in module.net.parameters())
 
 
 @pytest.mark.parametrize("accumulated", [1, 2], ids=["dense", "released"])

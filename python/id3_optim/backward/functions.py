@@ -61,10 +61,10 @@ class _Linear(torch.autograd.Function):
         x, w, b = operands
         with torch.autocast(device, enabled=False):
             output = _transposed(x, w, b) if transposed else F.linear(x, w, b)
-        ctx.site, ctx.use, ctx.transposed, ctx.shape = site, site.begin_use(), transposed, input.shape
+        ctx.site, ctx.use, ctx.transposed, ctx.shape = site, site.begin_use(ctx), transposed, input.shape
         # Under autocast x may be a copy, which nothing else holds.
         ctx.needed, kept = site.keep(x, input if x is input else None, transposed)
-        ctx.save_for_backward(weight, kept)
+        ctx.save_for_backward(weight if ctx.needs_input_grad[0] else None, kept)
         return _own(output)
 
     @staticmethod
@@ -77,8 +77,8 @@ class _Linear(torch.autograd.Function):
             return tuple(grads)
         with torch.autocast(grad.device.type, enabled=False):
             dy = grad.reshape(-1, grad.shape[-1])
-            w = weight.to(dy.dtype)
             if needs_input:
+                w = weight.to(dy.dtype)
                 grads[0] = (dy @ (w.t() if ctx.transposed else w)).reshape(ctx.shape)
             parts = Product(x, dy, ctx.needed) if ctx.transposed else Product(dy, x, ctx.needed)
             grads[1] = ctx.site.take(ctx, parts)
@@ -100,7 +100,7 @@ class _Lookup(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, ids, weight, padding_idx, site):
         ctx.set_materialize_grads(False)
-        ctx.site, ctx.use, ctx.padding_idx = site, site.begin_use(), padding_idx
+        ctx.site, ctx.use, ctx.padding_idx = site, site.begin_use(ctx), padding_idx
         ctx.save_for_backward(ids)
         return F.embedding(ids, weight, padding_idx)
 

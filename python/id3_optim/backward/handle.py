@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from .. import pieces
 from ..distributed.part import is_split
@@ -70,14 +71,17 @@ def sparse_backward(model: nn.Module, optimizer: Any, select_from: str | None = 
     """
     _check_plain(model)
     optimizer, model = unwrapped(optimizer), unwrapped_model(model)
+    _check_owners(model, optimizer)
     found = list(_ways(model, optimizer))
     release = optimizer.release_gradients(select_from)
+    for layer in filter(_is_changed, model.modules()):
+        _make_plain(layer)
     changed, readers = [], Readers()
     for _, layers in found:
         weight = Weight(layers[0].weight, release, readers) if layers else None
         for layer in layers:
             layer.sparse_weight = weight
-            layer.__class__ = sparse_class(type(layer)) or norm_class(type(layer))
+            layer.__class__ = _subclass_of(type(layer))
             changed.append((layer, weight))
     return SparseBackward([way for way, _ in found], changed)
 
@@ -92,22 +96,41 @@ def _check_plain(model: nn.Module) -> None:
         )
 
 
-def renewed(before: SparseBackward | None, model: nn.Module, optimizer: Any) -> SparseBackward:
-    """`sparse_backward` for a trainer that begins anew, perhaps with another optimizer."""
-    if before is not None:
-        before.remove()
-    return sparse_backward(model, optimizer)
+def begun(sparse: bool, model: nn.Module, optimizer: Any) -> SparseBackward | None:
+    """What a trainer does that begins: gradients are released again where the optimizer releases them, with
+    sparse also by `sparse_backward`. What another run that did not end has left on the model is undone."""
+    for layer in filter(_is_changed, unwrapped_model(model).modules()):
+        if (owner := layer.sparse_weight.release) is not None and not owner.belongs_to(optimizer):
+            owner.remove_hooks()
+        _make_plain(layer)
+    if optimizer.releases:
+        optimizer.release_gradients()
+    return sparse_backward(model, optimizer) if sparse else None
+
+
+def _is_changed(layer: nn.Module) -> bool:
+    return hasattr(layer, "sparse_weight")
 
 
 def _make_plain(layer: nn.Module) -> None:
-    layer.__class__ = layer.plain
+    if type(layer) is _subclass_of(layer.plain):  # not a class that a parametrization has put over it
+        layer.__class__ = layer.plain
     del layer.sparse_weight
 
 
+def _plain_class(layer: nn.Module) -> type[nn.Module]:
+    return layer.plain if _is_changed(layer) else type(layer)
+
+
+def _subclass_of(plain: type[nn.Module]) -> type[nn.Module] | None:
+    return sparse_class(plain) or norm_class(plain)
+
+
 def ended(handle: SparseBackward | None, optimizer: Any) -> None:
-    """What `sparse_backward` did is undone, for a trainer that is done: other optimizers find gradients."""
+    """What a trainer does that is done: other optimizers find whole gradients."""
     if handle is not None:
         handle.remove()
+    if optimizer is not None and optimizer.releases:
         optimizer.remove_hooks()
 
 
@@ -119,17 +142,22 @@ class _Holder(NamedTuple):
     layer: nn.Module
 
 
+def _check_owners(model: nn.Module, optimizer: Any) -> None:
+    """Raises ValueError for a model that another optimizer has changed and still trains."""
+    for path, layer in model.named_modules():
+        owner = layer.sparse_weight.release if _is_changed(layer) else None
+        if owner is not None and not owner.belongs_to(optimizer):
+            raise ValueError(
+                f"model: expected one without sparse_backward, got {path} with another optimizer's: call "
+                "remove() of what sparse_backward returned, or delete that optimizer; of two optimizers for "
+                "parts of a model each takes the module that is its part"
+            )
+
+
 def _ways(model: nn.Module, optimizer: Any) -> Iterator[tuple[Way, list[nn.Module]]]:
     """For each parameter that is selected from: its way, and the layers to change."""
     holders: dict[int, list[_Holder]] = {}
     for path, layer in model.named_modules():
-        if hasattr(layer, "sparse_weight"):
-            if (owner := layer.sparse_weight.release) is not None and not owner.belongs_to(optimizer):
-                raise ValueError(
-                    f"model: expected one without sparse_backward, got {path} with another optimizer's: call "
-                    "remove() of what sparse_backward returned, or delete that optimizer"
-                )
-            _make_plain(layer)
         for name, param in layer.named_parameters(recurse=False):
             holders.setdefault(id(param), []).append(_Holder(path, name, layer))
     check_holds(holders, selectable(optimizer.param_groups))
@@ -144,7 +172,8 @@ def _ways(model: nn.Module, optimizer: Any) -> Iterator[tuple[Way, list[nn.Modul
         why_not = next((why for holder in held if (why := _obstacle(holder))), None)
         if why_not:
             norms = [holder.layer for holder in held if _is_norm(holder)]
-            yield Way(name, param.numel(), "released", why_not), norms
+            n = 0 if is_lazy(param) else param.numel()
+            yield Way(name, n, "released", why_not), norms
         else:
             whole = _whole(held, optimizer.heuristic)
             yield Way(name, param.numel(), "sparse", whole), [holder.layer for holder in held]
@@ -152,16 +181,19 @@ def _ways(model: nn.Module, optimizer: Any) -> Iterator[tuple[Way, list[nn.Modul
 
 def _is_norm(holder: _Holder) -> bool:
     """Whether the layer is one of `norm_class` and has the forward pass of its class."""
-    return norm_class(type(holder.layer)) is not None and "forward" not in vars(holder.layer)
+    return norm_class(_plain_class(holder.layer)) is not None and "forward" not in vars(holder.layer)
 
 
 def _obstacle(holder: _Holder) -> str | None:
     """Why the gradient of a parameter cannot be made in parts; None where it can."""
     path, name, layer = holder
-    if sparse_class(type(layer)) is None:
-        return f"of a {type(layer).__name__}"
+    kind = _plain_class(layer)
+    if sparse_class(kind) is None:
+        return f"of a {kind.__name__}"
     if name != "weight":
-        return f"the {name} of a {type(layer).__name__}"
+        return f"the {name} of a {kind.__name__}"
+    if "forward" in vars(layer):
+        return f"of a {kind.__name__} with a forward of its own"
     if layer.weight.numel() == 0:
         return "without entries"
     if getattr(layer, "scale_grad_by_freq", False):

@@ -25,18 +25,22 @@ class _Sparse:
 
     def __reduce_ex__(self, protocol: int):
         state = {name: value for name, value in self.__dict__.items() if name != "sparse_weight"}
-        return _bare, (self.plain,), state
+        return object.__new__, (self.plain,), state
 
     def forward(self, *inputs: Any, **named: Any) -> Tensor:
+        if not isinstance(self, _Sparse):  # it is plain again, and something has kept this method
+            return type(self).forward(self, *inputs, **named)
+        site = getattr(self, "sparse_weight", None)
         trained = torch.is_grad_enabled() and self.weight.requires_grad and not torch.jit.is_tracing()
-        if trained and self.sparse_weight.of(self.weight):
+        nested = any(getattr(x, "is_nested", False) for x in (*inputs, *named.values()))
+        if trained and not nested and site is not None and site.of(self.weight):
             return self.sparse_forward(*inputs, **named)
         return super().forward(*inputs, **named)
 
 
-def _bare(plain: type[nn.Module]) -> nn.Module:
-    """A layer without state, for copy and pickle to fill."""
-    return plain.__new__(plain)
+def _subclass(mixin: type, plain: type[nn.Module]) -> type[nn.Module]:
+    """In the module of the plain class, by which torch.fx knows a layer."""
+    return type(f"Sparse{plain.__name__}", (mixin, plain), {"plain": plain, "__module__": plain.__module__})
 
 
 class _Linear(_Sparse):
@@ -72,7 +76,7 @@ def norm_class(plain: type[nn.Module]) -> type[nn.Module] | None:
     """The subclass for an RMSNorm of a model of transformers; None for every other class: torch's own norms,
     and those of kernel libraries, keep no second tensor."""
     known = plain.__module__.startswith("transformers.models.") and plain.__name__.endswith("RMSNorm")
-    return type(f"Sparse{plain.__name__}", (_RMSNorm, plain), {"plain": plain}) if known else None
+    return _subclass(_RMSNorm, plain) if known else None
 
 
 @cache
@@ -82,5 +86,5 @@ def sparse_class(plain: type[nn.Module]) -> type[nn.Module] | None:
     conv1d = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
     for known, mixin in ((nn.Linear, _Linear), (nn.Embedding, _Embedding), (conv1d, _Conv1D)):
         if plain is known:
-            return type(f"Sparse{plain.__name__}", (mixin, plain), {"plain": plain})
+            return _subclass(mixin, plain)
     return None

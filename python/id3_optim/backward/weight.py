@@ -17,11 +17,16 @@ _WEIGHT = 1  # the place of the weight among a Function's inputs
 
 
 class Use:
-    """One call of a layer that a backward pass is to follow. shared: another such call of the layer may be
-    part of the same pass, so that neither has the whole gradient."""
+    """One call of a layer that a backward pass is to follow. node: of autograd's graph. shared: another such
+    call of the layer is part of the same pass, so that neither has the whole gradient."""
 
-    def __init__(self, recomputed: bool, shared: bool):
-        self.recomputed, self.shared = recomputed, shared
+    def __init__(self, node: Any, recomputed: bool):
+        self._node, self.recomputed, self.shared = weakref.ref(node), recomputed, False
+
+    def runs(self) -> bool:
+        """Whether the running pass reaches the call."""
+        node = self._node()
+        return node is not None and torch._C._will_engine_execute_node(node)
 
 
 class Readers:
@@ -57,13 +62,9 @@ class Weight:
 
     # --- forward -------------------------------------------------------------------------------------
 
-    def begin_use(self) -> Use:
+    def begin_use(self, ctx: Any) -> Use:
         """Counts a call in a forward pass. A call within a backward pass recomputes one that was counted."""
-        recomputed = torch._C._current_graph_task_id() >= 0
-        others = [use for use in self._uses if use.recomputed == recomputed]
-        for use in others:
-            use.shared = True
-        use = Use(recomputed, shared=bool(others))
+        use = Use(ctx, recomputed=torch._C._current_graph_task_id() >= 0)
         self._uses.add(use)
         return use
 
@@ -77,7 +78,7 @@ class Weight:
         """
         release, param = self._release(), self._param()
         tokens = x.reshape(-1, x.shape[-1])
-        if release is None or _is_watched(param):
+        if release is None or _is_watched(param, release):
             return None, tokens
         if release.selects():
             if held is not None:
@@ -96,13 +97,13 @@ class Weight:
     def take(self, ctx: Any, parts: Parts) -> Tensor | None:
         """Takes the gradient in the backward pass of the Function whose context is ctx. Returns it whole
         where it is the result, and where it must be added to that of other uses or be scored as one."""
-        if not ctx.needs_input_grad[_WEIGHT]:
-            return None
         release, param = self._release(), self._param()
+        if not ctx.needs_input_grad[_WEIGHT] or not param.requires_grad:  # frozen since the forward pass
+            return None
         reached = _reached(ctx)
         if reached is False:
             return None
-        requested = reached is None or release is None or _is_watched(param)
+        requested = reached is None or release is None or _is_watched(param, release)
         whole = requested or self._scored_whole(ctx.use)
         self._check_kept(param, parts, requested, whole)
         if not torch._C._autograd._get_current_graph_task_keep_graph():
@@ -116,7 +117,13 @@ class Weight:
         release = self._release()
         if not release.selects(has_gradient=True):
             return False
-        return use.shared or not isinstance(release.heuristic, D3)
+        return self._shared(use) or not isinstance(release.heuristic, D3)
+
+    def _shared(self, use: Use) -> bool:
+        alike = (other for other in self._uses if other is not use and other.recomputed == use.recomputed)
+        for other in [other for other in alike if other.runs()]:
+            other.shared = use.shared = True
+        return use.shared
 
     def _check_kept(self, param: Tensor, parts: Parts, requested: bool, whole: bool) -> None:
         """Raises RuntimeError where the forward pass did not keep what the backward pass needs."""
@@ -146,6 +153,6 @@ def _reached(ctx: Any) -> bool | None:
         return None
 
 
-def _is_watched(param: Tensor) -> bool:
+def _is_watched(param: Tensor, release: Release) -> bool:
     """Whether something else looks at the gradient: a hook on the weight, or one that is there already."""
-    return param.grad is not None or bool(param._backward_hooks)
+    return param.grad is not None or bool(param._backward_hooks) or not release.alone_at(param)

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from ..distributed.part import any_split, full
-from ..ranks import writes_files
+from ..distributed.writer import writes
 from ..wrappers import check_holds, check_trained, plain_names, unwrapped
 from . import file, hub
 from .coordinates import checkpoint_parts, in_parts
-from .facts import facts_of_model
+from .facts import setting_of_model
 from .file import Change, Contents, DeltaError
 from .fingerprint import fingerprint, same_bits
 from .patches import Patch, check_param, find, first_changed, read, write
@@ -246,7 +246,7 @@ def save_delta(
     dense groups, the fingerprint of the base, and with originals=True the values before training. Under
     keep_originals=False the originals are unknown, and the file has no fingerprint. compact, allow_nonfinite:
     as in `Delta.save`. The write is atomic. Where ranks hold parts of the parameters, every rank has to call
-    this, and rank 0 writes.
+    this, and the first writes.
     Raises ValueError for originals=True without known originals, or a parameter that is not in the model, not
     a plain dense tensor, or cast since it was trained; DeltaError for values that are NaN or infinite, as
     after a run that diverged; TypeError for another optimizer; OSError if writing fails (`atomic.write`).
@@ -261,19 +261,18 @@ def save_delta(
         check_param(names[id(param)], param)
     known = all(t.originals is not None for t in touched)
     if originals and not known:
-        raise ValueError(
-            "originals: expected an optimizer with keep_originals=True, got keep_originals=False"
-        )
+        raise ValueError("originals: expected an optimizer with keep_originals=True, got False")
     changes = _collect(model, touched, dense, names, known)
     sparse = {name: change for name, change in changes.items() if change.indices is not None}
     rows = {name: (change.indices, change.originals) for name, change in sparse.items()}
     mark = fingerprint(rows) if known else None
     if not originals:
         changes |= {name: change._replace(originals=None) for name, change in sparse.items()}
-    facts = {"config": own} if (own := facts_of_model(model)) else {}
-    delta = Delta(changes, mark, optimizer.settings() | facts)
-    if writes_files() or not any_split(optimizer.param_groups):
-        delta.save(path, compact, allow_nonfinite)
+    delta = Delta(changes, mark, optimizer.settings() | setting_of_model(model))
+    if not allow_nonfinite:
+        check_finite(changes)  # on every rank: one that fails alone leaves the other ranks waiting
+    if not any_split(optimizer.param_groups) or writes(optimizer):
+        delta.save(path, compact, allow_nonfinite=True)
 
 
 def _collect(

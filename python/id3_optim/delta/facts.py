@@ -23,12 +23,13 @@ def model_facts(config: Mapping[str, Any]) -> dict[str, Any]:
     return facts | {name: config[name] for name in _WHERE_SET if config.get(name) is not None}
 
 
-def facts_of_model(model: nn.Module) -> dict[str, Any]:
-    """`model_facts` of a model of transformers itself, as it would be saved; {} for another."""
+def setting_of_model(model: nn.Module) -> dict[str, Any]:
+    """What a delta's settings get: `config` with `model_facts` of a model of transformers itself, as it would
+    be saved; nothing for another."""
     model = unwrapped_model(model)
     # FSDP2 gives a model a class of its own, before that of the model.
     kind = next(k for k in type(model).__mro__ if not k.__module__.startswith("torch.distributed."))
     own = kind.__module__.startswith("transformers.models.")
     if not own or not hasattr(getattr(model, "config", None), "to_dict"):
         return {}
-    return model_facts(model.config.to_dict() | {"architectures": [kind.__name__]})
+    return {"config": model_facts(model.config.to_dict() | {"architectures": [kind.__name__]})}

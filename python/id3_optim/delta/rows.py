@@ -11,6 +11,7 @@ from torch import Tensor
 import id3_kernels
 from id3_kernels import Entries
 
+from ..distributed.part import is_split
 from .fingerprint import bits, by_kind
 
 
@@ -88,10 +89,14 @@ class Kind(NamedTuple):
 
 class Memory:
     """Where named tensors lie when something is made of them (`owner`): what keeps views of them has to know
-    whether a model has been moved or cast since. remedy: what to do then."""
+    whether a model has been moved or cast since. remedy: what to do then. Raises ValueError for a DTensor."""
 
     def __init__(self, named: Mapping[str, Tensor], owner: str, remedy: str) -> None:
         self._owner, self._remedy = owner, remedy
+        if split := next((name for name, tensor in named.items() if is_split(tensor)), None):
+            raise ValueError(
+                f"{split}: expected a whole parameter for a {owner}, got a DTensor; `Delta.apply` takes them"
+            )
         self._lie = [(name, tensor, tensor.data_ptr()) for name, tensor in named.items()]
 
     def check(self) -> None:

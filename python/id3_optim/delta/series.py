@@ -10,8 +10,8 @@ from typing import Any
 from torch import nn
 
 from ..distributed.part import any_split
+from ..distributed.writer import writes
 from ..param_groups import trainable_entries
-from ..ranks import writes_files
 from ..schedules import resolve_budget
 from ..wrappers import check_holds, plain_names, unwrapped
 from .delta import save_delta
@@ -21,8 +21,8 @@ class DeltaSeries:
     """Saves `delta-<entries>.safetensors` in a directory each time the active set reaches one of the budgets.
 
     Each file is a whole delta of the base model with that many entries. The series uses the optimizer's step
-    hooks, so it works in every trainer; of several processes rank 0 alone writes. A step that passes several
-    budgets writes one file. A resumed run continues the series of the saved one.
+    hooks, so it works in every trainer; of several processes the first alone writes. A step that passes
+    several budgets writes one file. A resumed run continues the series of the saved one.
 
     budgets: entries (int) or shares of N (float), each at most the optimizer's own budget.
     originals, compact, allow_nonfinite: as for `save_delta`.
@@ -65,7 +65,7 @@ class DeltaSeries:
     def _after_step(self, optimizer: Any, args: tuple, kwargs: dict) -> None:
         n_active = optimizer.n_active
         reached = any(self._n_active_before < budget <= n_active for budget in self.budgets)
-        if not reached or not (writes_files() or any_split(optimizer.param_groups)):
+        if not reached or not (any_split(optimizer.param_groups) or writes(optimizer)):
             return
         path = self.directory / f"delta-{n_active}.safetensors"
         save_delta(path, self.model, optimizer, **self.options)

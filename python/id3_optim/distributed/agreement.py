@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..method import Method
-from ..param_groups import named_parameters
+from ..param_groups import OPTIONS, named_parameters
 from ..running import Running
 from .many_ranks import ManyRanks
 from .part import any_split, local, part_of
@@ -95,13 +95,12 @@ def _facts(settings: dict[str, Any], groups: list[dict[str, Any]]) -> dict[str, 
     """What has to agree, as text; the same names on all ranks."""
     named = list(named_parameters(groups))
     names = ("step", "total_steps", *(field.name for field in fields(Method) if field.name != "budget_given"))
-    plain = [{k: v for k, v in group.items() if k not in ("params", "param_names")} for group in groups]
     return {
         "id3-optim": _version(),
         "torch": torch.__version__,
         "budget": json.dumps(settings["budget_given"]),
         **{name: json.dumps(settings.get(name), default=str) for name in names},
-        "param_groups": str([{k: _plain(v) for k, v in group.items()} for group in plain]),
+        "param_groups": str([[(k, _plain(group.get(k))) for k in OPTIONS] for group in groups]),
         "params": str([(name, str(p.dtype), p.requires_grad) for name, p in named]),
         "shapes": str([part_of(p).layout for _, p in named]),
     }

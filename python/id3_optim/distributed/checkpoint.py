@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_model_state_dict
 
 from ..atomic import sync_directory
-from ..ranks import meet, writes_files
+from ..ranks import writes_files
+from ..state.flat import KEY
+from ..wrappers import unwrapped
 from .part import any_split
 
 
@@ -25,40 +29,84 @@ def save(folder: str | os.PathLike, model: nn.Module, optimizer: Any) -> None:
 
     All ranks see one file system. A killed process leaves `<folder>.unfinished`, which the next call with the
     same folder removes.
-    Raises ValueError for parameters that are not split, FileExistsError where there is something of that name
-    (a newer checkpoint goes into a new folder).
+    Raises, on every rank, ValueError for parameters that are not split and for the strategy "repeat";
+    FileExistsError where there is something of that name (a newer checkpoint goes into a new folder); OSError
+    if writing fails.
     """
     folder = Path(folder)
     unfinished = folder.with_name(f"{folder.name}.unfinished")
-    if folder.exists():
-        raise FileExistsError(f"folder: expected a new one, got {folder}, which exists; save into another")
     parts = _parts(model, optimizer)
-    meet()  # all have looked
-    if writes_files():
-        shutil.rmtree(unfinished, ignore_errors=True)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-    meet()
+    _by_the_first(lambda: _begin(folder, unfinished))
     dcp.save(parts, checkpoint_id=unfinished)  # returns when all have written
-    if writes_files():
-        os.rename(unfinished, folder)
-        sync_directory(folder.parent)
-    meet()
+    _by_the_first(lambda: _finish(folder, unfinished))
 
 
 def load(folder: str | os.PathLike, model: nn.Module, optimizer: Any) -> None:
     """Takes over what `save` wrote, from any number of ranks. Mutates both. Every rank has to call this.
 
-    Raises ValueError for a folder without a whole checkpoint, parameters that are not split, and a state that
-    does not fit the optimizer.
+    Raises ValueError for a folder without a whole checkpoint, parameters that are not split, the strategy
+    "repeat", and a state that does not fit the optimizer.
     """
     if not (Path(folder) / ".metadata").is_file():
         raise ValueError(f"folder: expected a whole checkpoint, got {folder}, which has no .metadata")
     parts = _parts(model, optimizer)
+    _fit(parts["optimizer"]["state"], dcp.FileSystemReader(folder).read_metadata().state_dict_metadata)
     dcp.load(parts, checkpoint_id=folder)
-    set_state_dict(model, optimizer, model_state_dict=parts["model"], optim_state_dict=parts["optimizer"])
+    set_model_state_dict(model, parts["model"])
+    optimizer.load_state_dict(parts["optimizer"])  # torch's way drops the state of what is frozen now
+
+
+def _begin(folder: Path, unfinished: Path) -> None:
+    if folder.exists():
+        raise FileExistsError(f"folder: expected a new one, got {folder}, which exists; save into another")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+
+
+def _finish(folder: Path, unfinished: Path) -> None:
+    os.rename(unfinished, folder)
+    sync_directory(folder.parent)
+
+
+def _by_the_first(action: Callable[[], None]) -> None:
+    """The first rank acts, and the other ranks wait for it; its OSError is raised on every rank."""
+    failed: list[OSError | None] = [None]
+    if writes_files():
+        try:
+            action()
+        except OSError as error:
+            failed = [error]
+    torch.distributed.broadcast_object_list(failed)
+    if failed[0] is not None:
+        raise failed[0]
+
+
+def _fit(states: dict[str, Any], saved: Mapping[str, Any]) -> None:
+    """Makes a new optimizer's arrays those of the saved ones, in place and size. Mutates states.
+
+    They lie beside the first parameter that trained, and are as long as the budget, which may have grown.
+    """
+    names = [name for name in states if f"optimizer.state.{name}.{KEY}.settings" in saved]
+    own = next((s[KEY] for s in states.values() if "settings" in s.get(KEY, {})), None)
+    if not names or own is None:
+        return
+    arrays = {name: own.pop(name) for name in list(own) if name == "settings" or isinstance(own[name], dict)}
+    states[names[0]][KEY] |= arrays
+    rows = [("settings", arrays)]
+    rows += [(f"{kind}.{column}", held) for kind, held in arrays.items()
+             if isinstance(held, dict) for column in held]  # fmt: skip
+    for path, holder in rows:
+        found, name = saved.get(f"optimizer.state.{names[0]}.{KEY}.{path}"), path.rpartition(".")[2]
+        if found is not None and found.size != holder[name].shape:
+            holder[name] = holder[name].new_empty(found.size)
 
 
 def _parts(model: nn.Module, optimizer: Any) -> dict[str, Any]:
     if not any_split(optimizer.param_groups):  # the state's sizes are known in advance for these alone
         raise ValueError("optimizer: expected split parameters (DTensor), got whole ones; use torch.save")
+    if unwrapped(optimizer).strategy == "repeat":
+        raise ValueError(
+            "strategy: expected one whose state has a size that is known in advance, got 'repeat'; "
+            "use full_state_dict of torch.distributed.checkpoint.state_dict and torch.save"
+        )
     return dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))

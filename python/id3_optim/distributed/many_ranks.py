@@ -33,6 +33,14 @@ class ManyRanks:
         self._axes = axes
         self.size = math.prod(len(ranks) for ranks in axes)
 
+    def __deepcopy__(self, memo: dict) -> ManyRanks:
+        return self  # a process group has no copies
+
+    @property
+    def first(self) -> bool:
+        """Whether this rank is the first of all."""
+        return all(torch.distributed.get_rank() == ranks[0] for ranks in self._axes)
+
     def blocks(self, parts: list[Part], device: torch.device) -> Blocks:
         """The tables of a shard's tensors."""
         return Blocks(parts, [self._first(part) for part in parts], device)
@@ -141,6 +149,15 @@ def ranks_of(named: Iterable[tuple[str, Tensor]]) -> OneProcess | ManyRanks:
             by_ranks = {tuple(torch.distributed.get_process_group_ranks(g)): g for g in groups}
             axes |= {ranks: by_ranks[ranks] for ranks in part.axes if ranks not in axes}
             _check_grid(name, axes)
+    return ManyRanks(axes) if axes else OneProcess()
+
+
+def holders_of(named: Iterable[tuple[str, Tensor]]) -> OneProcess | ManyRanks:
+    """`ranks_of`, and the ranks beside them that hold the same parts: all of the parameters' meshes."""
+    axes: dict[tuple[int, ...], torch.distributed.ProcessGroup] = {}
+    for mesh in {id(p.device_mesh): p.device_mesh for _, p in named if is_split(p)}.values():
+        for group in (mesh.get_group(i) for i in range(mesh.ndim)):
+            axes.setdefault(tuple(torch.distributed.get_process_group_ranks(group)), group)
     return ManyRanks(axes) if axes else OneProcess()
 
 

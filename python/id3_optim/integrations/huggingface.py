@@ -24,7 +24,7 @@ from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..backward.handle import SparseBackward, ended, renewed
+from ..backward.handle import SparseBackward, begun, ended
 from ..delta import save_delta
 from ..distributed.part import any_split
 from ..optimizer import ID3AdamW
@@ -185,8 +185,7 @@ class ID3Callback(TrainerCallback, ExportableState):
         steps, from_run = state.max_steps - self.begun_at, saved["total_steps_from_run"]
         if steps > 0:
             self.total_steps_from_run = take_total_steps(self._optimizer, steps, from_run)
-        if self.sparse_backward:
-            self._sparse = renewed(self._sparse, model, self._optimizer)
+        self._sparse = begun(self.sparse_backward, model, self._optimizer)
         check_clipping(self._optimizer, "max_grad_norm in TrainingArguments", args.max_grad_norm)
 
     def _try(self, batch_size: int) -> None:
@@ -209,9 +208,14 @@ class ID3Callback(TrainerCallback, ExportableState):
         if self._attempt is not None:
             self._attempt.stepped = True
 
-    def on_train_end(self, args, state, control, optimizer=None, **kwargs):
+    def on_train_end(self, args, state, control, **kwargs):
         self._attempt = None
-        ended(self._sparse, unwrapped(optimizer))
+        self.remove()
+
+    def remove(self) -> None:
+        """Gives the model back, whose gradients other optimizers find then. Training does it when it ends; do
+        it where it was interrupted."""
+        ended(self._sparse, self._optimizer)
 
     def on_log(self, args, state, control, logs=None, optimizer=None, **kwargs):
         if "loss" not in logs:

@@ -18,7 +18,7 @@ try:
 except ModuleNotFoundError:
     import pytorch_lightning as pl
 
-from ..backward.handle import SparseBackward, ended, renewed
+from ..backward.handle import SparseBackward, begun, ended
 from ..delta import save_delta
 from ..delta.series import check_model
 from ..distributed.part import any_split
@@ -89,14 +89,16 @@ class ID3Callback(pl.Callback):
         steps = trainer.estimated_stepping_batches - self.begun_at
         if 0 < steps < float("inf"):
             self.total_steps_from_run = take_total_steps(optimizer, int(steps), self.total_steps_from_run)
-        if self.sparse_backward:
-            self._sparse = renewed(self._sparse, pl_module, optimizer)
+        self._sparse = begun(self.sparse_backward, pl_module, optimizer)
         check_clipping(optimizer, "gradient_clip_val", trainer.gradient_clip_val)
         if not 0 < steps < float("inf") and optimizer.total_steps is None:
             raise ValueError(f"max_steps: expected a limit, or one in max_epochs, got {trainer.max_steps}")
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         ended(self._sparse, self._optimizer)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException):
+        ended(self._sparse, self._optimizer)  # an interrupt, too
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
         if trainer.log_every_n_steps and trainer.global_step % trainer.log_every_n_steps == 0:

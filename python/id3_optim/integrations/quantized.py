@@ -21,7 +21,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..delta import Delta
-from ..delta.facts import facts_of_model
+from ..delta.facts import setting_of_model
 from ..delta.file import Change
 from ..quantized import QuantizedSparse
 from ..validation import check_fresh
@@ -62,8 +62,8 @@ class _Trainable(nn.Module):
         sparse = self.sparse.delta()
         whole = {name: p.detach().cpu().clone() for name, p in self.fresh.items()}
         dense = {name: Change(tuple(p.shape), p.dtype, None, p) for name, p in whole.items()}
-        facts = {"config": own} if (own := facts_of_model(self.quantized)) else {}
-        return Delta(sparse.changes | dense, sparse.fingerprint, sparse.settings | facts)
+        settings = sparse.settings | setting_of_model(self.quantized)
+        return Delta(sparse.changes | dense, sparse.fingerprint, settings)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """What trains: `QuantizedSparse.state_dict` without its nesting, and the fresh parameters."""

@@ -146,7 +146,7 @@ def numbers_to_log(optimizer: ID3AdamW) -> dict[str, float]:
     `n_active` (|Λ|), `n_changed` (entries that differ from the pre-trained model; only where originals are
     kept), `tensor_sparsity` and `sparsity_entropy` (see `id3_optim.analysis`). Of the newest selection's
     scores, if it found any: the smallest as `threshold`, and the 10th, 50th and 90th percentile (nearest
-    rank) as `score_q10`, `score_q50`, `score_q90`.
+    rank) as `score_q10`, `score_q50`, `score_q90`; not where other ranks hold some of them.
     """
     numbers = {
         "n_active": optimizer.n_active,
@@ -156,7 +156,7 @@ def numbers_to_log(optimizer: ID3AdamW) -> dict[str, float]:
     changed, newest = count_changed(optimizer), optimizer.last_selection
     if changed is not None:
         numbers["n_changed"] = changed
-    if newest is not None and newest.scores.numel():
+    if newest is not None and 0 < newest.count == newest.scores.numel():
         ranked = newest.scores.sort().values
         at = [round(share * (ranked.numel() - 1)) for share in (0.0, 0.1, 0.5, 0.9)]
         names = ("threshold", "score_q10", "score_q50", "score_q90")

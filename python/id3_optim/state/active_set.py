@@ -86,7 +86,8 @@ class ActiveSet:
             parts = [part_of(p) for p in shard.owners]
             shard.blocks, shard.index_bits = self.ranks.blocks(parts, shard.device), bits
         if self.count is None and self.shards:
-            self.count = torch.zeros(1, dtype=torch.int64, device=self.shards[0].device)
+            held = sum(shard.n_active for shard in self.shards)  # by whole parameters, which came before
+            self.count = torch.tensor([held], device=self.shards[0].device)
 
     def shard_for(self, position: int, p: Tensor) -> Shard:
         """The shard that takes a parameter: one for each device and dtype."""

@@ -115,7 +115,7 @@ def check(
     As for torch's optimizers, parameters may be keyed by anything (torch.distributed.checkpoint uses names):
     their order in the param groups is what counts. Mutates nothing. Raises ValueError for what does not fit.
     """
-    state = flat.opened(state)
+    state = flat.opened(state, groups)
     saved = state["param_groups"][0].get("id3")
     if saved is None:
         raise ValueError(

@@ -2,8 +2,8 @@
 
 Its loader reads into the tensors of a state dict that exists, so that a new optimizer has to have the same
 ones as one that has run. All active entries lie in arrays of the budget's length, by place in the whole
-tensors, beside the first parameter; every rank saves and loads all of them and keeps its own. Any other ranks
-can go on from there.
+tensors, beside the first parameter that trains: torch loads no state of a frozen one. Every rank saves and
+loads all of them and keeps its own. Any other ranks can go on from there.
 """
 
 from __future__ import annotations
@@ -61,8 +61,7 @@ def close(
     for row in rows:
         by_dtype.setdefault(row.param.dtype, []).append(row)
     columns = {
-        str(dtype).removeprefix("torch."): dict(_columns(held, states, layout, budget, bits))
-        for dtype, held in by_dtype.items()
+        _name(dtype): dict(_columns(held, states, layout, budget, bits)) for dtype, held in by_dtype.items()
     }
     for position, _, p in rows:
         own = states.get(position, {})
@@ -72,7 +71,8 @@ def close(
         names = {"indices", "step", "shape", *layout.columns(p.dtype)}
         more = {name: value for name, value in own.items() if name not in names}
         states[position] = more | {KEY: {"step": step, "shape": shape, "dtype": dtype}}
-    states[rows[0].position][KEY] |= {"settings": _header(settings, rows[0].param.device), **columns}
+    home = next((row for row in rows if row.param.requires_grad), rows[0])
+    states[home.position][KEY] |= {"settings": _header(settings, home.param.device), **columns}
 
 
 def _columns(
@@ -103,8 +103,11 @@ def _header(settings: dict[str, Any], device: torch.device) -> Tensor:
     return torch.tensor(list(text.ljust(size)), dtype=torch.uint8, device=device)
 
 
-def opened(state: dict[str, Any]) -> dict[str, Any]:
-    """The same state by parameters, with the settings in `param_groups[0]["id3"]`; another state as it is."""
+def opened(state: dict[str, Any], groups: list[dict[str, Any]] | None = None) -> dict[str, Any]:
+    """The same state by parameters, with the settings in `param_groups[0]["id3"]`; another state as it is.
+
+    groups: of the optimizer that loads it. Its frozen parameters without active entries need no state.
+    """
     keys = [key for group in state["param_groups"] for key in group["params"]]
     own = {key: found for key in keys if (found := _own(state["state"].get(key)))}
     home = next((found for found in own.values() if "settings" in found), None)
@@ -115,18 +118,35 @@ def opened(state: dict[str, Any]) -> dict[str, Any]:
         states[key] = {name: x for name, x in states[key].items() if name != KEY}
     if settings["n_entries"] is not None:
         shapes = {key: found["shape"].tolist() for key, found in own.items()}
-        bits = index_bits(map(math.prod, shapes.values()))
+        frozen = {i: p for i, p in _frozen(groups or []) if i < len(keys) and keys[i] not in own}
+        bits = index_bits([*map(math.prod, shapes.values()), *(p.numel() for p in frozen.values())])
         columns = {name: _by_position(x, len(keys), bits) for name, x in home.items() if isinstance(x, dict)}
         for position, key in enumerate(keys):
             if key in own:
-                dtype = str(FLOATS[int(own[key]["dtype"])]).removeprefix("torch.")
-                row = columns[dtype][position]
+                row = columns[_name(FLOATS[int(own[key]["dtype"])])][position]
                 row["indices"] = row["indices"].to(index_dtype_of(shapes[key]))
                 states[key] |= row | {"step": own[key]["step"], "shape": shapes[key]}
+        for position, p in frozen.items():
+            rows = columns.get(_name(p.dtype))
+            if rows is not None and rows[position]["indices"].numel() == 0:
+                none = {"indices": rows[position]["indices"].to(index_dtype_of(p.shape))}
+                none |= {"step": torch.zeros((), dtype=torch.int64), "shape": list(p.shape)}
+                states[keys[position]] = states.get(keys[position], {}) | rows[position] | none
     groups = [dict(group) for group in state["param_groups"]]
     groups[0][KEY] = settings
     states = {key: s for key, s in states.items() if s or key not in own}
     return {**state, "state": states, "param_groups": groups}
+
+
+def _frozen(groups: list[dict[str, Any]]) -> Iterator[tuple[int, Tensor]]:
+    """(position, parameter) of those that torch's functions load no state of, dense ones aside."""
+    for row in members(groups, dense=False):
+        if not row.param.requires_grad:
+            yield row.position, row.param
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _own(state: Any) -> dict[str, Any] | None:

@@ -100,7 +100,7 @@ class Progress:
         """growth: (step, entries) of what was added later to the budget, which counts it."""
         first = budget - sum(entries for _, entries in growth)
         targets = schedules.grown(schedules.tabulate(schedule, total_steps, first), schedule, growth)
-        self.targets = schedules.in_windows(targets, self.select_every)
+        self.targets = schedules.in_windows(targets, schedule, self.select_every)
         increments = [b - a for a, b in pairwise([0, *self.targets])]
         self._most_at_once = min(4 * max(increments), budget)
         if self.capturable:

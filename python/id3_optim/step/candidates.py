@@ -18,6 +18,7 @@ from ..state.active_set import ActiveSet
 from ..state.layout import moved
 from ..state.progress import Wanted
 from ..state.shard import Shard
+from .grad_scaler import SCALED
 from .selection import best_of_all, concatenated, entries_at, scored
 
 
@@ -51,6 +52,9 @@ class Candidates:
         self.wanted = wanted
         self.best: list[Best] = []
         self._k: list[Tensor] = []
+        # Of all gradients that entries were chosen by: the candidates are finite, and show no overflow.
+        self._largest: list[Tensor] = []
+        self._scaled = wanted is not None and bool(SCALED)
 
     def cover(self, shards: list[Shard]) -> None:
         """Makes room for the shards that have none yet."""
@@ -60,6 +64,7 @@ class Candidates:
                 self._k[-1].copy_(moved(self.wanted.k, shard.device))
             capacity = self.wanted.capacity if self.wanted is not None else 0
             self.best.append(Best.empty(min(capacity, shard.numel), shard))
+            self._largest.append(shard.arrays["gradient"].new_zeros(1))
 
     def forget(self) -> None:
         for best in self.best:
@@ -71,11 +76,11 @@ class Candidates:
 
     def memory(self, i: int) -> list[Tensor]:
         """What was made for shard i."""
-        return [*self.best[i], self._k[i]] if i < len(self.best) else []
+        return [*self.best[i], self._k[i], self._largest[i]] if i < len(self.best) else []
 
     def scaled_tensors(self, heuristic: Heuristic) -> list[Tensor]:
         """What is proportional to the loss scale."""
-        held = [best.grad for best in self.best]
+        held = [best.grad for best in self.best] + self._largest
         return held + ([best.score for best in self.best] if isinstance(heuristic, D3) else [])
 
     def collect(
@@ -124,6 +129,7 @@ class Candidates:
         i, j = at
         shard = active.shards[i]
         param = shard.params[j]
+        self._look_at(i, grad)
         score, d3 = None, (0.0, 0.0)
         if isinstance(heuristic, D3):
             d3 = heuristic.eps, heuristic.exp
@@ -153,11 +159,18 @@ class Candidates:
         """
         i, j = at
         param, grad = rows
+        self._look_at(i, grad)
         offsets, indices, values = held
         place = (active.shards[i].numbers[j] << 32) + first
         take = (param, grad, None, offsets, indices, values, False, place)
         d3 = heuristic.eps, heuristic.exp
         active.shards[i].kernels.collect_(*take, *self.best[i], self._k[i], may_hold, *d3)
+
+    def _look_at(self, i: int, grad: Tensor) -> None:
+        """NaN and infinities of a gradient, a loss scale's overflow, stay in shard i's largest magnitude."""
+        if self._scaled and grad.numel():
+            largest = torch.linalg.vector_norm(grad, torch.inf).to(self._largest[i].dtype)
+            torch.maximum(self._largest[i], largest, out=self._largest[i])
 
     def meet(self, ranks: ManyRanks, bits: int) -> None:
         """Makes the candidates of all ranks, of which no two have the same, those of each: as many as can be

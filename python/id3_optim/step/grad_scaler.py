@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+
+SCALED: set[bool] = set()  # not empty once a loss was scaled in this process
 
 
 class GradScaler(torch.amp.GradScaler):
     """torch.amp.GradScaler that also unscales and checks what an ID3AdamW keeps of released gradients.
 
     For any other optimizer it is torch's own. It finds NaN and infinities among the gradients of active
-    entries and of dense groups; entries that are about to join have none by construction, and gradients that
-    nothing uses are not looked at.
+    entries and of dense groups, and in steps that select among all gradients; in the steps between,
+    gradients that nothing uses are not looked at.
     """
+
+    def scale(self, outputs: Any) -> Any:
+        """torch's; from the first call on, optimizers look for an overflow where they select."""
+        if self.is_enabled():
+            SCALED.add(True)
+        return super().scale(outputs)
 
     def _unscale_grads_(
         self, optimizer: torch.optim.Optimizer, inv_scale: Tensor, found_inf: Tensor, allow_fp16: bool
@@ -26,3 +36,14 @@ class GradScaler(torch.amp.GradScaler):
         if hasattr(optimizer, "share_overflow"):
             optimizer.share_overflow(found)
         return found
+
+
+def check_seen(release: Any) -> None:
+    """Raises RuntimeError where the GradScaler at work has not looked at what a `Release` has kept."""
+    if not release.seen_by_scaler:
+        own = ("release_gradients", "released gradients")
+        option, unseen = own if release.exchange is None else release.exchange.unseen
+        raise RuntimeError(
+            f"{option}: torch's GradScaler does not see {unseen} (fp16 in the transformers Trainer and "
+            "Accelerate uses it): use id3_optim.GradScaler, or bf16"
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,15 @@ def take(release: weakref.ref[Any], param: Tensor) -> None:
             alive.take(param)
     else:
         alive.take(param)
+
+
+def take_over(param: Tensor) -> None:
+    """Takes the hooks of other optimizers off a parameter: the first of them to run would take its gradient.
+    An interrupted run, or a notebook's cell that is run again, leaves such hooks."""
+    for hook in list((param._post_accumulate_grad_hooks or {}).values()):
+        other = hook.args[0]() if isinstance(hook, partial) and hook.func is take else None
+        if other is not None:
+            other.detach(param)
 
 
 def remove(handles: dict[int, torch.utils.hooks.RemovableHandle]) -> None:

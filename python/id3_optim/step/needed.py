@@ -16,16 +16,17 @@ MOST = 0.75
 
 @dataclass(frozen=True)
 class Needed:
-    """features: int64 [n], ascending, those that entries of a weight use. indices: int32, beside the shard's
-    `indices`: flat indices of the weight's entries in a weight that has these features alone."""
+    """features: int64 [n], ascending, those that entries of a weight use, along its dimension `dim`. indices:
+    int32, beside the shard's `indices`: flat indices of the weight's entries in a weight that has these
+    features alone. They hold until the shard's arrays are put in another order."""
 
-    bounds: list[list[int]]
+    dim: int
     features: Tensor
     indices: Tensor
 
-    def holds(self, shard: Shard) -> bool:
-        """Whether this still is the shard's active set: its `bounds` is another list after a change."""
-        return shard.bounds is self.bounds
+    def holds(self, now: Needed | None) -> bool:
+        """Whether these are the features that the weight's active set, as it is `now`, needs."""
+        return now is not None and torch.equal(self.features, now.features)
 
 
 class NeededFeatures:
@@ -49,7 +50,9 @@ class NeededFeatures:
         flat = torch.cat([shard.arrays["indices"][stretch] for stretch in stretches])
         shape = shard.params[j].shape
         place = [flat // shape[1], flat % shape[1]]
-        used = torch.zeros(shape[dim], dtype=torch.bool).index_fill_(0, place[dim].long(), True)
+        used = torch.zeros(shape[dim], dtype=torch.bool, device=flat.device).index_fill_(
+            0, place[dim].long(), True
+        )
         features = used.nonzero().flatten()
         if features.numel() > MOST * shape[dim]:
             return None
@@ -59,7 +62,12 @@ class NeededFeatures:
         indices, lengths = self._beside(shard, i), [s.stop - s.start for s in stretches]
         for stretch, part in zip(stretches, renumbered.split(lengths), strict=True):
             indices[stretch] = part
-        return Needed(shard.bounds, features, indices)
+        return Needed(dim, features, indices)
+
+    def tensors(self) -> list[Tensor]:
+        """All memory of what was found."""
+        found = (needed.features for _, needed in self._found.values() if needed is not None)
+        return [*self._indices.values(), *found]
 
     def _beside(self, shard: Shard, i: int) -> Tensor:
         """An array beside the shard's `indices`, which all its weights share."""

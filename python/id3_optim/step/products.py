@@ -8,7 +8,7 @@ stands for an embedding's dW: row r is the sum of the output's gradient over the
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Protocol
 
@@ -27,12 +27,18 @@ BLOCK_ENTRIES = 1 << 20
 
 
 class Parts(Protocol):
-    """A weight gradient that can be made in parts. complete: every part can be made."""
+    """A weight gradient that can be made in parts. complete: every part can be made. needed: the features of
+    the input that were kept alone."""
 
     complete: bool
+    needed: Needed | None
 
-    def suffices(self, shard: Shard, used: bool) -> bool:
-        """Whether `gather` can be called in this step, which looks at the gradient (used) or does not."""
+    def suffices(self, needed: Needed | None, used: bool) -> bool:
+        """Whether `gather` can be called in this step, which looks at the gradient (used) or does not.
+        needed: what the weight's active set needs as it is now."""
+
+    def now(self, needed: Needed | None) -> Parts:
+        """The same with the places that the active entries have now."""
 
     def gather(self, shard: Shard, j: int, add: bool) -> None:
         """The shard's `gradient` at the active entries of tensor j becomes dW there, or grows by it with
@@ -62,10 +68,13 @@ class Product:
     def _kept(self) -> bool:
         return self.left is not None and self.right is not None
 
-    def suffices(self, shard: Shard, used: bool) -> bool:
+    def suffices(self, needed: Needed | None, used: bool) -> bool:
         if not self._kept:
             return not used
-        return self.needed is None or self.needed.holds(shard)
+        return self.needed is None or self.needed.holds(needed)
+
+    def now(self, needed: Needed | None) -> Product:
+        return self if self.needed is None else replace(self, needed=needed)
 
     def gather(self, shard: Shard, j: int, add: bool) -> None:
         if self._kept:
@@ -92,10 +101,13 @@ class Rows:
 
     ids: Tensor
     grads: Tensor
-    complete = True
+    complete, needed = True, None
 
-    def suffices(self, shard: Shard, used: bool) -> bool:
+    def suffices(self, needed: Needed | None, used: bool) -> bool:
         return True
+
+    def now(self, needed: Needed | None) -> Rows:
+        return self
 
     def gather(self, shard: Shard, j: int, add: bool) -> None:
         values = shard.arrays["gradient"]

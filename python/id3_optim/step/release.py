@@ -26,6 +26,7 @@ from ..state.progress import Wanted
 from . import gradients, hooks
 from .candidates import Candidates
 from .exchange import Exchange
+from .grad_scaler import check_seen
 from .gradients import Kept
 from .needed import Needed, NeededFeatures
 from .passes import Passes, in_two_parts
@@ -97,11 +98,22 @@ class Release:
         take = partial(hooks.take, weakref.ref(self))
         for p in params:
             if p.requires_grad and id(p) not in self._handles and not torch.nn.parameter.is_lazy(p):
+                hooks.take_over(p)
                 self._handles[id(p)] = p.register_post_accumulate_grad_hook(take)
+
+    def detach(self, param: Tensor) -> None:
+        """Takes the hook off one parameter."""
+        if (handle := self._handles.pop(id(param), None)) is not None:
+            handle.remove()
 
     def remove_hooks(self) -> None:
         self.hooked = False
         hooks.remove(self._handles)
+
+    def alone_at(self, param: Tensor) -> bool:
+        """Whether no hook of anything else waits for the parameter's gradient."""
+        hooks, own = param._post_accumulate_grad_hooks or {}, self._handles.get(id(param))
+        return not hooks or (own is not None and hooks.keys() == {own.id})
 
     def take(self, param: Tensor) -> None:
         """What a hook does. Does not synchronise with a GPU."""
@@ -131,8 +143,13 @@ class Release:
         return self.kept
 
     def tensors(self) -> list[Tensor]:
-        """The memory of the candidates."""
-        return [] if self.candidates is None else self.candidates.tensors()
+        """The memory of the candidates, and of what layers with a sparse backward pass need."""
+        return self._needed.tensors() + ([] if self.candidates is None else self.candidates.tensors())
+
+    def replan(self) -> None:
+        """The coming step may have another number of entries to choose, where no gradient is taken yet."""
+        if not any(any(kept.seen) for kept in self.kept):
+            self.candidates = None
 
     # --- weights whose gradient never exists whole (sparse_backward) -----------------------------------
 
@@ -162,8 +179,7 @@ class Release:
         """Whether `take_parts` can take them, of which the forward pass perhaps kept what it needs alone."""
         if self.selects(has_gradient=True):
             return parts.complete
-        i, _ = self._active.locate(param)
-        return parts.suffices(self._active.shards[i], self.uses(param))
+        return parts.suffices(self._needed_now(param, parts), self.uses(param))
 
     def needed(self, param: Tensor, dim: int) -> Needed | None:
         """Which features of its layer's input a weight, whose dimension `dim` they are, needs in a step that
@@ -171,6 +187,10 @@ class Release:
         at = self._active.locate(param)
         shard = self._active.shards[at[0]]
         return self._needed.of(shard, at, dim) if shard.device.type == "cpu" else None
+
+    def _needed_now(self, param: Tensor, parts: Parts) -> Needed | None:
+        """`needed`, where `parts` has what was needed in the forward pass: the state may be settled since."""
+        return None if parts.needed is None else self.needed(param, parts.needed.dim)
 
     def take_parts(self, param: Tensor, parts: Parts) -> None:
         """What a layer's backward pass does in place of making the gradient of its weight."""
@@ -188,7 +208,7 @@ class Release:
         if selects and self.exchange is None:
             collect_blocks(*place, parts.blocks(param), seen, may_hold)
         else:
-            parts.gather(shard, j, seen)
+            parts.now(self._needed_now(param, parts)).gather(shard, j, seen)
             if selects:
                 self.exchange.search_blocks(*place, every_block(param, parts.blocks(param)), may_hold)
         kept.seen[j] = True
@@ -198,7 +218,7 @@ class Release:
         i, j = self._active.locate(param)
         return self._active.name(self._active.shards[i].positions[j])
 
-    # --- loss scales -----------------------------------------------------------------------------------
+    check_scaler = check_seen
 
     def scaled_tensors(self, active: ActiveSet) -> list[Tensor]:
         """All that is proportional to the loss scale; the caller, a GradScaler, checks and unscales it."""
@@ -209,16 +229,6 @@ class Release:
         # A shard that was added since the last pass has kept nothing yet.
         values = [kept.values(shard) for kept, shard in zip(self.kept, active.shards, strict=False)]
         return [t for t in self.candidates.scaled_tensors(self.heuristic) + values if t.numel()]
-
-    def check_scaler(self) -> None:
-        """Raises RuntimeError where the GradScaler at work has not looked at what was kept."""
-        if not self.seen_by_scaler:
-            own = ("release_gradients", "released gradients")
-            option, unseen = own if self.exchange is None else self.exchange.unseen
-            raise RuntimeError(
-                f"{option}: torch's GradScaler does not see {unseen} (fp16 in the transformers Trainer and "
-                "Accelerate uses it): use id3_optim.GradScaler, or bf16"
-            )
 
     def _begin_pass(self, unfinished: bool) -> None:
         if unfinished:
