@@ -10,7 +10,7 @@ from train_command import run, save_train_files, words
 from trainer_run import HEAD, arguments, build, id3, same_bits, tiny_bert
 from transformers import Trainer
 
-from id3_optim import load_delta, recipe
+from id3_optim import load_delta, recipe, sparse_backward
 from id3_optim.backward.weight import Weight
 from id3_optim.integrations.huggingface import ID3Callback, id3_optimizer
 
@@ -156,6 +156,15 @@ def test_after_an_interrupt_remove_gives_the_model_back(tmp_path, sparse):
     trainer, callback, _ = interrupted(tmp_path, sparse)
     callback.remove()
     check_others_train(trainer, tmp_path)
+
+
+def test_a_trainer_leaves_a_sparse_backward_of_the_user_alone(tmp_path, taken):
+    model = tiny_bert()
+    optimizer = id3(model, select_every=4)
+    sparse_backward(model, optimizer)
+    trainer = build(arguments(tmp_path), model, ID3Callback(), optimizers=(optimizer, None))
+    trainer.train()
+    assert taken and optimizer.n_active == optimizer.budget
 
 
 def test_lightning_gives_the_model_back_after_an_error(tmp_path):

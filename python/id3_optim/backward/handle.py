@@ -100,9 +100,10 @@ def begun(sparse: bool, model: nn.Module, optimizer: Any) -> SparseBackward | No
     """What a trainer does that begins: gradients are released again where the optimizer releases them, with
     sparse also by `sparse_backward`. What another run that did not end has left on the model is undone."""
     for layer in filter(_is_changed, unwrapped_model(model).modules()):
-        if (owner := layer.sparse_weight.release) is not None and not owner.belongs_to(optimizer):
-            owner.remove_hooks()
-        _make_plain(layer)
+        if (owner := layer.sparse_weight.release) is None or not owner.belongs_to(optimizer):
+            _make_plain(layer)
+            if owner is not None:
+                owner.remove_hooks()
     if optimizer.releases:
         optimizer.release_gradients()
     return sparse_backward(model, optimizer) if sparse else None

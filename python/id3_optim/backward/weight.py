@@ -98,8 +98,8 @@ class Weight:
         """Takes the gradient in the backward pass of the Function whose context is ctx. Returns it whole
         where it is the result, and where it must be added to that of other uses or be scored as one."""
         release, param = self._release(), self._param()
-        if not ctx.needs_input_grad[_WEIGHT] or not param.requires_grad:  # frozen since the forward pass
-            return None
+        if not ctx.needs_input_grad[_WEIGHT] or param is None or not param.requires_grad:
+            return None  # frozen, or replaced and gone, since the forward pass
         reached = _reached(ctx)
         if reached is False:
             return None
