@@ -88,6 +88,9 @@ class Dropped:
     def uses(self, param: torch.Tensor) -> bool:
         return True
 
+    def alone_at(self, param: torch.Tensor) -> bool:
+        return True
+
     def suffices(self, param: torch.Tensor, parts: Parts) -> bool:
         return parts.complete
 

@@ -237,8 +237,8 @@ class ID3AdamW(torch.optim.Optimizer):
         """Allocated bytes by kind, `total` last. `select_tiles` (one score maximum per 256 entries) and
         `select_mask` (a bit per entry, of the Triton backend) live only while a step selects."""
         release = self._unmasking.release
-        candidates = () if release is None else release.tensors()
-        return memory_report(self._unmasking.active, self.state.values(), candidates)
+        kept = () if release is None else release.tensors()
+        return memory_report(self._unmasking.active, self.state.values(), *kept)
 
     # --- state ---------------------------------------------------------------------------------------
 

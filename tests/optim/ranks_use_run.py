@@ -1,6 +1,7 @@
 """What each process runs for `test_ranks_use.py`: what users do with split parameters beside training."""
 
 import copy
+import functools
 import sys
 from pathlib import Path
 
@@ -194,6 +195,7 @@ def refusals(split):
     (FOLDER / "file").touch()
     inside = FOLDER / "file" / "step-1"
     expect(OSError, r"\[Errno", lambda: checkpoint.save(inside, model, optimizer))
+    unfitting(model, optimizer)
     expect(ValueError, "0.weight: expected a whole parameter for a bank", lambda: DeltaBank(model))
     expect(ValueError, "0.weight: expected a whole parameter for a rec", lambda: WeightReceiver(model))
     with torch.no_grad():
@@ -201,6 +203,35 @@ def refusals(split):
             p.mul_(float("nan"))
     expect(ValueError, ".*expected finite", lambda: save_delta(FOLDER / "nan", model, optimizer))
     copy.deepcopy(optimizer._unmasking.active.ranks)
+
+
+def unfitting(model, optimizer):
+    """What does not fit is refused before the weights change; a full disk is an OSError on every rank."""
+    folder = FOLDER / "whole"
+    checkpoint.save(folder, model, optimizer)
+    other = fsdp(tiny())
+    weights, named = [whole(p).clone() for p in other.parameters()], list(other.named_parameters())
+    groups = [{"params": named[:1], "dense": True}, {"params": named[1:]}]
+    narrow = fsdp(nn.Sequential(nn.Linear(12, 15)))
+    cases = {
+        "total_steps: expected 7": (other, named, {"total_steps": 7}),
+        "0.weight: expected a parameter to select from": (other, groups, {}),
+        r"param_groups\[0\]: expected 2 parameters": (narrow, list(narrow.named_parameters()), {}),
+    }
+    for message, (target, params, options) in cases.items():
+        own = ID3AdamW(params, **{"lr": 0.1, "budget": 60, "total_steps": 6} | options)
+        expect(ValueError, message, lambda target=target, own=own: checkpoint.load(folder, target, own))
+    assert all(torch.equal(w, whole(p)) for w, p in zip(weights, other.parameters(), strict=True))
+    write, dcp.FileSystemWriter.write_data = dcp.FileSystemWriter.write_data, no_room
+    try:
+        again = functools.partial(checkpoint.save, FOLDER / "again", model, optimizer)
+        expect(OSError, ".*expected every rank to write, got OSError", again)
+    finally:
+        dcp.FileSystemWriter.write_data = write
+
+
+def no_room(*_):
+    raise OSError(28, "No space left on device")
 
 
 def differ(split):

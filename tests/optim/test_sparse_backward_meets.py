@@ -13,7 +13,7 @@ import id3_optim
 from id3_optim import ID3AdamW, sparse_backward
 from id3_optim.analysis import tensor_sparsity
 from id3_optim.schedules import after
-from id3_optim.step import products
+from id3_optim.step import candidates, grad_scaler, products
 
 WAYS = ("dense", "released", "sparse")
 
@@ -40,6 +40,21 @@ def entries(optimizer):
 
 
 # --- loss scales -----------------------------------------------------------------------------------------
+
+
+def test_the_first_scaled_step_sees_an_overflow(monkeypatch):
+    """The candidates of a forward pass are made before the first loss is scaled."""
+    monkeypatch.setattr(candidates, "SCALED", scaled := set())
+    monkeypatch.setattr(grad_scaler, "SCALED", scaled)
+    model, optimizer, _ = started("sparse")
+    model(batch()).square().mean().backward()
+    optimizer.step()
+    scaler = id3_optim.GradScaler("cpu", init_scale=2.0**60)
+    with torch.autocast("cpu", torch.float16):
+        loss = model(batch(1)).float().square().mean()
+    scaler.scale(loss).backward()
+    scaler.step(optimizer)
+    assert optimizer.steps_done == 1
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -189,6 +204,11 @@ def test_a_parametrization_put_over_a_layer_survives_remove():
     parametrizations.weight_norm(model[0])
     handle.remove()
     assert model(batch()).shape == (6, 4) and "weight" not in dict(model[0].named_parameters(recurse=False))
+    nn.utils.parametrize.remove_parametrizations(model[0], "weight")
+    again = started("sparse", model)[2]
+    assert [way.way for way in again.ways if way.name == "0.weight"] == ["sparse"]
+    again.remove()
+    assert type(model[0]) is nn.Linear
 
 
 def test_a_refused_call_changes_nothing():

@@ -13,6 +13,7 @@ from ..distributed.part import is_split
 from ..heuristics import D3, Heuristic
 from ..param_groups import selectable
 from ..ranks import world_size
+from ..step.release import Release
 from ..wrappers import check_holds, unwrapped, unwrapped_model
 from .layers import norm_class, sparse_class
 from .weight import Readers, Weight
@@ -100,7 +101,7 @@ def begun(sparse: bool, model: nn.Module, optimizer: Any) -> SparseBackward | No
     """What a trainer does that begins: gradients are released again where the optimizer releases them, with
     sparse also by `sparse_backward`. What another run that did not end has left on the model is undone."""
     for layer in filter(_is_changed, unwrapped_model(model).modules()):
-        if (owner := layer.sparse_weight.release) is None or not owner.belongs_to(optimizer):
+        if (owner := _owner(layer)) is None or not owner.belongs_to(optimizer):
             _make_plain(layer)
             if owner is not None:
                 owner.remove_hooks()
@@ -110,17 +111,24 @@ def begun(sparse: bool, model: nn.Module, optimizer: Any) -> SparseBackward | No
 
 
 def _is_changed(layer: nn.Module) -> bool:
-    return hasattr(layer, "sparse_weight")
+    return hasattr(layer, "sparse_weight") or _plain_class(layer) is not type(layer)
+
+
+def _owner(layer: nn.Module) -> Release | None:
+    """The hooks of the optimizer that has changed the layer, where it lives."""
+    weight = getattr(layer, "sparse_weight", None)
+    return None if weight is None else weight.release
 
 
 def _make_plain(layer: nn.Module) -> None:
-    if type(layer) is _subclass_of(layer.plain):  # not a class that a parametrization has put over it
-        layer.__class__ = layer.plain
-    del layer.sparse_weight
+    layer.__class__ = _plain_class(layer)
+    vars(layer).pop("sparse_weight", None)
 
 
 def _plain_class(layer: nn.Module) -> type[nn.Module]:
-    return layer.plain if _is_changed(layer) else type(layer)
+    """The class that was replaced; the layer's own where a parametrization has put another one over it."""
+    plain = getattr(type(layer), "plain", None)
+    return plain if plain is not None and type(layer) is _subclass_of(plain) else type(layer)
 
 
 def _subclass_of(plain: type[nn.Module]) -> type[nn.Module] | None:
@@ -146,7 +154,7 @@ class _Holder(NamedTuple):
 def _check_owners(model: nn.Module, optimizer: Any) -> None:
     """Raises ValueError for a model that another optimizer has changed and still trains."""
     for path, layer in model.named_modules():
-        owner = layer.sparse_weight.release if _is_changed(layer) else None
+        owner = _owner(layer)
         if owner is not None and not owner.belongs_to(optimizer):
             raise ValueError(
                 f"model: expected one without sparse_backward, got {path} with another optimizer's: call "

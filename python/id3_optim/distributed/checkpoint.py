@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_model_state_dict
 
 from ..atomic import sync_directory
@@ -31,13 +32,16 @@ def save(folder: str | os.PathLike, model: nn.Module, optimizer: Any) -> None:
     same folder removes.
     Raises, on every rank, ValueError for parameters that are not split and for the strategy "repeat";
     FileExistsError where there is something of that name (a newer checkpoint goes into a new folder); OSError
-    if writing fails.
+    if a rank cannot write.
     """
     folder = Path(folder)
     unfinished = folder.with_name(f"{folder.name}.unfinished")
     parts = _parts(model, optimizer)
     _by_the_first(lambda: _begin(folder, unfinished))
-    dcp.save(parts, checkpoint_id=unfinished)  # returns when all have written
+    try:
+        dcp.save(parts, checkpoint_id=unfinished)  # returns when all have written
+    except CheckpointException as error:  # on every rank; it is no Exception
+        raise OSError(f"{unfinished}: expected every rank to write, got {_first(error)}") from error
     _by_the_first(lambda: _finish(folder, unfinished))
 
 
@@ -45,15 +49,23 @@ def load(folder: str | os.PathLike, model: nn.Module, optimizer: Any) -> None:
     """Takes over what `save` wrote, from any number of ranks. Mutates both. Every rank has to call this.
 
     Raises ValueError for a folder without a whole checkpoint, parameters that are not split, the strategy
-    "repeat", and a state that does not fit the optimizer.
+    "repeat", and, before the model changes, for a state that does not fit the optimizer.
     """
     if not (Path(folder) / ".metadata").is_file():
         raise ValueError(f"folder: expected a whole checkpoint, got {folder}, which has no .metadata")
     parts = _parts(model, optimizer)
     _fit(parts["optimizer"]["state"], dcp.FileSystemReader(folder).read_metadata().state_dict_metadata)
-    dcp.load(parts, checkpoint_id=folder)
-    set_model_state_dict(model, parts["model"])
+    _read("optimizer", parts, folder)
     optimizer.load_state_dict(parts["optimizer"])  # torch's way drops the state of what is frozen now
+    _read("model", parts, folder)
+    set_model_state_dict(model, parts["model"])
+
+
+def _read(name: str, parts: dict[str, Any], folder: str | os.PathLike) -> None:
+    try:
+        dcp.load({name: parts[name]}, checkpoint_id=folder)
+    except CheckpointException as error:  # on every rank
+        raise ValueError(f"{name}: expected one that fits {folder}, got {_first(error)}") from error
 
 
 def _begin(folder: Path, unfinished: Path) -> None:
@@ -68,13 +80,19 @@ def _finish(folder: Path, unfinished: Path) -> None:
     sync_directory(folder.parent)
 
 
+def _first(error: CheckpointException) -> str:
+    """What one of the ranks says."""
+    rank, (failed, _) = next(iter(error.failures.items()))
+    return f"{failed!r} on rank {rank}"
+
+
 def _by_the_first(action: Callable[[], None]) -> None:
-    """The first rank acts, and the other ranks wait for it; its OSError is raised on every rank."""
-    failed: list[OSError | None] = [None]
+    """The first rank acts, and the other ranks wait for it; its error is raised on every rank."""
+    failed: list[Exception | None] = [None]
     if writes_files():
         try:
             action()
-        except OSError as error:
+        except Exception as error:
             failed = [error]
     torch.distributed.broadcast_object_list(failed)
     if failed[0] is not None:
@@ -90,6 +108,10 @@ def _fit(states: dict[str, Any], saved: Mapping[str, Any]) -> None:
     own = next((s[KEY] for s in states.values() if "settings" in s.get(KEY, {})), None)
     if not names or own is None:
         return
+    if KEY not in states[names[0]]:
+        raise ValueError(
+            f"{names[0]}: expected a parameter to select from, as saved, got one of a dense group"
+        )
     arrays = {name: own.pop(name) for name in list(own) if name == "settings" or isinstance(own[name], dict)}
     states[names[0]][KEY] |= arrays
     rows = [("settings", arrays)]

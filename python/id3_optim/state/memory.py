@@ -18,9 +18,13 @@ from .shard import Shard
 
 
 def memory_report(
-    active: ActiveSet, dense_states: Iterable[dict], candidates: Iterable[Tensor]
+    active: ActiveSet,
+    dense_states: Iterable[dict],
+    candidates: Iterable[Tensor] = (),
+    features: Iterable[Tensor] = (),
 ) -> dict[str, int]:
-    """Bytes by kind, `total` last; see `ID3AdamW.memory_report`. candidates: what hooks keep until a step."""
+    """Bytes by kind, `total` last; see `ID3AdamW.memory_report`. candidates: what hooks keep until a step.
+    features: what layers with a sparse backward pass know of their active entries."""
     anywhere = replace(active.layout, backend=None)  # a backend for GPUs has no shard on the CPU
     report = dict.fromkeys(_bytes_by_kind(Shard(torch.device("cpu"), torch.float32, anywhere), None), 0)
     for i, shard in enumerate(active.shards):
@@ -29,6 +33,7 @@ def memory_report(
     dense = (state.values() for state in dense_states if isinstance(state, dict))
     report["dense_state"] = sum(local(t).nbytes for values in dense for t in values if isinstance(t, Tensor))
     report["candidates"] = sum(t.nbytes for t in candidates)
+    report["kept_features"] = sum(t.nbytes for t in features)
     at_once = max if active.layout.release else sum  # hooks select from one tensor at a time
     report["select_tiles"] = at_once([_tile_bytes(s, at_once) for s in active.shards] or [0])
     masks = [at_once([p.numel() for p in s.params]) // 8 for s in active.shards if _keeps_a_mask(s)]

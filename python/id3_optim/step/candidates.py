@@ -54,7 +54,6 @@ class Candidates:
         self._k: list[Tensor] = []
         # Of all gradients that entries were chosen by: the candidates are finite, and show no overflow.
         self._largest: list[Tensor] = []
-        self._scaled = wanted is not None and bool(SCALED)
 
     def cover(self, shards: list[Shard]) -> None:
         """Makes room for the shards that have none yet."""
@@ -168,7 +167,7 @@ class Candidates:
 
     def _look_at(self, i: int, grad: Tensor) -> None:
         """NaN and infinities of a gradient, a loss scale's overflow, stay in shard i's largest magnitude."""
-        if self._scaled and grad.numel():
+        if SCALED and self.wanted is not None and grad.numel():
             largest = torch.linalg.vector_norm(grad, torch.inf).to(self._largest[i].dtype)
             torch.maximum(self._largest[i], largest, out=self._largest[i])
 

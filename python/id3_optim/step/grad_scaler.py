@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
 from torch import Tensor
 
-SCALED: set[bool] = set()  # not empty once a loss was scaled in this process
+SCALED: weakref.WeakSet[torch.amp.GradScaler] = weakref.WeakSet()  # those that live and have scaled a loss
 
 
 class GradScaler(torch.amp.GradScaler):
@@ -21,7 +22,7 @@ class GradScaler(torch.amp.GradScaler):
     def scale(self, outputs: Any) -> Any:
         """torch's; from the first call on, optimizers look for an overflow where they select."""
         if self.is_enabled():
-            SCALED.add(True)
+            SCALED.add(self)
         return super().scale(outputs)
 
     def _unscale_grads_(

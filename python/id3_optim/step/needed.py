@@ -26,22 +26,23 @@ class Needed:
 
     def holds(self, now: Needed | None) -> bool:
         """Whether these are the features that the weight's active set, as it is `now`, needs."""
-        return now is not None and torch.equal(self.features, now.features)
+        return now is not None and self.dim == now.dim and torch.equal(self.features, now.features)
 
 
 class NeededFeatures:
     """`Needed` for each weight, found once after each change of the active set."""
 
     def __init__(self) -> None:
-        self._found: dict[tuple[int, int], tuple[list[list[int]], Needed | None]] = {}
+        self._found: dict[tuple[int, int, int], tuple[list[list[int]], Needed | None]] = {}
         self._indices: dict[int, Tensor] = {}
 
     def of(self, shard: Shard, at: tuple[int, int], dim: int) -> Needed | None:
         """For the weight `at` (shard, tensor), whose dimension `dim` are the features; None: all of them."""
         bounds = shard.bounds
-        known = self._found.get(at)
+        place = (*at, dim)
+        known = self._found.get(place)
         if known is None or known[0] is not bounds:
-            known = self._found[at] = bounds, self._find(shard, at, dim)
+            known = self._found[place] = bounds, self._find(shard, at, dim)
         return known[1]
 
     def _find(self, shard: Shard, at: tuple[int, int], dim: int) -> Needed | None:

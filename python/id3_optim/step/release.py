@@ -142,9 +142,9 @@ class Release:
             self.exchange.finish(groups, active, self.candidates)
         return self.kept
 
-    def tensors(self) -> list[Tensor]:
-        """The memory of the candidates, and of what layers with a sparse backward pass need."""
-        return self._needed.tensors() + ([] if self.candidates is None else self.candidates.tensors())
+    def tensors(self) -> tuple[list[Tensor], list[Tensor]]:
+        """The memory of the candidates, and that of the features that `needed` has found."""
+        return [] if self.candidates is None else self.candidates.tensors(), self._needed.tensors()
 
     def replan(self) -> None:
         """The coming step may have another number of entries to choose, where no gradient is taken yet."""
