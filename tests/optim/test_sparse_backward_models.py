@@ -8,6 +8,7 @@ from sparse_twins import SparseTwins
 from test_sparse_backward import RHYTHMS, Net, loss_at
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
+from transformers.pytorch_utils import Conv1D
 
 from id3_optim import ID3AdamW, sparse_backward
 
@@ -134,3 +135,27 @@ def test_a_pretrained_model_is_saved_and_loaded(tmp_path):
     assert type(loaded.bert.pooler.dense) is nn.Linear
     assert loaded.state_dict().keys() == net.state_dict().keys()
     assert all(torch.equal(value, net.state_dict()[name]) for name, value in loaded.state_dict().items())
+
+
+def test_a_weight_that_two_kinds_of_layers_share():
+    """A Conv1D's weight is a linear layer's transposed: their inputs' features lie along other dimensions."""
+    runs = []
+    for way in ("dense", "released", "sparse"):
+        torch.manual_seed(0)
+        model = nn.ModuleList([nn.Linear(12, 40, bias=False), Conv1D(12, 40)])
+        model[1].weight = model[0].weight
+        model[1].bias.requires_grad_(False)
+        optimizer = ID3AdamW([model[0].weight], budget=20, total_steps=8, select_every=4)
+        if way != "dense":
+            optimizer.release_gradients()
+        if way == "sparse":
+            sparse_backward(model, optimizer)
+        for step in range(8):
+            x = torch.randn(5, 12, generator=torch.Generator().manual_seed(step))
+            model[1](model[0](x).tanh()).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        runs.append(([t.indices.tolist() for t in optimizer.touched()], model[0].weight.detach()))
+    for found, weight in runs[1:]:
+        assert found == runs[0][0]
+        torch.testing.assert_close(weight, runs[0][1])

@@ -34,7 +34,7 @@ class NeededFeatures:
 
     def __init__(self) -> None:
         self._found: dict[tuple[int, int, int], tuple[list[list[int]], Needed | None]] = {}
-        self._indices: dict[int, Tensor] = {}
+        self._indices: dict[tuple[int, int], Tensor] = {}
 
     def of(self, shard: Shard, at: tuple[int, int], dim: int) -> Needed | None:
         """For the weight `at` (shard, tensor), whose dimension `dim` are the features; None: all of them."""
@@ -60,7 +60,7 @@ class NeededFeatures:
         place[dim] = (used.cumsum(0).to(torch.int32) - 1)[place[dim].long()]
         row, column = place
         renumbered = row * (features.numel() if dim == 1 else shape[1]) + column
-        indices, lengths = self._beside(shard, i), [s.stop - s.start for s in stretches]
+        indices, lengths = self._beside(shard, (i, dim)), [s.stop - s.start for s in stretches]
         for stretch, part in zip(stretches, renumbered.split(lengths), strict=True):
             indices[stretch] = part
         return Needed(dim, features, indices)
@@ -70,9 +70,10 @@ class NeededFeatures:
         found = (needed.features for _, needed in self._found.values() if needed is not None)
         return [*self._indices.values(), *found]
 
-    def _beside(self, shard: Shard, i: int) -> Tensor:
-        """An array beside the shard's `indices`, which all its weights share."""
+    def _beside(self, shard: Shard, key: tuple[int, int]) -> Tensor:
+        """An array beside the shard's `indices`, which all its weights of one layout share. key: the number
+        of the shard, and the dimension of the features."""
         own = shard.arrays["indices"]
-        if i not in self._indices or self._indices[i].numel() != own.numel():
-            self._indices[i] = torch.empty_like(own)
-        return self._indices[i]
+        if key not in self._indices or self._indices[key].numel() != own.numel():
+            self._indices[key] = torch.empty_like(own)
+        return self._indices[key]
