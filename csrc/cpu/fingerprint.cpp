@@ -12,7 +12,7 @@
 namespace id3::cpu {
 namespace {
 
-constexpr int64_t kGrain = 16384;  // entries per thread below which starting a thread costs more
+constexpr int64_t kGrain = 16384;   // entries per thread below which starting a thread costs more
 constexpr int64_t kTogether = 512;  // entries whose hashed places lie in the first cache meanwhile
 
 // splitmix64 (Steele, Lea, Flood 2014); the same as id3_kernels/hashing.py.
@@ -33,7 +33,8 @@ uint64_t sum_of_hashes(const uint64_t* places, const void* values, int64_t first
   return sum;
 }
 
-uint64_t sum_of_hashes(int64_t size, const uint64_t* places, const void* values, int64_t first, int64_t count) {
+uint64_t sum_of_hashes(int64_t size, const uint64_t* places, const void* values, int64_t first,
+                       int64_t count) {
   if (size == 2) return sum_of_hashes<int16_t>(places, values, first, count);
   if (size == 4) return sum_of_hashes<int32_t>(places, values, first, count);
   return sum_of_hashes<int64_t>(places, values, first, count);
@@ -46,7 +47,8 @@ at::Tensor fingerprint_cpu(at::TensorList values, const at::Tensor& keys, const 
   check_vector("keys", keys, at::kLong, tensors);
   for (size_t i = 0; i < values.size(); ++i) {
     check_vector(item_name("values", i), values[i], values[i].scalar_type(), entries.end());
-    TORCH_CHECK_VALUE(values[i].element_size() > 1 && values[i].element_size() <= 8, item_name("values", i), ": expected 2, 4 or 8 bytes, got ",
+    const int64_t size = values[i].element_size();
+    TORCH_CHECK_VALUE(size > 1 && size <= 8, item_name("values", i), ": expected 2, 4 or 8 bytes, got ",
                       values[i].scalar_type());
   }
   std::vector<std::atomic<uint64_t>> totals(values.size());  // modulo 2^64 the order of a sum is no matter
@@ -61,7 +63,8 @@ at::Tensor fingerprint_cpu(at::TensorList values, const at::Tensor& keys, const 
           places[i] = mix64(static_cast<uint64_t>(key[j]) + static_cast<uint64_t>(index) * kIncrement);
         }
         for (size_t v = 0; v < values.size(); ++v)
-          totals[v] += sum_of_hashes(values[v].element_size(), places, values[v].const_data_ptr(), first, count);
+          totals[v] +=
+              sum_of_hashes(values[v].element_size(), places, values[v].const_data_ptr(), first, count);
       }
     });
   });

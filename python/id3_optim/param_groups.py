@@ -12,14 +12,8 @@ from .distributed.part import local
 from .pieces import Rows, pieces_of
 from .state.layout import moved
 
-OPTIONS = (
-    "lr",
-    "betas",
-    "eps",
-    "weight_decay",
-    "maximize",
-    "dense",
-)  # of a group; other keys are a user's own
+# Of a group; other keys are a user's own.
+OPTIONS = ("lr", "betas", "eps", "weight_decay", "maximize", "dense")
 
 
 class Member(NamedTuple):

@@ -261,7 +261,9 @@ def save_delta(
         check_param(names[id(param)], param)
     known = all(t.originals is not None for t in touched)
     if originals and not known:
-        raise ValueError("originals: expected an optimizer with keep_originals=True, got False")
+        raise ValueError(
+            "originals: expected an optimizer with keep_originals=True, got keep_originals=False"
+        )
     changes = _collect(model, touched, dense, names, known)
     sparse = {name: change for name, change in changes.items() if change.indices is not None}
     rows = {name: (change.indices, change.originals) for name, change in sparse.items()}

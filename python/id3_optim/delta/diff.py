@@ -8,13 +8,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from id3_kernels.hashing import bits
+
 from .. import pieces
 from ..distributed.part import full, local
 from ..wrappers import plain_name, plain_parameters
 from . import coordinates
 from .delta import Delta
 from .file import VALUE_DTYPES, Change, DeltaError
-from .fingerprint import bits, fingerprint, same_bits
+from .fingerprint import fingerprint, same_bits
 from .patches import check_param
 
 _CHUNK = 1 << 22  # entries compared at once: at most 32 MiB of positions

@@ -11,13 +11,7 @@ import torch
 from torch import Tensor
 
 from id3_kernels import reference, table
-
-_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def bits(values: Tensor) -> Tensor:
-    """The same memory as signed integers of the same width (2, 4 or 8 bytes)."""
-    return values.view(_BITS[values.element_size()])
+from id3_kernels.hashing import bits
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:

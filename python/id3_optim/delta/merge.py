@@ -9,9 +9,11 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from id3_kernels.hashing import bits
+
 from .delta import Delta
 from .file import Change, DeltaError
-from .fingerprint import bits, fingerprint, first_difference
+from .fingerprint import fingerprint, first_difference
 from .values import check_finite, rounded
 
 Whole = Literal["agree", "first", "drop"]

@@ -10,9 +10,10 @@ from torch import Tensor
 
 import id3_kernels
 from id3_kernels import Entries
+from id3_kernels.hashing import bits
 
 from ..distributed.part import is_split
-from .fingerprint import bits, by_kind
+from .fingerprint import by_kind
 
 
 class Rows(NamedTuple):

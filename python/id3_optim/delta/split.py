@@ -7,10 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from id3_kernels.hashing import bits
+
 from ..distributed.blocks import Blocks
 from ..distributed.many_ranks import ranks_of
 from ..distributed.part import local, part_of
-from .fingerprint import bits
 
 Row = tuple[
     Tensor, Tensor

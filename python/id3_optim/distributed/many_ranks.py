@@ -144,9 +144,7 @@ def ranks_of(named: Iterable[tuple[str, Tensor]]) -> OneProcess | ManyRanks:
     axes: dict[tuple[int, ...], torch.distributed.ProcessGroup] = {}
     for name, param in named:
         if is_split(param):
-            mesh, part = param.device_mesh, part_of(param)
-            groups = [mesh.get_group(i) for i in range(mesh.ndim)]
-            by_ranks = {tuple(torch.distributed.get_process_group_ranks(g)): g for g in groups}
+            by_ranks, part = _groups(param.device_mesh), part_of(param)
             axes |= {ranks: by_ranks[ranks] for ranks in part.axes if ranks not in axes}
             _check_grid(name, axes)
     return ManyRanks(axes) if axes else OneProcess()
@@ -156,9 +154,16 @@ def holders_of(named: Iterable[tuple[str, Tensor]]) -> OneProcess | ManyRanks:
     """`ranks_of`, and the ranks beside them that hold the same parts: all of the parameters' meshes."""
     axes: dict[tuple[int, ...], torch.distributed.ProcessGroup] = {}
     for mesh in {id(p.device_mesh): p.device_mesh for _, p in named if is_split(p)}.values():
-        for group in (mesh.get_group(i) for i in range(mesh.ndim)):
-            axes.setdefault(tuple(torch.distributed.get_process_group_ranks(group)), group)
+        axes |= _groups(mesh)
     return ManyRanks(axes) if axes else OneProcess()
+
+
+def _groups(
+    mesh: torch.distributed.device_mesh.DeviceMesh,
+) -> dict[tuple[int, ...], torch.distributed.ProcessGroup]:
+    """The ranks of each dimension's group -> the group."""
+    groups = (mesh.get_group(i) for i in range(mesh.ndim))
+    return {tuple(torch.distributed.get_process_group_ranks(group)): group for group in groups}
 
 
 def _check_grid(name: str, axes: dict) -> None:
