@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from ..step.products import Product, Rows
 from .weight import Weight
 
 _BREAKS = "sparse_backward breaks the graph at each layer that it changes: use fullgraph=False"
+_NOTHING = nullcontext()
 
 
 @torch.compiler.disable(reason=_BREAKS)
@@ -59,7 +61,7 @@ class _Linear(torch.autograd.Function):
             dtype = torch.get_autocast_dtype(device)
             operands = [None if x is None else x.to(dtype) for x in operands]
         x, w, b = operands
-        with torch.autocast(device, enabled=False):
+        with _plain_arithmetic(device):
             output = _transposed(x, w, b) if transposed else F.linear(x, w, b)
         ctx.site, ctx.use, ctx.transposed, ctx.shape = site, site.begin_use(ctx), transposed, input.shape
         # Under autocast x may be a copy, which nothing else holds.
@@ -75,7 +77,7 @@ class _Linear(torch.autograd.Function):
         grads = [None] * 5
         if grad is None:  # the loss does not depend on the output
             return tuple(grads)
-        with torch.autocast(grad.device.type, enabled=False):
+        with _plain_arithmetic(grad.device.type):
             dy = grad.reshape(-1, grad.shape[-1])
             if needs_input:
                 w = weight.to(dy.dtype)
@@ -85,6 +87,11 @@ class _Linear(torch.autograd.Function):
             if needs_bias:
                 grads[2] = dy.sum(0)
         return tuple(grads)
+
+
+def _plain_arithmetic(device: str) -> AbstractContextManager:
+    """No autocast. To leave one that is not there would take an eighth of a layer's time in Python."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else _NOTHING
 
 
 def _transposed(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Protocol
 
 import torch
@@ -180,12 +180,15 @@ def collect_blocks(
         for begin, end in (run[j : j + 2] for run in shard.bounds):
             gradient[begin:end].zero_()
     param = shard.params[j].detach()
+    step, columns = rows_at_once(param), param.shape[-1]
+    held = _Held(shard, j, range(0, param.numel(), step * columns))
     for row, block in blocks:
-        first = row * param.shape[-1]
-        inside, entries = _held(shard, j, first, first + block.numel())
+        inside = held.within(row // step)
+        entries = held.entries(inside, row * columns)
         rows = param[row : row + block.shape[0]], block
-        candidates.collect_part(active, at, heuristic, first, rows, entries, may_hold)
-        for (begin, end), more in zip(inside, entries[2].split([e - b for b, e in inside]), strict=True):
+        candidates.collect_part(active, at, heuristic, row * columns, rows, entries, may_hold)
+        values = entries[2].split([end - begin for begin, end in inside]) if inside else ()
+        for (begin, end), more in zip(inside, values, strict=True):
             gradient[begin:end] += more
         del rows, block  # the next block is made now: two would be alive
 
@@ -205,35 +208,41 @@ def search(
     param: the tensor, flat. Mutates the candidates alone.
     """
     last = first + grad.numel()
-    _, entries = _held(active.shards[at[0]], at[1], first, last)
+    held = _Held(active.shards[at[0]], at[1], range(first, last, grad.numel()))
     rows = param[first:last], grad
-    candidates.collect_part(active, at, heuristic, first, rows, entries, may_hold)
+    candidates.collect_part(active, at, heuristic, first, rows, held.entries(held.within(0), first), may_hold)
 
 
-def _held(
-    shard: Shard, j: int, first: int, last: int
-) -> tuple[list[tuple[int, int]], tuple[Tensor, Tensor, Tensor]]:
-    """The active entries of tensor j with flat indices from first to below last: where they lie in each run,
-    and as `Candidates.collect_part` takes them, with room for the values."""
-    indices = shard.arrays["indices"]
-    inside = [_within(indices, run[j : j + 2], first, last) for run in shard.bounds]
-    held = torch.cat([indices[begin:end] for begin, end in inside]) - first
-    values = shard.arrays["gradient"].new_empty(held.numel())
-    return inside, (torch.tensor(_offsets(inside), device=shard.device), held, values)
+class _Held:
+    """The active entries of tensor j of a shard in stretches of its flat indices.
 
+    stretches: their first indices; the last one ends at most a step behind. All are looked up at once: a
+    look at each of a model's blocks takes a percent of a step.
+    """
 
-def _within(indices: Tensor, run: list[int], first: int, last: int) -> tuple[int, int]:
-    """Where in a run the flat indices are from first to below last."""
-    begin, end = run
-    edges = torch.tensor([first, last], dtype=torch.int32, device=indices.device)
-    inside = torch.searchsorted(indices[begin:end], edges).tolist()
-    return begin + inside[0], begin + inside[1]
+    def __init__(self, shard: Shard, j: int, stretches: range):
+        self._shard = shard
+        end = min(stretches.start + len(stretches) * stretches.step, shard.params[j].numel())
+        edges = torch.tensor([*stretches, end], dtype=torch.int32, device=shard.device)
+        self._edges = [
+            [begin + at for at in torch.searchsorted(shard.arrays["indices"][begin:end], edges).tolist()]
+            for begin, end in (run[j : j + 2] for run in shard.bounds)
+            if begin < end
+        ]
+        indices, gradient = (shard.arrays[name][:0] for name in ("indices", "gradient"))
+        self._none = torch.zeros(1, 2, dtype=torch.int64, device=shard.device), indices, gradient
 
+    def within(self, stretch: int) -> list[tuple[int, int]]:
+        """Where in the shard's arrays the entries of a stretch lie: in each run that has some."""
+        inside = (tuple(edges[stretch : stretch + 2]) for edges in self._edges)
+        return [(begin, end) for begin, end in inside if begin < end]
 
-def _offsets(inside: list[tuple[int, int]]) -> list[list[int]]:
-    """offsets [R, 2] of stretches that follow each other."""
-    rows, at = [], 0
-    for begin, end in inside:
-        rows.append([at, at + end - begin])
-        at += end - begin
-    return rows
+    def entries(self, inside: list[tuple[int, int]], first: int) -> tuple[Tensor, Tensor, Tensor]:
+        """As `Candidates.collect_part` takes them: offsets, indices counted from `first`, room for values."""
+        if not inside:
+            return self._none
+        arrays = self._shard.arrays
+        ends = [0, *accumulate(end - begin for begin, end in inside)]
+        indices = torch.cat([arrays["indices"][begin:end] for begin, end in inside]) - first
+        offsets = torch.tensor([*map(list, pairwise(ends))], device=indices.device)
+        return offsets, indices, arrays["gradient"].new_empty(ends[-1])
