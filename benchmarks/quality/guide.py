@@ -64,14 +64,14 @@ def guide_block(reports: Reports) -> str:
 
 
 def undecided(reports: Reports) -> Iterator[str]:
-    """For each task, the methods whose rates the loss has chosen, since no scores differ."""
+    """For each task, the methods whose rates the loss has helped to choose, since no scores differ."""
     for task in _tasks(reports):
         tied = chosen_by_loss(reports["main", task])
         names = [words for (part, method, _), words in _SHOWN.items() if part == "main" and method in tied]
         if names:
             yield (
-                f"On {task} the longest tuning runs of these have one score in common, so that their rates "
-                f"are those of the least loss: {'; '.join(names)}."
+                f"On {task} the loss decided a round of tuning, in which all runs scored alike, of these: "
+                f"{'; '.join(names)}."
             )
 
 
@@ -103,7 +103,10 @@ def _cells(row: dict | None) -> tuple[str, str]:
     if row is None:
         return "–", "–"
     sd = "" if row["sd"] is None else f" ± {100 * row['sd']:.1f}"
-    return f"{100 * row['mean']:.1f}{sd} ({len(row['scores'])} seeds)", f"{row['lr']:.2g}"
+    rate = f"{row['lr']:.2g}{' (edge)' if row['at_edge'] else ''}"
+    if row["diverged"]:
+        return f"{row['diverged']} diverged", rate
+    return f"{100 * row['mean']:.1f}{sd} ({len(row['scores'])} seeds)", rate
 
 
 def _allocation(report: dict, task: str) -> str:

@@ -53,10 +53,20 @@ def with_room(reports: Reports, part: str) -> list[str]:
     return [task for task in PARTS[part].tasks if (known := room(reports, task)) is None or known >= ROOM]
 
 
-def versus(reports: Reports, part: str, method: str, budget: float) -> Paired | None:
-    """A method's paired differences to ID3, over the seeds of all tasks with room that have both."""
+def opposite(reports: Reports, part: str, method: str, budget: float) -> bool:
+    """Whether a method is better than ID3 on one task and worse on another, by more than what is equal."""
+    each = [versus(reports, part, method, budget, task) for task in with_room(reports, part)]
+    clear = [found.mean > 0 for found in each if found is not None and not _equal(found)]
+    return len(set(clear)) > 1
+
+
+def versus(
+    reports: Reports, part: str, method: str, budget: float, alone: str | None = None
+) -> Paired | None:
+    """A method's paired differences to ID3, over the seeds of all tasks with room that have both; alone: of
+    this task."""
     scores: list[dict] = [{}, {}]
-    for task in with_room(reports, part):
+    for task in with_room(reports, part) if alone is None else [alone]:
         for found, name in zip(scores, (method, "id3"), strict=True):
             row = row_of(reports, part, task, name, budget)
             found.update({(task, seed): value for seed, value in (row["scores"] if row else {}).items()})
@@ -79,8 +89,10 @@ def part_table(reports: Reports, part: str, budget: float) -> str:
         counted = [rows[task] for task in with_room(reports, part) if task in tasks]
         means = [row and row["mean"] for row in counted]
         mean = "–" if None in means or not means else f"{100 * fmean(means):.2f}"
-        difference = None if method == "id3" else versus(reports, part, method, budget)
-        lines.append([method, *(_cell(part, row) for row in rows.values()), mean, *_against(difference)])
+        against = ["", "", ""]
+        if method != "id3" and (difference := versus(reports, part, method, budget)) is not None:
+            against = _against(difference, opposite(reports, part, method, budget))
+        lines.append([method, *(_cell(part, row) for row in rows.values()), mean, *against])
     return table(header, lines)
 
 
@@ -94,14 +106,16 @@ def _cell(part: str, row: dict | None) -> str:
     return f"{100 * row['mean']:.2f}{sd}{'*' if row['at_edge'] else ''}{count}"
 
 
-def _against(difference: Paired | None) -> list[str]:
-    if difference is None:
-        return ["", "", ""]
-    error = difference.standard_error
-    equal = " (equal)" if error is not None and abs(difference.mean) < 2 * error else ""
+def _against(difference: Paired, opposite: bool) -> list[str]:
+    said = " (opposite)" if opposite else " (equal)" if _equal(difference) else ""
     p = "" if difference.p is None else f"{difference.p:.3f}"
     counts = f"{difference.wins}/{difference.losses}/{difference.ties}"
-    return [f"{100 * difference.mean:+.2f}{equal}", p, counts]
+    return [f"{100 * difference.mean:+.2f}{said}", p, counts]
+
+
+def _equal(difference: Paired) -> bool:
+    error = difference.standard_error
+    return error is not None and abs(difference.mean) <= 2 * error
 
 
 def empty(reports: Reports, part: str) -> Iterator[str]:
@@ -132,7 +146,8 @@ MARKS = (
     "Scores on the development sets in per cent (CoLA: Matthews' correlation, else accuracy), mean ±\n"
     "standard deviation over seeds; –: not run; \\*: the best learning rate is at the edge of its grid.\n"
     "Against ID3: the mean difference by task and seed with p of an exact Wilcoxon signed-rank test;\n"
-    "(equal): less than two standard errors."
+    "(equal): no more than two standard errors; (opposite): better on one task and worse on another, each\n"
+    "by more than that. A task whose room is not known counts until it is."
 )
 
 
@@ -214,7 +229,8 @@ def _how(reports: Reports, part: str, tasks: list[str]) -> str:
         rates = [f"{row['method']} {row['lr']:.2g}" for row in report["rows"] if row["lr"] is not None]
         subset = report.get("rows_subset") and f" on {report['rows_subset']:,} of its training rows"
         tied = chosen_by_loss(report)
-        loss = f" Tuning had one score for all, and the loss chose, for {', '.join(tied)}." if tied else ""
+        loss = f" The loss decided a round of tuning, in which all runs scored alike, of {', '.join(tied)}."
+        loss = loss if tied else ""
         how = f"tuned with {report['tune_steps']}" if PARTS[part].tuned else "not tuned"
         versions = sorted({run["versions"] for run in report["runs"] if run.get("versions")})
         lines.append(

@@ -15,7 +15,8 @@ def read(folder: Path) -> Reports:
 
 
 def chosen_by_loss(report: dict) -> list[str]:
-    """The methods whose longest tuning runs, two or more, all have one score: the loss chose their rates.
+    """The methods whose tuning runs of one length, two or more, all have one score: the loss chose among
+    their rates.
 
     On a task with classes of different size these runs predict the more frequent class alone.
     """
@@ -23,8 +24,8 @@ def chosen_by_loss(report: dict) -> list[str]:
     for run in (run for run in report["runs"] if run["tuning"] and run.get("metrics")):
         score = run["metrics"][f"eval_{report['metric']}"]
         rungs.setdefault((run["method"], run["budget"]), {}).setdefault(run["steps"], []).append(score)
-    longest = {cell: by_steps[max(by_steps)] for cell, by_steps in rungs.items()}
-    tied = [cell[0] for cell, scores in longest.items() if len(scores) > 1 and len(set(scores)) == 1]
+    every = ((cell[0], scores) for cell, by_steps in rungs.items() for scores in by_steps.values())
+    tied = [method for method, scores in every if len(scores) > 1 and len(set(scores)) == 1]
     return list(dict.fromkeys(tied))
 
 

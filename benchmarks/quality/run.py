@@ -37,18 +37,24 @@ RUNS = ROOT / "runs" / "quality"
 def command(options: argparse.Namespace, name: str, task_name: str, files: tuple[Path, Path]) -> list[str]:
     """The words of `id3-optim compare` for a part on a task."""
     part, task = PARTS[name], TASKS[task_name]
-    steps = options.steps or part.steps or task.steps
-    tune = max(1, options.steps // 2) if options.steps else task.tune
     given = ["compare", *model_and_rows(options, task, files), "--task", task.kind]
     given += ["--max-length", task.length, "--batch-size", task.batch]
     given += ["--results", results_of(options, name, task_name), "--metric", task.metric]
     given += ["--methods", *(with_rates(method, part) for method in methods_of(options, part))]
     given += ["--budgets", *part.budgets, "--seeds", *range(options.seeds or part.seeds)]
-    evaluate_every = max(1, steps // task.evaluations)
-    given += ["--steps", steps, "--tune-steps", tune, "--eval-every", evaluate_every]
-    given += ["--log-every", max(1, steps // 50), "--group-by-length"]
+    for setting, steps in lengths(options, part, task).items():
+        given += [f"--{setting.replace('_', '-')}", steps]
+    given += ["--group-by-length"]
     given += ["--jobs", 1, "--threads", os.cpu_count()] if part.timed else ["--jobs", options.jobs]
     return [*map(str, given), *(["--cpu"] if options.cpu else [])]
+
+
+def lengths(options: argparse.Namespace, part: Part, task: Task) -> dict[str, int]:
+    """How many steps, by the settings of `id3-optim compare`."""
+    steps = options.steps or part.steps or task.steps
+    tune = max(1, options.steps // 2) if options.steps else task.tune
+    every = {"eval_every": max(1, steps // task.evaluations), "log_every": max(1, steps // 50)}
+    return {"steps": steps, "tune_steps": tune, **every}
 
 
 def model_and_rows(options: argparse.Namespace, task: Task, files: tuple[Path, Path]) -> list[object]:
@@ -87,8 +93,10 @@ def restore(options: argparse.Namespace, name: str, task: str) -> None:
                 store.restore(json.loads(path.read_text())["runs"])
 
 
-def whole(plan: Plan, part: Part) -> Plan:
-    """The grid of a whole part, from any grid on the same task."""
+def whole(plan: Plan, part: Part, steps: dict[str, int]) -> Plan:
+    """The grid of a whole part, whose runs have these `lengths`, from any grid on the same task."""
+    own = dict(steps)
+    plan = replace(plan, tune_steps=own.pop("tune_steps"), settings=replace(plan.settings, **own))
     methods = tuple(read_method(with_rates(method, part)) for method in part.methods)
     budgets, seeds = tuple(map(budget, part.budgets)), tuple(range(part.seeds))
     return replace(plan, methods=methods, budgets=budgets, seeds=seeds, against=methods[0].name)
@@ -100,7 +108,7 @@ def export(options: argparse.Namespace, name: str, task: str) -> Path | None:
     if not source.is_file():
         return None
     with Store(source, create=False) as store:
-        plan = whole(store.plan(), PARTS[name])
+        plan = whole(store.plan(), PARTS[name], lengths(options, PARTS[name], TASKS[task]))
         results = store.results(plan)
     used = {trial: results[trial] for trial in relevant(plan, results)}
     if not used:

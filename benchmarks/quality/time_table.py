@@ -6,7 +6,7 @@ from statistics import fmean
 
 from benchmarks.render import table
 
-_ABOUT = """Milliseconds of a training step (forward, backward, optimizer, data), the mean over a run of
+_ABOUT = """Milliseconds of a training step (forward, backward, optimizer), the mean over a run of
 {steps} steps, one run at a time; `/ full`: the share of full fine-tuning with fused AdamW. {cpu}, {threads}
 threads. Scores of runs this short, not tuned, say nothing."""
 

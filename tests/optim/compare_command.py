@@ -22,13 +22,13 @@ def words(files, results, *more) -> list[str]:
 
 
 def killed(command: list[str], seed: int) -> bool:
-    """Runs the command in a child and kills it after 50 to 400 ms; whether that came before its end."""
+    """Runs the command in a child and kills it after 50 to 800 ms; whether that came before its end."""
     from id3_optim.cli import main
 
     child = os.fork()
     if child == 0:
         os._exit(main(command))
-    time.sleep(random.Random(seed).uniform(0.05, 0.4))
+    time.sleep(random.Random(seed).uniform(0.05, 0.8))
     os.kill(child, signal.SIGKILL)
     return os.WIFSIGNALED(os.waitpid(child, 0)[1])
 

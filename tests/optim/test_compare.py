@@ -6,6 +6,8 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import zlib
+from collections import Counter
 
 import pytest
 from compare_command import __file__ as PROGRAM
@@ -84,12 +86,25 @@ def test_options_that_explain_are_options_of_a_method(files, tmp_path, capsys):
     for option in (*options[1:], "sum"):
         (name,) = (name for name in methods if option in name)
         assert active[name] != active["id3"]
-    positions = [place >> 32 for place in active["id3:tensor_cap=0.1"]]
-    assert (
-        max(map(positions.count, positions))
-        <= 30
-        < max([place >> 32 for place in active["id3"]].count(position) for position in range(50))
-    )
+    most = {
+        name: Counter(place >> 32 for place in places).most_common(1)[0][1] for name, places in active.items()
+    }
+    assert most["id3:tensor_cap=0.1"] <= 30 < most["id3"]
+
+
+def test_places_are_those_of_the_same_tensors_whatever_is_left_out(files, tmp_path, capsys):
+    methods = ["random", "random:leave_out=embeddings"]
+    command = words(files, tmp_path / "r.sqlite", "--methods", *methods, "--lr", "4e-3", "--seeds", "0")
+    assert run(capsys, command)[0] == 0
+    with Store(tmp_path / "r.sqlite", create=False) as store:
+        plan = store.plan()
+        every, some = ({p >> 32 for p in store.active(plan, t).tolist()} for t in sorted(store.results(plan)))
+    from transformers import AutoModelForSequenceClassification
+
+    model = AutoModelForSequenceClassification.from_pretrained(files / "bert")
+    hashes = {zlib.crc32(name.encode()) >> 1: name for name, _ in model.named_parameters()}
+    assert {hashes[place].split(".")[1] for place in some} <= {"encoder", "pooler"}
+    assert some & every and every - some
 
 
 def test_tuning_measures_on_rows_it_does_not_train_on(files):
@@ -181,7 +196,8 @@ def test_a_run_that_diverges_is_counted_and_not_dropped(files, tmp_path, capsys)
     ("more", "message"),
     [
         (["--methods", "id3", "id3"], "--methods: expected each once, got id3 twice"),
-        (["--seeds", 1, 1], "--seeds: expected each once, got 1 twice"),
+        (["--methods", "id3:lr=1e-3", "id3:lr=2e-3"], "--methods: expected each once, got id3 twice"),
+        (["--seeds", 0, 0], "--seeds: expected each once, got 0 twice"),
         (["--methods", "id3", "full:lr=1e-3"], "--methods: expected as many learning rates for each method"),
         (["--against", "none"], "--against: expected one of id3"),
         (["--jobs", 0], "--jobs: expected at least 1, got 0"),
@@ -190,11 +206,18 @@ def test_a_run_that_diverges_is_counted_and_not_dropped(files, tmp_path, capsys)
         (["--methods", "id3:schedule=none", "--against", "id3:schedule=none"], "--schedule: expected"),
         (["--steps", 0], "--steps: expected at least 1, got 0"),
         (["--results", "no/folder/r.sqlite"], "--results: expected a file in an existing folder"),
+        (["--report", "{files}/reviews.csv"], "--report: expected another file than --train, got"),
+        (["--page", "x.html", "--report", "x.html"], "--report: expected another file than --page, got"),
+        (["--methods", "id3", "random:leave_out=none"], "--methods random:leave_out=none: "),
     ],
 )
 def test_what_is_refused_before_the_first_run(files, tmp_path, capsys, more, message):
+    more = [str(word).replace("{files}", str(files)) for word in more]
     code, _, error = run(capsys, words(files, tmp_path / "r.sqlite", *more))
     assert code == 2 and message in error
+    if (tmp_path / "r.sqlite").exists():
+        with sqlite3.connect(tmp_path / "r.sqlite") as store:
+            assert store.execute("select count(*) from runs").fetchone() == (0,)
 
 
 def test_a_file_of_another_kind_is_refused_and_kept(files, tmp_path, capsys):

@@ -9,6 +9,7 @@ import pytest
 from id3_optim.cli.compare.grid import Plan, Trial, all_runs, all_steps, key, missing, possible, settings_of
 from id3_optim.cli.compare.halving import choose, rungs
 from id3_optim.cli.compare.methods import Method, read_method, read_rates
+from id3_optim.cli.compare.summary import notes, rows
 from id3_optim.cli.settings import Settings
 
 
@@ -153,6 +154,34 @@ def test_a_loss_is_made_small():
     while waiting := list(missing(plan, results)):
         results |= {t: {"metrics": {"eval_loss": abs(t.lr - 4e-3)}, "history": []} for t in waiting}
     assert {t.lr for t in results if not t.tuning} == {4e-3}
+
+
+def test_a_win_is_a_smaller_loss_and_a_better_score():
+    for metric, wins in (("accuracy", (2, 0)), ("loss", (0, 2))):
+        plan = plan_of(Method("id3"), read_method("full"), metric=metric, budgets=(0.01,))
+        results = finish(plan, lambda method, rate: 0.9 if method == "full" else 0.8)
+        for found in results.values():
+            found["metrics"]["eval_loss"] = found["metrics"]["eval_accuracy"]
+        difference = rows(plan, with_numbers(results))[1].difference
+        assert (difference.wins, difference.losses) == wins and difference.mean == pytest.approx(0.1)
+
+
+def test_what_is_left_of_runs_that_diverged_is_not_compared():
+    plan = plan_of(Method("id3"), read_method("full"), budgets=(0.01,), seeds=(3, 4, 5))
+    results = finish(plan, lambda method, rate: 0.9 if method == "full" else 0.8)
+    broken = next(t for t in results if t.method == "full" and not t.tuning and t.seed == 5)
+    results[broken] = {"metrics": {}, "diverged": "loss", "history": []}
+    mine, other = rows(plan, with_numbers(results))
+    assert (other.diverged, other.spread, other.difference) == (1, None, None) and len(other.scores) == 2
+    assert mine.spread.n == 3
+    mine, other = rows(replace(plan, against="full"), with_numbers(results))
+    assert mine.spread.n == 3 and mine.difference is None
+    assert any(note.startswith("diverged") for note in notes(plan, with_numbers(results)))
+
+
+def with_numbers(results):
+    numbers = {"trained": 100, "step_ms": {"total": 1.0}, "optimizer_bytes": 8}
+    return {trial: numbers | found for trial, found in results.items()}
 
 
 def test_one_rate_needs_no_tuning():

@@ -42,6 +42,8 @@ def test_p_is_that_of_all_choices_of_signs(differences):
         ([1, 2, 3, 4, 5, 6, 7, -8, 9, 10], 0.048828125),
         ([0.0, 0.0, 1.0], 1.0),
         ([0.0], None),
+        # Rows of 872: sizes that are equal but for their last bits share a rank.
+        ([(602 + d) / 872 - (602 + e) / 872 for d, e in ((4, 0), (5, 1), (0, 4), (7, 3), (9, 5))], 0.375),
         ([], None),
     ],
 )

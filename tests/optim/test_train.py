@@ -87,6 +87,14 @@ def test_a_static_budget_of_everything_is_adamw(settings):
     assert all_active["metrics"]["eval_loss"] == pytest.approx(dense["metrics"]["eval_loss"], rel=1e-4)
 
 
+def test_the_head_has_its_own_rate_with_every_optimizer(settings):
+    _, start, optimizer = train(replace(settings, optimizer="adamw", steps=2, head_lr=0.25))
+    rates = {id(p): group["initial_lr"] for group in optimizer.param_groups for p in group["params"]}
+    found = {name: rates[id(p)] for name, p in start.model.named_parameters()}
+    assert {name for name, rate in found.items() if rate == 0.25} == start.fresh
+    assert set(found.values()) == {0.25, settings.lr}
+
+
 def test_the_written_model_is_the_tuned_one(settings):
     _, start, _ = train(settings)
     again = AutoModelForSequenceClassification.from_pretrained(settings.output)

@@ -1,6 +1,7 @@
 """`id3-optim train` on scores, on tagged words, and with a head on the mean of all tokens."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -58,6 +59,18 @@ def test_regression_learns_scores(capsys, files, tmp_path):
         given = model(**tokenizer(list(texts), padding=True, return_tensors="pt")).logits[:, 0]
     assert np.corrcoef(given.numpy(), labels)[0, 1] == pytest.approx(found["eval_pearson"], abs=1e-5)
     assert model.config.problem_type == "regression"
+
+
+def test_a_model_of_another_kind_of_task_learns_classes(capsys, files, tmp_path):
+    """Its configuration says what its own labels were."""
+    base = tmp_path / "base"
+    shutil.copytree(files / "bert", base)
+    config = json.loads((base / "config.json").read_text()) | {"problem_type": "regression"}
+    (base / "config.json").write_text(json.dumps(config))
+    command = words(files, tmp_path / "out", "--model", base, "--steps", 2)
+    assert run(capsys, command)[0] == 0
+    made = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert made["problem_type"] == "single_label_classification"
 
 
 def test_scores_must_be_numbers(capsys, files, tmp_path):

@@ -26,7 +26,7 @@ def check_paths(settings: Settings) -> None:
     Writes nothing that stays.
     """
     _check_apart_from_model(settings)
-    _check_writable("--output", Path(settings.output))
+    check_writable("--output", Path(settings.output))
     _check_new(settings)
     if settings.report:
         report = Path(settings.report)
@@ -36,7 +36,7 @@ def check_paths(settings: Settings) -> None:
             path = getattr(settings, name)
             if path is not None and _same(report, Path(path)):
                 raise ValueError(f"--report: expected another file than {option(name)}, got {report}")
-        _check_writable("--report", report.parent)
+        check_writable("--report", report.parent)
 
 
 def _check_new(settings: Settings) -> None:
@@ -65,7 +65,7 @@ def _contents(output: Path) -> list[str]:
     return [name for name in atomic.contents(output) if name != UNFINISHED]
 
 
-def _check_writable(option: str, folder: Path) -> None:
+def check_writable(option: str, folder: Path) -> None:
     """Raises ValueError or OSError unless files can be made in the folder, which need not exist yet."""
     absolute = folder.absolute()
     existing = next(path for path in (absolute, *absolute.parents) if os.path.lexists(path))

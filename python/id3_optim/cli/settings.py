@@ -274,6 +274,8 @@ def _check_method(settings: Settings) -> None:
             raise ValueError(f"{option(given)}: does not apply to --method: {name} decides it")
     if (settings.release_gradients or settings.sparse_backward) and method_table.needs_whole_gradients(name):
         raise ValueError(f"--method {name}: does not apply to released gradients: it reads whole ones")
+    if name == "head" and settings.head_lr is not None:
+        raise ValueError("--head-lr: does not apply to --method head: --lr is the head's")
     for unfit in ("delta_only", "save_at", "save_every", "release_gradients", "sparse_backward"):
         if getattr(settings, unfit) and not method_table.trains_entries(name):
             raise ValueError(f"{option(unfit)}: does not apply to --method {name}: it trains whole tensors "

@@ -95,7 +95,10 @@ def label_options(task: Task) -> dict:
     if not task.labels:
         return {}
     labels = dict(enumerate(task.labels))
-    return {"id2label": labels, "label2id": {label: i for i, label in labels.items()}}
+    options = {"id2label": labels, "label2id": {label: i for i, label in labels.items()}}
+    if task.kind == "classification":  # the model may come from another kind of task
+        options["problem_type"] = "single_label_classification"
+    return options
 
 
 def check_model(source: str, task: Task, pooling: str = "first") -> None:

@@ -66,7 +66,7 @@ def build_optimizer(settings: Settings, start: Start, mask: Mask | None = None) 
     mask: the entries to train from the first step on, in place of a choice.
     """
     if settings.optimizer == "adamw":
-        params = [p for p in start.model.parameters() if p.requires_grad]
+        params = _by_rate(start, settings.head_lr)
         options = {"lr": settings.lr, "weight_decay": settings.weight_decay, "fused": not settings.fsdp}
         optimizer = torch.optim.AdamW(params, **options)
         if settings.fsdp:  # ID3AdamW takes over whole states by itself
@@ -94,6 +94,18 @@ def build_optimizer(settings: Settings, start: Start, mask: Mask | None = None) 
         strategy=settings.strategy if mask is None else "static",
         **optimizer_options(settings),
     )
+
+
+def _by_rate(start: Start, head_lr: float | None) -> list[dict]:
+    """The groups of an optimizer of all parameters: fresh ones may have a learning rate of their own."""
+    trained = [(name, p) for name, p in start.model.named_parameters() if p.requires_grad]
+    if head_lr is None:
+        return [{"params": [p for _, p in trained]}]
+    groups = [
+        {"params": [p for name, p in trained if (name in start.fresh) == fresh]} for fresh in (False, True)
+    ]
+    groups[1]["lr"] = head_lr
+    return [group for group in groups if group["params"]]
 
 
 def prepare(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ...extras import require
 from ..options import add_batches, add_data, adder, budget
-from ..output import write_text
+from ..output import check_writable, write_text
 from ..settings import Settings, check_settings
 from .grid import Plan, possible, settings_of
 from .methods import read_method, read_rates
@@ -66,8 +66,7 @@ def run_compare(arguments: argparse.Namespace) -> None:
     settings = _settings(arguments)
     check_settings(settings)
     _check_grid(arguments)
-    for option in ("page", "report"):
-        _check_target(f"--{option}", getattr(arguments, option), arguments.results)
+    _check_targets(arguments, ("page", "report"))
     from ..models import quiet_transformers  # transformers takes seconds to import
     from ..report import write_report
     from .running import plan_of, run_missing
@@ -90,7 +89,7 @@ def run_compare(arguments: argparse.Namespace) -> None:
 def run_plot(arguments: argparse.Namespace) -> None:
     """Draws the newest grid of a file, with the runs that have ended so far."""
     require("plotly", extra="plot")
-    _check_target("--output", arguments.output, arguments.results)
+    _check_targets(arguments, ("output",))
     with Store(arguments.results, create=False) as store:
         _write_page(arguments.output, store, store.plan(), arguments.figure)
     print(f"written to {arguments.output}")
@@ -112,9 +111,9 @@ def _settings(arguments: argparse.Namespace) -> Settings:
 def _check_grid(arguments: argparse.Namespace) -> None:
     """Raises ValueError for a grid that names something twice, or treats methods unlike."""
     for name in ("methods", "budgets", "seeds"):
-        values = getattr(arguments, name)
-        if twice := next((value for value in values if values.count(value) > 1), None):
-            raise ValueError(f"--{name}: expected each once, got {getattr(twice, 'name', twice)} twice")
+        values = [getattr(value, "name", value) for value in getattr(arguments, name)]
+        if twice := [value for value in values if values.count(value) > 1]:
+            raise ValueError(f"--{name}: expected each once, got {twice[0]} twice")
     for name in ("jobs", "threads", "tune_steps"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
@@ -132,11 +131,21 @@ def _check_grid(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--against: expected one of {', '.join(counts)}, got {arguments.against}")
 
 
-def _check_target(option: str, target: str | None, results: str) -> None:
-    """Raises ValueError for a path that is a folder, or the file of results."""
-    if target is None:
-        return
-    if not target or Path(target).is_dir():
-        raise ValueError(f"{option}: expected a file name, got {target!r}")
-    if os.path.realpath(target) == os.path.realpath(results):
-        raise ValueError(f"{option}: expected another file than the results, got {target}")
+def _check_targets(arguments: argparse.Namespace, options: tuple[str, ...]) -> None:
+    """Raises ValueError or OSError for a file to write that is a folder, cannot be made, or is another of the
+    command's files."""
+    taken = {"the results": arguments.results}
+    taken |= {f"--{name.replace('_', '-')}": getattr(arguments, name, None) for name in _READ}
+    for option in options:
+        if (target := getattr(arguments, option)) is None:
+            continue
+        if not target or Path(target).is_dir():
+            raise ValueError(f"--{option}: expected a file name, got {target!r}")
+        for name, path in taken.items():
+            if path and os.path.realpath(target) == os.path.realpath(path):
+                raise ValueError(f"--{option}: expected another file than {name}, got {target}")
+        check_writable(f"--{option}", Path(target).parent)
+        taken[f"--{option}"] = target
+
+
+_READ = ("train", "eval", "also_eval")

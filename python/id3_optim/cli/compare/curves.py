@@ -18,9 +18,10 @@ History = Mapping[str, Any]
 def score_against_budget(plan: Plan, results: Results) -> go.Figure:
     """A line for each method, a level for one without a budget."""
     drawn = figure("entries trained", plan.metric, logarithmic=True)
-    counts = [row.entries for row in rows(plan, results) if row.entries and row.cell.budget is not None]
+    every = [row for row in rows(plan, results) if row.spread]
+    counts = [row.entries for row in every if row.cell.budget is not None]
     for method in plan.methods:
-        ended = [r for r in rows(plan, results) if r.cell.method == method.name and r.spread and r.entries]
+        ended = [row for row in every if row.cell.method == method.name]
         points = [(row.entries, row.spread.mean, row.spread.sd or 0.0) for row in ended]
         if points and not method.has_budget:
             points = [(x, *points[0][1:]) for x in (min(counts), max(counts))] if counts else points
@@ -49,8 +50,10 @@ def _measured(plan: Plan, report: History) -> dict[int, float]:
     active = {log["step"]: log["n_active"] for log in report["history"] if "n_active" in log}
     metric = f"eval_{plan.metric}"
     measured = {log["step"]: log[metric] for log in report["history"] if metric in log}
-    always = None if active else report.get("trained")  # of an optimizer without a schedule
-    return {n: value for step, value in measured.items() if (n := active.get(step, always))}
+    if not active or report.get("steps") in measured:  # no schedule, or the end, where nothing may be logged
+        active[max(measured, default=0) if active else 0] = report.get("trained") or 0
+    counts = {step: max((n for at, n in active.items() if at <= step), default=0) for step in measured}
+    return {n: measured[step] for step, n in counts.items() if n}
 
 
 def along_training(plan: Plan, results: Results, name: str, title: str, logarithmic=False) -> go.Figure:

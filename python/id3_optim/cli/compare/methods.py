@@ -15,6 +15,7 @@ from ..settings import Settings
 # Name: the settings that make it; `budget` None: the method has none.
 NAMED: dict[str, dict[str, Any]] = {name: {"method": name} for name in methods.names()}
 NAMED |= {name: {"method": name, "budget": None} for name in ("head", "adapter")}
+NAMED["head"]["head_lr"] = None  # its rate is `lr`
 NAMED |= {"full": {"optimizer": "adamw", "budget": None}}
 # So that eps, exp, heuristic and strategy may differ.
 NAMED |= {"id3": {}, "static-d3": {"strategy": "static"}, "repeat-d3": {"strategy": "repeat"}}
@@ -25,6 +26,11 @@ _NOT_IN_A_METHOD = {
     "eval",
     "also_eval",
     "task",
+    "text_column",
+    "label_column",
+    "encoding",
+    "delimiter",
+    "cpu",
     "output",
     "seed",
     "steps",

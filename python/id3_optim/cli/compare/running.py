@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,21 @@ from ..checkpoints import run_record
 from ..settings import Settings
 from ..start import check_model
 from ..tasks import Task
-from .grid import Plan, Trial, all_runs, all_steps, is_loss, key, missing, relevant, score
+from ..train import prepare
+from .grid import (
+    Cell,
+    Plan,
+    Results,
+    Trial,
+    all_runs,
+    all_steps,
+    is_loss,
+    key,
+    missing,
+    relevant,
+    score,
+    settings_of,
+)
 from .store import Store
 from .summary import shown_budget
 from .workers import runner
@@ -94,6 +109,7 @@ def run_missing(plan: Plan, task: Task, store: Store, jobs: int) -> dict[Trial, 
     Interrupted at any moment, the next call goes on with the runs that the file has.
     """
     results, running = store.results(plan), set()
+    check_begins(plan, task, results)
     with Display(plan, results) as display, runner(plan, task, plan.threads, jobs) as runs:
         while True:
             waiting = [trial for trial in missing(plan, results) if trial not in running]
@@ -108,6 +124,22 @@ def run_missing(plan: Plan, task: Task, store: Store, jobs: int) -> dict[Trial, 
             results[trial] = outcome.report
             running.remove(trial)
             display.end(trial, outcome.report)
+
+
+def check_begins(plan: Plan, task: Task, results: Results) -> None:
+    """Raises ValueError for a method that cannot begin, before the runs of those that can."""
+    first: dict[Cell, Trial] = {}
+    for trial in missing(plan, results):
+        first.setdefault(trial.cell, trial)
+    for cell, trial in first.items():
+        with tempfile.TemporaryDirectory(prefix="id3-compare-") as folder:
+            settings = replace(settings_of(plan, trial), output=folder, reuse_mask=False)
+            try:
+                prepare(settings, task)
+            except ValueError as error:
+                raise ValueError(
+                    f"--methods {cell.method}: expected a method that can begin, got {error}"
+                ) from None
 
 
 class Display:

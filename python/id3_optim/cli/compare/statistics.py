@@ -54,6 +54,7 @@ def wilcoxon(differences: Sequence[float]) -> float | None:
     Differences of 0 are left out, as Wilcoxon did. Equal sizes share their mean rank. Under the hypothesis
     each of the 2^n choices of signs is equally likely; the sums of their positive ranks are counted.
     """
+    differences = [float(f"{d:.9g}") for d in differences]  # 0.71 - 0.70 and 0.81 - 0.80 are one size
     sizes = sorted(abs(d) for d in differences if d)
     if not sizes:
         return None

@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from ..settings import Settings
-from .grid import Cell, Plan, Results, Trial, cells, chosen_rate, finals, key, score
+from .grid import Cell, Plan, Results, Trial, cells, chosen_rate, finals, is_loss, key, score
 from .statistics import Paired, Spread, paired, spread
 
 
@@ -17,7 +17,9 @@ class Row:
     """A cell of the grid. rate: chosen; at_edge: it is the first or the last of several that were tried.
 
     scores: by seed, of the final runs that have ended with a finite loss; diverged: how many did not.
-    difference: of the scores to those of the plan's `against` at the same budget.
+    difference: of the scores to those of the plan's `against` at the same budget; a win is a better score,
+    which of a loss is the smaller one. Both it and `spread` are None where a run diverged: the runs that are
+    left are no fair sample.
     """
 
     cell: Cell
@@ -46,37 +48,44 @@ def rows(plan: Plan, results: Results) -> list[Row]:
         cell: {t.seed: s for t, report in ended.items() if (s := score(plan, report)) is not None}
         for cell, ended in reports.items()
     }
-    return [_row(plan, results, cell, reports[cell], scores) for cell in cells(plan)]
+    fair = {cell: found for cell, found in scores.items() if len(found) == len(reports[cell])}
+    return [_row(plan, results, cell, reports[cell], scores[cell], fair) for cell in cells(plan)]
 
 
-def _row(plan, results, cell: Cell, reports, scores) -> Row:
+def _row(plan, results, cell: Cell, reports, scores, fair) -> Row:
+    """fair: the scores of all cells without a run that diverged."""
     rate, _ = chosen_rate(plan, cell, results)
     rates = plan.rates_of(plan.method(cell.method))
     ended = [report for report in reports.values() if "diverged" not in report]
-    reference = _reference(plan, cell, scores)
     return Row(
         cell,
         rate,
         len(rates) > 1 and rate in (min(rates), max(rates)),
-        scores[cell],
-        len(reports) - len(scores[cell]),
-        spread(list(scores[cell].values())),
-        paired(scores[cell], reference) if reference is not None else None,
+        scores,
+        len(reports) - len(scores),
+        spread(list(scores.values())) if cell in fair else None,
+        _difference(plan, fair.get(cell), _reference(plan, cell, fair)),
         fmean(r["trained"] for r in ended) if ended else None,
         fmean(r["step_ms"]["total"] for r in ended) if ended else None,
         fmean(r["optimizer_bytes"] for r in ended) if ended else None,
     )
 
 
-def _reference(plan: Plan, cell: Cell, scores) -> Mapping[int, float] | None:
+def _reference(plan: Plan, cell: Cell, fair) -> Mapping[int, float] | None:
     """The scores that a cell is compared with: those of `against` at its budget, or of its only budget."""
     if cell.method == plan.against:
         return None
+    alike = [other for other in cells(plan) if other.method == plan.against]
     same = Cell(plan.against, cell.budget)
-    others = [other for other in scores if other.method == plan.against]
-    if same in scores:
-        return scores[same]
-    return scores[others[0]] if len(others) == 1 else None
+    return fair.get(same if same in alike else alike[0]) if same in alike or len(alike) == 1 else None
+
+
+def _difference(plan: Plan, scores, reference) -> Paired | None:
+    """Of the scores of two cells; None where one of them has none that may be compared."""
+    found = paired(scores, reference) if scores is not None and reference is not None else None
+    if found is None or not is_loss(plan.metric):
+        return found
+    return found._replace(wins=found.losses, losses=found.wins)
 
 
 def shown_budget(budget: int | float | None) -> str:
@@ -102,7 +111,7 @@ def _cells(plan: Plan, row: Row) -> list[str]:
         shown_budget(row.cell.budget),
         "" if row.rate is None else f"{row.rate:.3g}{' (edge)' if row.at_edge else ''}",
         "" if row.entries is None else f"{row.entries:,.0f}",
-        "" if row.spread is None or row.diverged else f"{row.spread.mean:.4f}",
+        "" if row.spread is None else f"{row.spread.mean:.4f}",
         "" if row.spread is None or row.spread.sd is None else f"{row.spread.sd:.4f}",
         runs,
         "" if versus is None else f"{versus.mean:+.4f}",
@@ -126,6 +135,8 @@ def notes(plan: Plan, results: Results) -> list[str]:
         f"{plan.metric}: on --eval, mean and standard deviation over seeds; differences to {plan.against} by "
         "seed, p of a two-sided exact Wilcoxon signed-rank test"
     ]
+    if any(row.diverged for row in rows(plan, results)):
+        found.append("diverged: the other runs of such a row are not compared, nor drawn")
     if any(row.at_edge for row in rows(plan, results)):
         found.append("(edge): the best learning rate is the first or the last that was tried; try more")
     means = {row.cell.method: row.spread.mean for row in rows(plan, results) if row.spread}

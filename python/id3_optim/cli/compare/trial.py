@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 import tempfile
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ import torch
 import transformers
 
 from ...analysis import allocation
+from ...wrappers import plain_names
 from ..divergence import Diverged
 from ..env import version_of
 from ..report import summarise
@@ -78,7 +80,7 @@ def run_trial(settings: Settings, task: Task, threads: int, on_step: Callable[[]
             return Outcome({"metrics": {}, "diverged": str(error), "history": []}, None)
         report = _of_this_run(summarise(settings, start, optimizer, run)) | _memory()
         report |= {"trained": trained_entries(start, optimizer)} | _selected(start.model, optimizer)
-        return Outcome(report, _places(optimizer))
+        return Outcome(report, places(start.model, optimizer))
 
 
 def trained_entries(start: Start, optimizer: torch.optim.Optimizer) -> int:
@@ -118,10 +120,14 @@ def _selected(model: torch.nn.Module, optimizer) -> dict[str, Any]:
     return {"allocation": {"roles": allocated.roles, "layers": allocated.layers, **counts}}
 
 
-def _places(optimizer) -> np.ndarray | None:
-    """int64[n]: position << 32 | flat index of every active entry, sorted."""
+def places(model: torch.nn.Module, optimizer) -> np.ndarray | None:
+    """int64[n]: hash of the parameter's name << 32 | flat index of every active entry, sorted.
+
+    By name, so that runs that select from other parameters can be compared. None for an optimizer that
+    selects none.
+    """
     if not hasattr(optimizer, "touched"):
         return None
-    touched = enumerate(optimizer.touched())
-    places = [(position << 32) | entry.indices.long().cpu() for position, entry in touched]
-    return torch.cat(places).sort().values.numpy() if places else np.empty(0, np.int64)
+    hashes = {number: zlib.crc32(name.encode()) >> 1 for number, name in plain_names(model).items()}
+    found = [(hashes[id(e.param)] << 32) | e.indices.long().cpu() for e in optimizer.touched()]
+    return torch.cat(found).sort().values.numpy() if found else np.empty(0, np.int64)

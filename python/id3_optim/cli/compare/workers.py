@@ -66,7 +66,8 @@ class Workers:
     def begin(self, trial: Trial) -> None:
         """Accepts a run; needs `free` above 0."""
         worker = self._idle.pop()
-        worker.send(trial)
+        with _alive(trial):
+            worker.send(trial)
         self._busy[worker] = trial
 
     def finished(self, on_step: OnStep) -> tuple[Trial, Outcome]:
@@ -74,12 +75,8 @@ class Workers:
         while True:
             for worker in wait(list(self._busy)):
                 trial = self._busy[worker]
-                try:
+                with _alive(trial):
                     kind, value = worker.recv()
-                except EOFError:
-                    raise OSError(
-                        f"--jobs: the process of {trial.method} has ended; fewer need less memory"
-                    ) from None
                 if kind == "step":
                     on_step(trial)
                     continue
@@ -95,6 +92,16 @@ class Workers:
             process.terminate()
         for process in self._processes:
             process.join()
+
+
+@contextlib.contextmanager
+def _alive(trial: Trial) -> Iterator[None]:
+    """Within the block a closed pipe says that its process has died."""
+    try:
+        yield
+    except (EOFError, ConnectionError):
+        message = f"--jobs: the process of {trial.method} has ended; fewer need less memory"
+        raise OSError(message) from None
 
 
 @contextlib.contextmanager
