@@ -59,7 +59,8 @@ def guide_block(reports: Reports) -> str:
         return NOTHING
     texts = [_allocation(reports["main", task], task) for task in _tasks(reports)]
     texts += [*undecided(reports), *shorter(reports)]
-    texts += [_untuned(report, task) for (part, task), report in reports.items() if part == "recipe"]
+    tried = {task: report for part in ("recipe", "untuned") for task, report in _of_part(reports, part)}
+    texts += [_untuned(report, task) for task, report in sorted(tried.items())]
     return "\n\n".join([scores, *(textwrap.fill(text, WIDTH) for text in texts)])
 
 
@@ -87,10 +88,16 @@ def shorter(reports: Reports) -> Iterator[str]:
                 )
 
 
+def _of_part(reports: Reports, part: str) -> Iterator[tuple[str, dict]]:
+    yield from ((task, report) for (name, task), report in reports.items() if name == part)
+
+
 def _untuned(report: dict, task: str) -> str:
-    """What the recipe and ID3 reach on a task that nothing was chosen on."""
-    words = {"id3": "ID3 with the paper's settings", RECIPE: "the recipe"}
-    rows = [(row, words[row["method"]]) for row in report["rows"] if row["scores"]]
+    """What each method reaches on a task where its learning rate is a default."""
+    words = {method: text for (part, method, _), text in _SHOWN.items() if part == "main"}
+    words |= {"id3": "ID3 with the paper's settings", RECIPE: "the recipe"}
+    scored = sorted((row for row in report["rows"] if row["scores"]), key=lambda row: -(row["mean"] or 0.0))
+    rows = [(row, words.get(row["method"], row["method"])) for row in scored]
     found = [f"{whose} {_cells(row)[0]}, at {_cells(row)[1]}" for row, whose in rows]
     return f"Not tuned, on {task} ({report['metric']}, %): {'; '.join(found)}."
 

@@ -30,7 +30,7 @@ inline Exponent exponent_of(const ScoreRule& rule) {
 //   also where the score is a few ulp off; d^2 up to widest^2 has a normal reciprocal.
 // - p < 0: the gradient is above 2^-126, so that it is not subnormal, since d is at most widest; products
 // have
-//   one rounding.
+//   one rounding. `root_by` needs a d of 2^-100 and more, so that its residual is not subnormal.
 // - Above `high` a quotient may overflow on its way.
 inline ScoreRule with_bounds(ScoreRule rule) {
   constexpr double kMost = 0x1p126;
@@ -38,6 +38,7 @@ inline ScoreRule with_bounds(ScoreRule rule) {
   rule.widest = p < 0 ? 0x1p16f : 0x1p60f;
   double least = p < 0 ? 0x1p-126 * std::pow(0x1p16, -p) : 0x1p-126;
   if (p > 0) least = eps < 0x1p-50 ? kMost : std::fmax(0x1p-98 / std::pow(eps, p), 0x1p-120);
+  if (p == -0.5 && eps < 0x1p-100) least = kMost;
   rule.low = reinterpret_bits<int32_t>(static_cast<float>(std::fmin(least, kMost)));
   rule.high = reinterpret_bits<int32_t>(static_cast<float>(kMost));
   return rule;
@@ -119,7 +120,7 @@ struct QuickBest {
 
   __device__ __forceinline__ int32_t key(const ScoreRule& rule) const {
     constexpr int32_t kNaN = 0x7fffffff;
-    return wide > rule.widest ? kNaN : reinterpret_bits<int32_t>(score);
+    return wide <= rule.widest ? reinterpret_bits<int32_t>(score) : kNaN;  // an active weight may be NaN
   }
 };
 

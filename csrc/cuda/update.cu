@@ -23,9 +23,9 @@ __device__ __forceinline__ void update_run(const Update& u, const EntriesView& e
     const float grad = u.values ? load_as_float(u.values, u.values_dtype, at)
                                 : load_as_float(row.grad, row.grad_dtype, index);
     float weight = weight_at(u, row, index, at);
-    const int64_t s = min(u.age ? static_cast<int64_t>(++u.age[at]) : u.step[tensor], u.bias.longest);
-    adamw_entry(grad, weight, u.exp_avg[at], u.exp_avg_sq[at], static_cast<float>(lr / u.bias.unbiased[s]),
-                u.bias.root[s], scalars);
+    const int64_t s = u.age ? static_cast<int64_t>(++u.age[at]) : u.step[tensor];
+    adamw_entry(grad, weight, u.exp_avg[at], u.exp_avg_sq[at],
+                static_cast<float>(lr / u.bias.unbiased.of(s)), u.bias.root.of(s), scalars);
     store_float(row.param, row.param_dtype, index, weight);
     if (u.master && row.param_dtype != DType::float32) u.master[at] = weight;
   }

@@ -7,11 +7,21 @@
 
 namespace id3::cuda {
 
-// What bias correction needs of step s, for s = 0 … longest; from there on nothing changes any more.
-struct BiasTables {
-  const double* unbiased;  // 1 - beta1^s
-  const float* root;       // sqrt(1 - beta2^s)
+// A number for each step s = 0 … longest, which does not change from there on.
+template <class Value>
+struct BiasTable {
+  const Value* values;
   int64_t longest;
+
+#if defined(__CUDACC__) || defined(ID3_EMULATED_CUDA)
+  __device__ Value of(int64_t step) const { return values[step < longest ? step : longest]; }
+#endif
+};
+
+// What bias correction needs of a step s.
+struct BiasTables {
+  BiasTable<double> unbiased;  // 1 - beta1^s
+  BiasTable<float> root;       // sqrt(1 - beta2^s)
 };
 
 // One number in device memory, or null: there is none.

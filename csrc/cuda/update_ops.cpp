@@ -1,6 +1,8 @@
+#include <c10/cuda/CUDAGraphsC10Utils.h>
 #include <torch/library.h>
 
-#include <map>
+#include <algorithm>
+#include <list>
 #include <mutex>
 
 #include "cuda/torch_tensors.h"
@@ -9,15 +11,9 @@
 namespace id3::cuda {
 namespace {
 
-// The tables of bias correction come from the host's pow, as on every other backend.
-struct DeviceBias {
-  at::Tensor unbiased, root;
-  int64_t longest;
-};
-
 // The step from which 1 - beta^s is 1 in float64.
 int64_t last_biased_step(double beta) {
-  constexpr int64_t kMost = int64_t{1} << 22;  // 48 MiB of tables; beta up to 0.99999
+  constexpr int64_t kMost = int64_t{1} << 22;  // 32 MiB, or 16 of float; beta up to 0.99999
   return beta == 0 ? 1
                    : std::min(kMost, static_cast<int64_t>(std::ceil(-54 * std::log(2.0) / std::log(beta))));
 }
@@ -26,26 +22,73 @@ int64_t last_biased_step(double beta) {
 // once and kept.
 at::Tensor uploaded(const at::Tensor& host, const at::Tensor& like) { return host.to(like.device()); }
 
-DeviceBias bias_tables(double beta1, double beta2, const at::Tensor& like) {
-  const int64_t longest = std::max(last_biased_step(beta1), last_biased_step(beta2));
-  const at::Tensor unbiased = at::ones({longest + 1}, at::kDouble),
-                   root = at::ones({longest + 1}, at::kFloat);
-  for (int64_t s = 1; s <= longest; ++s) {
-    unbiased.mutable_data_ptr<double>()[s] = 1.0 - std::pow(beta1, static_cast<double>(s));
-    root.mutable_data_ptr<float>()[s] =
-        static_cast<float>(std::sqrt(1.0 - std::pow(beta2, static_cast<double>(s))));
+// The tables that were used last, of one kind. They come from the host's pow, as on every other backend. One
+// for each beta: OneCycleLR moves the first at every step, whose table is short. A table that a CUDA graph
+// was captured with is never dropped, since each replay reads it.
+template <class Value>
+class RecentTables {
+ public:
+  explicit RecentTables(Value (*of_power)(double)) : of_power_(of_power) {}
+
+  at::Tensor of(double beta, const at::Tensor& like) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const auto found = std::find_if(made_.begin(), made_.end(), [&](const Made& made) {
+      return made.beta == beta && made.table.device() == like.device();
+    });
+    if (found == made_.end())
+      made_.push_front({beta, uploaded(table(beta), like), false});
+    else
+      made_.splice(made_.begin(), made_, found);
+    Made& newest = made_.front();
+    if (c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None)
+      newest.in_graph = true;
+    else  // another stream than that of the upload may use it
+      newest.table.record_stream(c10::cuda::getCurrentCUDAStream().unwrap());
+    const at::Tensor result = newest.table;
+    if (made_.size() > kKept) drop_one();
+    return result;
   }
-  return {uploaded(unbiased, like), uploaded(root, like), longest};
+
+ private:
+  struct Made {
+    double beta;
+    at::Tensor table;
+    bool in_graph;
+  };
+  static constexpr size_t kKept = 8;
+
+  at::Tensor table(double beta) const {
+    const int64_t longest = last_biased_step(beta);
+    const at::Tensor out = at::ones({longest + 1}, at::CppTypeToScalarType<Value>::value);
+    for (int64_t s = 1; s <= longest; ++s)
+      out.mutable_data_ptr<Value>()[s] = of_power_(std::pow(beta, static_cast<double>(s)));
+    return out;
+  }
+
+  void drop_one() {
+    const auto oldest = std::find_if(made_.rbegin(), made_.rend(), [](const Made& m) { return !m.in_graph; });
+    if (oldest != made_.rend()) made_.erase(std::prev(oldest.base()));
+  }
+
+  Value (*of_power_)(double);
+  std::mutex mutex_;
+  std::list<Made> made_;
+};
+
+template <class Value>
+BiasTable<Value> view(const at::Tensor& table) {
+  return {table.const_data_ptr<Value>(), table.numel() - 1};
 }
 
-DeviceBias bias_for(double beta1, double beta2, const at::Tensor& like) {
-  static std::mutex mutex;
-  static auto& kept = *new std::map<std::tuple<double, double, c10::DeviceIndex>, DeviceBias>();
-  const std::lock_guard<std::mutex> lock(mutex);
-  const std::tuple key{beta1, beta2, like.device().index()};
-  const auto found = kept.find(key);
-  return found != kept.end() ? found->second
-                             : kept.emplace(key, bias_tables(beta1, beta2, like)).first->second;
+// Never destroyed: at exit the device may be gone before them.
+RecentTables<double>& unbiased_tables() {
+  static auto& tables = *new RecentTables<double>([](double power) { return 1.0 - power; });
+  return tables;
+}
+RecentTables<float>& root_tables() {
+  static auto& tables =
+      *new RecentTables<float>([](double power) { return static_cast<float>(std::sqrt(1.0 - power)); });
+  return tables;
 }
 
 void adamw_with(at::TensorList params, const OptionalTensors& grads, const OptionalTensor& values,
@@ -57,7 +100,7 @@ void adamw_with(at::TensorList params, const OptionalTensors& grads, const Optio
                 const OptionalTensor& tensor_lr) {
   const c10::cuda::CUDAGuard guard(offsets.device());
   const at::Tensor rows = stored(rows_of(params, grads, offsets), offsets);
-  const DeviceBias bias = bias_for(beta1, beta2, offsets);
+  const at::Tensor unbiased = unbiased_tables().of(beta1, offsets), root = root_tables().of(beta2, offsets);
   std::vector<at::Tensor> alive;
   const auto number = [&](const OptionalTensor& t) -> Number {
     if (!t) return {};
@@ -80,7 +123,7 @@ void adamw_with(at::TensorList params, const OptionalTensors& grads, const Optio
   update.master = master ? master->mutable_data_ptr<float>() : nullptr;
   update.age = age ? age->mutable_data_ptr<int32_t>() : nullptr;
   update.step = step.const_data_ptr<int64_t>();
-  update.bias = {bias.unbiased.const_data_ptr<double>(), bias.root.const_data_ptr<float>(), bias.longest};
+  update.bias = {view<double>(unbiased), view<float>(root)};
   update.lr = lr;
   update.weight_decay = weight_decay;
   update.scalars = adamw_scalars(lr, beta1, beta2, eps, weight_decay, maximize);

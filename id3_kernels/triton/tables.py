@@ -49,15 +49,16 @@ def wait_for(made: tuple | None, result: Tensor | tuple, device: torch.device) -
 
 
 class Kept:
-    """A function that caches its last `most` results by its arguments; the last argument is the device.
+    """A function that caches its last results by its arguments; the last argument is the device.
 
+    `most` results are kept, and more of them as long as all take no more than `most_bytes`.
     A result that a CUDA graph was captured with is never dropped, because each replay reads it. A result
     made during a capture is not cached: it has its content only after the graph has run. The current stream
     waits for a result that another stream made; before a capture its user lets the streams wait.
     """
 
-    def __init__(self, make: Callable, most: int):
-        self.make, self.most = make, most
+    def __init__(self, make: Callable, most: int, most_bytes: int = 0):
+        self.make, self.most, self.most_bytes = make, most, most_bytes
         self.recent, self.in_graphs = OrderedDict(), {}
 
     def __call__(self, *key):
@@ -75,14 +76,23 @@ class Kept:
             self.in_graphs[key] = found
         else:
             self.recent[key] = found
-            if len(self.recent) > self.most:
+            while len(self.recent) > self.most and self._bytes() > self.most_bytes:
                 self.recent.popitem(last=False)
         return found[0]
 
+    def _bytes(self) -> int:
+        return sum(bytes_of(result) for result, _ in self.recent.values()) if self.most_bytes else 1
 
-def kept(most: int) -> Callable[[Callable], Kept]:
+
+def bytes_of(result: Tensor | tuple) -> int:
+    """The memory of a cached result."""
+    parts = [result] if isinstance(result, Tensor) else result
+    return sum(part.nbytes for part in parts if isinstance(part, Tensor))
+
+
+def kept(most: int, most_bytes: int = 0) -> Callable[[Callable], Kept]:
     """Decorator: see Kept."""
-    return lambda make: Kept(make, most)
+    return lambda make: Kept(make, most, most_bytes)
 
 
 @triton.jit(do_not_specialize=range(1, 65))  # else each address compiles a kernel of its own
@@ -183,7 +193,8 @@ class Layout(NamedTuple):
     length: Tensor
 
 
-@kept(128)  # a model needs two layouts per shape, one of entries and one of tiles, and a few for its lists
+# Hooks need two layouts for each size of tensor, a step a few of all tensors, whose tables are larger.
+@kept(8, most_bytes=1 << 28)
 def layout(spans: tuple[Span, ...], device: torch.device) -> Layout:
     """The chunk table of a list of tensors, built once per list.
 

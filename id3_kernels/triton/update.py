@@ -76,15 +76,17 @@ def decay_of(lr, weight_decay):
     return (1.0 - lr * weight_decay).to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["stride", "n", "n_tensors"])  # else a new size compiles anew
+@triton.jit(  # else a new size compiles anew
+    do_not_specialize=["stride", "longest", "longest_root", "n", "n_tensors"]
+)
 def adamw_kernel(
     params, param_codes, grads, grad_codes, offsets, stride, indices, exp_avg, exp_avg_sq, master, age, step,
-    unbiased, roots, longest, lr, weight_decay, grad_scale, found_inf, clip, n, n_tensors,
+    unbiased, roots, longest, longest_root, lr, weight_decay, grad_scale, found_inf, clip, n, n_tensors,
     rest1, beta2, rest2, eps,
     COMPACT: tl.constexpr, MASTER: tl.constexpr, AGE: tl.constexpr, MAXIMIZE: tl.constexpr,
     SCALE: tl.constexpr, FOUND: tl.constexpr, CLIP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """rest1, rest2: 1 - beta1, 1 - beta2. lr, weight_decay: of one number. longest: the tables' last row."""
+    """rest1, rest2: 1 - beta1, 1 - beta2. lr, weight_decay: of one number. longest: unbiased's last row."""
     own, first = run_of(offsets, stride, n, BLOCK)
     if first >= tl.load(own + n_tensors):
         return
@@ -108,9 +110,9 @@ def adamw_kernel(
     m, v = tl.load(exp_avg + at, mask=live, other=0.0), tl.load(exp_avg_sq + at, mask=live, other=0.0)
     m = m + (g - m) * rest1
     v = v * beta2 + (g * rest2) * g
-    s = tl.minimum(next_step(age, at, step, j, live, AGE), longest)
-    step_size = (rate / tl.load(unbiased + s, mask=live, other=1.0)).to(tl.float32)
-    root = tl.load(roots + s, mask=live, other=1.0)
+    s = next_step(age, at, step, j, live, AGE)
+    step_size = (rate / tl.load(unbiased + tl.minimum(s, longest), mask=live, other=1.0)).to(tl.float32)
+    root = tl.load(roots + tl.minimum(s, longest_root), mask=live, other=1.0)
     w = w - tl.div_rn(step_size * m, tl.div_rn(tl.sqrt_rn(v), root) + eps)
     tl.store(exp_avg + at, m, mask=live)
     tl.store(exp_avg_sq + at, v, mask=live)
@@ -137,7 +139,7 @@ def _adamw(
 ):  # fmt: skip
     device, n, block = offsets.device, tables.most_entries(params, indices), 256
     rows = [p.contiguous() for p in params]
-    unbiased, roots = bias_tables(beta1, beta2, device)
+    unbiased, roots = unbiased_table(beta1, device), root_table(beta2, device)
     numbers = tables.table(tuple(map(_bits_of, (lr, weight_decay))), device).view(torch.float64)
     lr = numbers if tensor_lr is None else tensor_lr
     scalars = [None if x is None else x.to(device, torch.float32) for x in (grad_scale, found_inf, clip)]
@@ -145,8 +147,8 @@ def _adamw(
     n_runs, stride = runs_of(offsets)
     launch.run(
         adamw_kernel, n_runs * triton.cdiv(n, block), 4, device, *columns, offsets, stride, indices,
-        exp_avg, exp_avg_sq, master, age, step.to(device), unbiased, roots, roots.numel() - 1, lr,
-        numbers[1:], *scalars, n, len(params), 1 - beta1, beta2, 1 - beta2, eps,
+        exp_avg, exp_avg_sq, master, age, step.to(device), unbiased, roots, unbiased.numel() - 1,
+        roots.numel() - 1, lr, numbers[1:], *scalars, n, len(params), 1 - beta1, beta2, 1 - beta2, eps,
         compact, master is not None, age is not None, maximize, *(x is not None for x in scalars), block,
     )  # fmt: skip
     launch.carry_back(params, rows)
@@ -163,13 +165,20 @@ def _last_biased_step(beta: float) -> int:
     return min(last, LONGEST_TABLE)
 
 
-@tables.kept(4)
-def bias_tables(beta1: float, beta2: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """1 - beta1^s (float64) and sqrt(1 - beta2^s) (float32) by the step s from 0; step 0 does not occur.
+@tables.kept(8)
+def unbiased_table(beta1: float, device: torch.device) -> Tensor:
+    """float64: 1 - beta1^s by the step s from 0; step 0 does not occur.
 
-    Python uses pow of the C library, as every backend does; torch's pow may differ in the last bit.
+    Python uses pow of the C library, as every backend does; torch's pow may differ in the last bit. Each beta
+    has a table of its own, since a schedule such as OneCycleLR moves the first, whose table is short.
     """
-    steps = range(1, max(_last_biased_step(beta1), _last_biased_step(beta2)) + 1)
-    unbiased = torch.tensor([1.0] + [1 - beta1**s for s in steps], dtype=torch.float64)
+    steps = range(1, _last_biased_step(beta1) + 1)
+    return torch.tensor([1.0] + [1 - beta1**s for s in steps], dtype=torch.float64).to(device)
+
+
+@tables.kept(8)
+def root_table(beta2: float, device: torch.device) -> Tensor:
+    """float32: likewise sqrt(1 - beta2^s)."""
+    steps = range(1, _last_biased_step(beta2) + 1)
     roots = torch.tensor([1.0] + [math.sqrt(1 - beta2**s) for s in steps], dtype=torch.float64)
-    return unbiased.to(device), roots.float().to(device)
+    return roots.float().to(device)

@@ -61,6 +61,11 @@ def _check_capturable(capturable: bool, method: Method, release_gradients: bool)
         )
     if capturable and method.prune is not None:
         raise ValueError("capturable: does not apply to prune: the host has to know how many entries leave")
+    if capturable and isinstance(method.heuristic, Running) and method.heuristic.kind != "mean":
+        raise ValueError(
+            f"capturable: does not apply to Running({method.heuristic.kind!r}): the host counts its steps; "
+            "'mean' has no count"
+        )
     if capturable and release_gradients:
         raise ValueError("capturable: does not apply to release_gradients: no graph replays its hooks")
 

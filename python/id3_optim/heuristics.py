@@ -251,19 +251,23 @@ def _checked(title: str, score: Tensor, param: Tensor) -> Tensor:
     return score.to(_score_dtype(param))
 
 
+def _random_key(seed: int, position: int) -> int:
+    seed_bits, tensor_bits = torch.tensor([seed, position], dtype=torch.int64, device="cpu")
+    return mix64(mix64(seed_bits + INCREMENT) + tensor_bits * INCREMENT).item()
+
+
 def _random_scores(seed: int, position: int, param: Tensor, owner: Tensor, begin: int) -> Tensor:
     """The top 31 bits of hash(seed, position, flat index), scaled to the bit patterns of normal floats.
 
     begin: the flat index in owner where param begins, if it is a piece.
     """
-    seed_bits, tensor_bits = torch.tensor([seed, position], dtype=torch.int64, device="cpu")
-    key = mix64(mix64(seed_bits + INCREMENT) + tensor_bits * INCREMENT).item()
-    size, device = param.numel(), param.device
-    blocks = Blocks([part_of(owner)], [True], device)  # of a piece without effect: its owner is no DTensor
+    key, size, device = _random_key(seed, position), param.numel(), param.device
+    # Its tables come from the host, so they are made for a DTensor alone.
+    blocks = Blocks([part_of(owner)], [True], device) if is_split(owner) else None
     out = torch.empty(size, dtype=torch.float32, device=device)
     for start in range(0, size, SLICE):
         index = torch.arange(start, min(start + SLICE, size), dtype=torch.int64, device=device)
-        index = begin + blocks.whole_index(torch.zeros_like(index), index)
+        index = begin + (blocks.whole_index(torch.zeros_like(index), index) if blocks else index)
         uniform = shifted_right(mix64(index * INCREMENT + key), 33)
         patterns = ((uniform * 0x7F000000) >> 31) + 0x00800000
         out[start : start + SLICE] = patterns.to(torch.int32).view(torch.float32)

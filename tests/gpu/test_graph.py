@@ -9,7 +9,7 @@ OPTIONS = {
     "plain": {},
     "clipped": {"max_grad_norm": 0.5},
     "entry": {"bias_correction": "entry"},
-    "warm-up": {"entry_warmup": 4},
+    "warm-up": {"entry_warmup": 10},
     "cap": {"tensor_cap": 0.5},
     "static": {"strategy": "static"},
     "past its end": {"total_steps": 8},

@@ -8,7 +8,7 @@ ONE_GROUP = {
     "plain": {},
     "clipped": {"max_grad_norm": 0.5},
     "entry": {"bias_correction": "entry", "max_grad_norm": 0.5},
-    "warm-up": {"entry_warmup": 4},
+    "warm-up": {"entry_warmup": 10},
     "cap": {"tensor_cap": 0.5},
     "without originals": {"keep_originals": False},
     "static": {"strategy": "static"},

@@ -8,7 +8,7 @@ import pytest
 import torch
 from test_cuda_emulated import Made, assert_selects_as_reference
 
-from id3_kernels import Entries
+from id3_kernels import Entries, reference
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 EXTREMES = {
@@ -52,6 +52,30 @@ def test_quick_scores_are_exact_or_made_again(reciprocal_ulps, name, exp):
     for dtype in (torch.float32, torch.bfloat16):
         tensors = [[t.to(dtype) for t in column] for column in (params, grads)]
         assert assert_selects_as_reference(*tensors, active, 2, eps=eps, exp=exp) == "stored"
+
+
+@pytest.mark.parametrize(
+    ("exp", "wide", "grad", "small"),
+    [(2.0, 2.0**63.2, 2.0**127, 0.25), (-1.0, 2.0**40, 2.0**-140, 2.0**-106)],
+    ids=["two", "minus one"],
+)
+def test_an_active_weight_that_is_not_a_number_hides_no_wide_one(exp, wide, grad, small):
+    """One lane sees both; beside a wide weight its quick scores do not hold, that of the wide one is 0."""
+    params, grads = torch.ones(20_000), torch.full((20_000,), small)
+    params[0], params[1], grads[1] = float("nan"), wide, grad
+    best = reference.d3_score(params[1:2], grads[1:2], 1.0, exp).item()
+    grads[10_242] = 0.8 * best * 2.0**exp  # of another tile, the second best
+    active = Entries.from_lists([torch.tensor([0], dtype=torch.int32)], torch.device("cpu"))
+    for k in (1, 2):
+        assert_selects_as_reference([params], [grads], active, k, exp=exp)
+
+
+def test_roots_of_tiny_weights_without_an_eps(reciprocal_ulps):
+    for seed in range(25):
+        made = Made(seed)
+        params, grads = made.tensor(33_000, torch.float32) * 2.0**-122, made.tensor(33_000, torch.float32)
+        active = made.entries([33_000], 0.01)
+        assert_selects_as_reference([params], [grads], active, 2, eps=0.0, exp=-0.5)
 
 
 @pytest.fixture

@@ -44,8 +44,8 @@ ARGUMENTS = {
     "*u8": "active",
     "*i16": "values",
     "fp32": "eps rest1 beta2 rest2 widest",
-    "i32": "n n_tensors n_arrays n_held stride room room_added capacity numel longest run n_tokens n_columns "
-    "token_stride column_stride padded low",
+    "i32": "n n_tensors n_arrays n_held stride room room_added capacity numel longest longest_root run "
+    "n_tokens n_columns token_stride column_stride padded low",
     "i64": " ".join(["padding", *(f"a{i:02}" for i in range(64))]),
 }
 TYPES = {name: kind for kind, names in ARGUMENTS.items() for name in names.split()}

@@ -18,7 +18,8 @@ from id3_kernels.triton import launch, score, selection, topk, update  # noqa: E
 
 SIZES = ((300, 7), (4097,), (70_000,))
 CPU, CAPACITY, NUMBERS = torch.device("cpu"), 20, (0.9, 0.999, 1e-8, 0.1)
-CACHES = ((tables, "table"), (tables, "layout"), (score, "exponent"), (update, "bias_tables"))
+CACHES = ((tables, "table"), (tables, "layout"), (score, "exponent"))
+CACHES += ((update, "unbiased_table"), (update, "root_table"))
 
 
 class NothingFromTheHost(TorchDispatchMode):
@@ -174,12 +175,27 @@ def test_an_upload_would_be_seen(gpu):
 def test_a_beta_near_1_asks_nobody(gpu, monkeypatch):
     """Its table ends where the bias is gone for all that matters."""
     monkeypatch.setattr(update, "LONGEST_TABLE", 1000)
-    _, roots = update.bias_tables(0.9, 1 - 1e-9, gpu)
-    assert roots.numel() == 1001
+    assert update.root_table(1 - 1e-9, gpu).numel() == 1001
     step = Step(gpu)
     arguments = list(step.adamw())
     arguments[9] = 1 - 1e-9
     kernels.adamw_(step.params, step.grads, *arguments)
+
+
+def test_a_model_of_many_sizes_of_tensors_has_its_layouts_once(monkeypatch):
+    made = []
+    kept = tables.Kept(lambda *key: made.append(key) or tables.layout.make(*key), 8, tables.layout.most_bytes)
+    for _ in range(3):
+        for numel in range(1, 300):
+            kept((tables.Span(numel, 0, 0, True),), CPU)
+    assert len(made) == 299 and tables.layout.most_bytes >= 1 << 20
+
+
+def test_large_results_are_dropped():
+    kept = tables.Kept(lambda n, device: torch.empty(n, dtype=torch.uint8), 2, most_bytes=1000)
+    for n in (400, 401, 402, 403):
+        kept(n, CPU)
+    assert [n for n, _ in kept.recent] == [402, 403]
 
 
 # --- tables ------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from replayed import Recording
 
 from id3_kernels.backend import native
 from id3_optim import D3, ID3AdamW, Magnitude, Random
+from id3_optim.running import Running
 from id3_optim.schedules import cosine
 
 BUDGET, STEPS = 180, 12
@@ -193,10 +194,34 @@ def test_a_group_on_another_device_is_refused(model, train):
     assert len(optimizer.param_groups) == 1
 
 
-@pytest.mark.parametrize("option", [{"strategy": "repeat"}, {"release_gradients": True}])
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"strategy": "repeat"},
+        {"release_gradients": True},
+        {"heuristic": Running("sum"), "select_every": 4},
+        {"heuristic": Running("adam")},
+    ],
+)
 def test_what_no_graph_can_hold_is_refused(option):
     with pytest.raises(ValueError, match="capturable"):
         ID3AdamW([one_parameter()], budget=3, total_steps=5, capturable=True, **option)
+
+
+def test_a_pattern_of_missing_gradients_stays_where_a_graph_reads_it():
+    params = [torch.nn.Parameter(torch.ones(3)) for _ in range(8)]
+    optimizer = ID3AdamW(params, budget=3, total_steps=300, capturable=True)
+    shard, places = None, []
+    for pattern in range(1, 130):
+        for i, p in enumerate(params):
+            p.grad = torch.ones(3) if pattern >> i & 1 else None
+        optimizer.step()
+        (shard,) = optimizer._unmasking.active.shards
+        places.append(shard.mask([p.grad is not None for p in params]).data_ptr())
+    for p in params:
+        p.grad = None
+    params[0].grad = torch.ones(3)
+    assert shard.mask([True] + [False] * 7).data_ptr() == places[0] and len(set(places)) == 129
 
 
 @pytest.mark.parametrize(

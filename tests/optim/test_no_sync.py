@@ -9,7 +9,7 @@ import torch
 from fake_gpu import NoWaiting, fake_gpu
 
 from id3_kernels import reference, table
-from id3_optim import D3, Fisher, ID3AdamW, Magnitude, heuristics
+from id3_optim import D3, Fisher, ID3AdamW, Magnitude, Random, heuristics
 from id3_optim.state import progress
 
 SHAPES = ((300,), (40, 30), (7, 5, 3), (1,))
@@ -30,6 +30,7 @@ class NoReport:
 def on_a_gpu(monkeypatch):
     monkeypatch.setattr(progress, "Report", NoReport)
     monkeypatch.setattr(table, "for_gpu", lambda: reference)
+    monkeypatch.setattr(heuristics, "_random_key", lambda *_: 7)  # of the host, and without a value here
     with fake_gpu(monkeypatch):
         yield
 
@@ -63,6 +64,8 @@ VARIANTS = {
     "exponent": {"heuristic": D3(eps=1e-3, exp=0.7)},
     "magnitude": {"heuristic": Magnitude()},
     "function": {"heuristic": lambda param, grad: grad.float().abs()},
+    "random": {"heuristic": Random(3)},
+    "released, random": {"heuristic": Random(3), "release_gradients": True},
     "no originals": {"keep_originals": False},
     "capturable": {"capturable": True},
     "released": {"release_gradients": True},

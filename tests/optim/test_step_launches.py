@@ -21,7 +21,8 @@ from id3_optim.state import progress
 launch = pytest.importorskip("id3_kernels.triton.launch", reason="triton is not installed")
 from id3_kernels.triton import score, tables, update  # noqa: E402
 
-CACHES = ((tables, "table"), (tables, "layout"), (score, "exponent"), (update, "bias_tables"))
+CACHES = ((tables, "table"), (tables, "layout"), (score, "exponent"))
+CACHES += ((update, "unbiased_table"), (update, "root_table"))
 
 
 class Launches(TorchDispatchMode):

@@ -68,7 +68,7 @@ def boundary(place: Tensor, score: Tensor, k: Tensor, bits: int) -> Generator[Te
             number = want = torch.minimum(k, counts.sum())
         above = counts.flip(0).cumsum(0).flip(0)  # with this digit or a larger one
         at = (above >= want.clamp(min=1)).sum() - 1
-        want = want - (above[at] - counts[at])
+        want = want - _number(above - counts, at)
         inside, found = inside & (digit == at), found | (at << shift)
     score_at, found = found, torch.zeros_like(k)
     for shift in _shifts(bits):
@@ -76,9 +76,14 @@ def boundary(place: Tensor, score: Tensor, k: Tensor, bits: int) -> Generator[Te
         counts = yield _counts(digit, inside)
         up_to = counts.cumsum(0)
         at = (up_to < want).sum().clamp(max=up_to.numel() - 1)
-        want = want - (up_to[at] - counts[at])
+        want = want - _number(up_to - counts, at)
         inside, found = inside & (digit == at), found | (at << shift)
     return Boundary(score_at, found, number)
+
+
+def _number(counts: Tensor, at: Tensor) -> Tensor:
+    """counts[at], 0 for -1. By a tensor without dimension torch would index on the host."""
+    return counts.take(at.clamp(min=0))
 
 
 def score_bits(score: Tensor) -> Tensor:

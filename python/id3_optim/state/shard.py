@@ -256,9 +256,10 @@ class Shard(Tensors):
     # --- steps -------------------------------------------------------------------------------------
 
     def mask(self, present: list[bool]) -> Tensor:
-        """bool [M] on the device. Kept, since a CUDA graph cannot hold the copy of a pattern's first use."""
+        """bool [M] on the device. Kept, since a CUDA graph cannot hold the copy of a pattern's first use, and
+        reads the pattern at each replay."""
         if tuple(present) not in self._masks:
-            if len(self._masks) == _MASKS_KEPT:
+            if len(self._masks) == _MASKS_KEPT and not self.layout.capturable:
                 self._masks.clear()
             self._masks[tuple(present)] = moved(torch.tensor(present), self.device)
         return self._masks[tuple(present)]

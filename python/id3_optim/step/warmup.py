@@ -23,7 +23,10 @@ class Warmup:
         self._shard, self._before, self._young, self._share = shard, shard.weights(), [], []
         for age, updated in zip(shard.by_run("age"), _updated(shard, counted), strict=True):
             self._young.append(updated & (age + 1 < steps))
-            self._share.append((age + 1).to(shard.arrays["exp_avg"].dtype) / steps)
+            updates = (age + 1).to(shard.arrays["exp_avg"].dtype)
+            self._share.append(
+                updates / updates.new_full((), steps)
+            )  # a number's reciprocal rounds, on a GPU
 
     def take_back(self) -> None:
         """After the step: leaves the young entries their share of it. Mutates parameters and masters."""

@@ -223,7 +223,7 @@ void adamw_emulated(const TensorRow* rows, int32_t tensors, int32_t runs, int64_
            master,
            age,
            step,
-           {unbiased.data(), root.data(), kLongest},
+           {{unbiased.data(), kLongest}, {root.data(), kLongest}},
            lr,
            weight_decay,
            id3::adamw_scalars(lr, beta1, beta2, eps, weight_decay, maximize != 0),
