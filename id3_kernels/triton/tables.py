@@ -59,13 +59,13 @@ class Kept:
 
     def __init__(self, make: Callable, most: int, most_bytes: int = 0):
         self.make, self.most, self.most_bytes = make, most, most_bytes
-        self.recent, self.in_graphs = OrderedDict(), {}
+        self.recent, self.in_graphs, self.bytes = OrderedDict(), {}, 0  # bytes: of the recent ones
 
     def __call__(self, *key):
         captured = capturing(key[-1])
-        found = self.in_graphs.get(key)
-        if found is None:
-            found = self.recent.pop(key, None)
+        if (found := self.recent.pop(key, None)) is not None:
+            self.bytes -= bytes_of(found[0])
+        found = found or self.in_graphs.get(key)
         if found is None:
             found = self.make(*key), made_now(key[-1])
             if captured:
@@ -75,13 +75,15 @@ class Kept:
         if captured:
             self.in_graphs[key] = found
         else:
-            self.recent[key] = found
-            while len(self.recent) > self.most and self._bytes() > self.most_bytes:
-                self.recent.popitem(last=False)
+            self._remember(key, found)
         return found[0]
 
-    def _bytes(self) -> int:
-        return sum(bytes_of(result) for result, _ in self.recent.values()) if self.most_bytes else 1
+    def _remember(self, key: tuple, found: tuple) -> None:
+        self.recent[key] = found
+        self.bytes += bytes_of(found[0])
+        while len(self.recent) > self.most and (not self.most_bytes or self.bytes > self.most_bytes):
+            _, (oldest, _) = self.recent.popitem(last=False)
+            self.bytes -= bytes_of(oldest)
 
 
 def bytes_of(result: Tensor | tuple) -> int:

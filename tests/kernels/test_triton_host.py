@@ -195,7 +195,11 @@ def test_large_results_are_dropped():
     kept = tables.Kept(lambda n, device: torch.empty(n, dtype=torch.uint8), 2, most_bytes=1000)
     for n in (400, 401, 402, 403):
         kept(n, CPU)
-    assert [n for n, _ in kept.recent] == [402, 403]
+    assert [n for n, _ in kept.recent] == [402, 403] and kept.bytes == 805
+    kept.in_graphs[402, CPU] = kept.recent[402, CPU]
+    for _ in range(3):
+        kept(402, CPU)
+    assert kept.bytes == 805
 
 
 # --- tables ------------------------------------------------------------------------------------------

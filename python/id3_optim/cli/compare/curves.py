@@ -50,8 +50,11 @@ def _measured(plan: Plan, report: History) -> dict[int, float]:
     active = {log["step"]: log["n_active"] for log in report["history"] if "n_active" in log}
     metric = f"eval_{plan.metric}"
     measured = {log["step"]: log[metric] for log in report["history"] if metric in log}
-    if not active or report.get("steps") in measured:  # no schedule, or the end, where nothing may be logged
-        active[max(measured, default=0) if active else 0] = report.get("trained") or 0
+    trained = report.get("trained") or 0
+    if not active:  # an optimizer without a schedule
+        active = {0: trained}
+    elif (end := report.get("steps")) in measured:  # where nothing may be logged
+        active[end] = trained
     counts = {step: max((n for at, n in active.items() if at <= step), default=0) for step in measured}
     return {n: measured[step] for step, n in counts.items() if n}
 
