@@ -59,8 +59,8 @@ def guide_block(reports: Reports) -> str:
         return NOTHING
     texts = [_allocation(reports["main", task], task) for task in _tasks(reports)]
     texts += [*undecided(reports), *shorter(reports)]
-    tried = {task: report for part in ("recipe", "untuned") for task, report in _of_part(reports, part)}
-    texts += [_untuned(report, task) for task, report in sorted(tried.items())]
+    parts = {task: part for part in ("recipe", "untuned") for name, task in reports if name == part}
+    texts += [_untuned(reports[part, task], task) for task, part in sorted(parts.items())]
     return "\n\n".join([scores, *(textwrap.fill(text, WIDTH) for text in texts)])
 
 
@@ -86,10 +86,6 @@ def shorter(reports: Reports) -> Iterator[str]:
                     f"Tuned on {task} by runs of {steps} steps, where the main part's methods were tuned by "
                     f"{main['tune_steps']}: {words}."
                 )
-
-
-def _of_part(reports: Reports, part: str) -> Iterator[tuple[str, dict]]:
-    yield from ((task, report) for (name, task), report in reports.items() if name == part)
 
 
 def _untuned(report: dict, task: str) -> str:

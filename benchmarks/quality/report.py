@@ -55,18 +55,17 @@ def with_room(reports: Reports, part: str) -> list[str]:
 
 def opposite(reports: Reports, part: str, method: str, budget: float) -> bool:
     """Whether a method is better than ID3 on one task and worse on another, by more than what is equal."""
-    each = [versus(reports, part, method, budget, task) for task in with_room(reports, part)]
+    each = [versus(reports, part, method, budget, [task]) for task in with_room(reports, part)]
     clear = [found.mean > 0 for found in each if found is not None and not _equal(found)]
     return len(set(clear)) > 1
 
 
 def versus(
-    reports: Reports, part: str, method: str, budget: float, alone: str | None = None
+    reports: Reports, part: str, method: str, budget: float, tasks: list[str] | None = None
 ) -> Paired | None:
-    """A method's paired differences to ID3, over the seeds of all tasks with room that have both; alone: of
-    this task."""
+    """A method's paired differences to ID3, over the seeds that both have, of `tasks` or all with room."""
     scores: list[dict] = [{}, {}]
-    for task in with_room(reports, part) if alone is None else [alone]:
+    for task in with_room(reports, part) if tasks is None else tasks:
         for found, name in zip(scores, (method, "id3"), strict=True):
             row = row_of(reports, part, task, name, budget)
             found.update({(task, seed): value for seed, value in (row["scores"] if row else {}).items()})
@@ -106,8 +105,8 @@ def _cell(part: str, row: dict | None) -> str:
     return f"{100 * row['mean']:.2f}{sd}{'*' if row['at_edge'] else ''}{count}"
 
 
-def _against(difference: Paired, opposite: bool) -> list[str]:
-    said = " (opposite)" if opposite else " (equal)" if _equal(difference) else ""
+def _against(difference: Paired, mixed: bool) -> list[str]:
+    said = " (opposite)" if mixed else " (equal)" if _equal(difference) else ""
     p = "" if difference.p is None else f"{difference.p:.3f}"
     counts = f"{difference.wins}/{difference.losses}/{difference.ties}"
     return [f"{100 * difference.mean:+.2f}{said}", p, counts]
@@ -228,9 +227,8 @@ def _how(reports: Reports, part: str, tasks: list[str]) -> str:
         report = reports[part, task]
         rates = [f"{row['method']} {row['lr']:.2g}" for row in report["rows"] if row["lr"] is not None]
         subset = report.get("rows_subset") and f" on {report['rows_subset']:,} of its training rows"
-        tied = chosen_by_loss(report)
-        loss = f" The loss decided a round of tuning, in which all runs scored alike, of {', '.join(tied)}."
-        loss = loss if tied else ""
+        tied = ", ".join(chosen_by_loss(report))
+        loss = f" The loss decided a round of tuning, in which all runs scored alike, of {tied}." * bool(tied)
         how = f"tuned with {report['tune_steps']}" if PARTS[part].tuned else "not tuned"
         versions = sorted({run["versions"] for run in report["runs"] if run.get("versions")})
         lines.append(

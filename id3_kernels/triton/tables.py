@@ -63,19 +63,17 @@ class Kept:
 
     def __call__(self, *key):
         captured = capturing(key[-1])
-        if (found := self.recent.pop(key, None)) is not None:
-            self.bytes -= bytes_of(found[0])
-        found = found or self.in_graphs.get(key)
+        found = self.in_graphs.get(key) or self.recent.get(key)
         if found is None:
             found = self.make(*key), made_now(key[-1])
-            if captured:
-                return found[0]
-        elif not captured:
-            wait_for(found[1], found[0], key[-1])
-        if captured:
+            if not captured:
+                self._remember(key, found)
+        elif captured:
             self.in_graphs[key] = found
         else:
-            self._remember(key, found)
+            wait_for(found[1], found[0], key[-1])
+            if key in self.recent:
+                self.recent.move_to_end(key)
         return found[0]
 
     def _remember(self, key: tuple, found: tuple) -> None:

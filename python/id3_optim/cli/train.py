@@ -65,8 +65,11 @@ def build_optimizer(settings: Settings, start: Start, mask: Mask | None = None) 
 
     mask: the entries to train from the first step on, in place of a choice.
     """
+    head_options = {} if settings.head_lr is None else {"lr": settings.head_lr}
     if settings.optimizer == "adamw":
-        params = _by_rate(start, settings.head_lr)
+        params = [p for p in start.model.parameters() if p.requires_grad]
+        if head_options:
+            params = parameter_groups(start.model, start.fresh, **head_options)
         options = {"lr": settings.lr, "weight_decay": settings.weight_decay, "fused": not settings.fsdp}
         optimizer = torch.optim.AdamW(params, **options)
         if settings.fsdp:  # ID3AdamW takes over whole states by itself
@@ -80,7 +83,6 @@ def build_optimizer(settings: Settings, start: Start, mask: Mask | None = None) 
         "random": Random(settings.seed),
         "bias": Bias(),
     }
-    head_options = {} if settings.head_lr is None else {"lr": settings.head_lr}
     groups = parameter_groups(start.model, start.fresh, **head_options)
     budget = resolved_budget(settings, sum(parameter.numel() for _, parameter in groups[0]["params"]))
     if mask is not None:  # a larger budget would search for more in every step
@@ -94,18 +96,6 @@ def build_optimizer(settings: Settings, start: Start, mask: Mask | None = None) 
         strategy=settings.strategy if mask is None else "static",
         **optimizer_options(settings),
     )
-
-
-def _by_rate(start: Start, head_lr: float | None) -> list[dict]:
-    """The groups of an optimizer of all parameters: fresh ones may have a learning rate of their own."""
-    trained = [(name, p) for name, p in start.model.named_parameters() if p.requires_grad]
-    if head_lr is None:
-        return [{"params": [p for _, p in trained]}]
-    groups = [
-        {"params": [p for name, p in trained if (name in start.fresh) == fresh]} for fresh in (False, True)
-    ]
-    groups[1]["lr"] = head_lr
-    return [group for group in groups if group["params"]]
 
 
 def prepare(

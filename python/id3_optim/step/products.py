@@ -187,8 +187,7 @@ def collect_blocks(
         entries = held.entries(inside, row * columns)
         rows = param[row : row + block.shape[0]], block
         candidates.collect_part(active, at, heuristic, row * columns, rows, entries, may_hold)
-        values = entries[2].split([end - begin for begin, end in inside]) if inside else ()
-        for (begin, end), more in zip(inside, values, strict=True):
+        for (begin, end), more in zip(inside, entries[2].split([e - b for b, e in inside]), strict=True):
             gradient[begin:end] += more
         del rows, block  # the next block is made now: two would be alive
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from ...extras import require
 from ..options import add_batches, add_data, adder, budget
 from ..output import check_writable, write_text
-from ..settings import Settings, check_settings
+from ..settings import Settings, check_settings, option
 from .grid import Plan, possible, settings_of
 from .methods import read_method, read_rates
 from .store import Store
@@ -131,21 +131,18 @@ def _check_grid(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--against: expected one of {', '.join(counts)}, got {arguments.against}")
 
 
-def _check_targets(arguments: argparse.Namespace, options: tuple[str, ...]) -> None:
+def _check_targets(arguments: argparse.Namespace, names: tuple[str, ...]) -> None:
     """Raises ValueError or OSError for a file to write that is a folder, cannot be made, or is another of the
     command's files."""
     taken = {"the results": arguments.results}
-    taken |= {f"--{name.replace('_', '-')}": getattr(arguments, name, None) for name in _READ}
-    for option in options:
-        if (target := getattr(arguments, option)) is None:
+    taken |= {option(name): getattr(arguments, name, None) for name in ("train", "eval", "also_eval")}
+    for name in names:
+        if (target := getattr(arguments, name)) is None:
             continue
         if not target or Path(target).is_dir():
-            raise ValueError(f"--{option}: expected a file name, got {target!r}")
-        for name, path in taken.items():
+            raise ValueError(f"{option(name)}: expected a file name, got {target!r}")
+        for other, path in taken.items():
             if path and os.path.realpath(target) == os.path.realpath(path):
-                raise ValueError(f"--{option}: expected another file than {name}, got {target}")
-        check_writable(f"--{option}", Path(target).parent)
-        taken[f"--{option}"] = target
-
-
-_READ = ("train", "eval", "also_eval")
+                raise ValueError(f"{option(name)}: expected another file than {other}, got {target}")
+        check_writable(option(name), Path(target).parent)
+        taken[option(name)] = target

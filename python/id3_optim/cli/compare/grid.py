@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from ..settings import Settings
 from .halving import choose, rungs
-from .methods import Method
+from .methods import IN_FACTS, Method
 
 # Smaller is better; of all other metrics larger.
 _LOSSES = ("loss", "token_loss", "perplexity")
@@ -90,26 +90,12 @@ def key(plan: Plan, trial: Trial) -> str:
     settings = {
         field.name: settings[field.name]
         for field in fields(Settings)  # those at their default are left out: a later version may have more
-        if field.name not in _IN_FACTS and settings[field.name] != field.default
+        if field.name not in IN_FACTS and settings[field.name] != field.default
     }
     settings["budget"] = trial.budget
     whole = {"settings": settings, "held_out": plan.held_out if trial.tuning else 0.0, "facts": plan.facts}
     return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
 
-
-# `facts` has the contents; or they change nothing.
-_IN_FACTS = {
-    "model",
-    "train",
-    "eval",
-    "also_eval",
-    "task",
-    "text_column",
-    "label_column",
-    "encoding",
-    "delimiter",
-}
-_IN_FACTS |= {"output", "overwrite", "resume", "report", "save_plots", "epochs", "cpu"}
 
 Results = Mapping[Trial, Mapping[str, Any]]
 

@@ -19,8 +19,8 @@ NAMED["head"]["head_lr"] = None  # its rate is `lr`
 NAMED |= {"full": {"optimizer": "adamw", "budget": None}}
 # So that eps, exp, heuristic and strategy may differ.
 NAMED |= {"id3": {}, "static-d3": {"strategy": "static"}, "repeat-d3": {"strategy": "repeat"}}
-# Each has an option of its own, or says where files lie.
-_NOT_IN_A_METHOD = {
+# No part of a run's key: `Plan.facts` has the contents, or they change nothing.
+IN_FACTS = {
     "model",
     "train",
     "eval",
@@ -30,25 +30,11 @@ _NOT_IN_A_METHOD = {
     "label_column",
     "encoding",
     "delimiter",
-    "cpu",
-    "output",
-    "seed",
-    "steps",
-    "epochs",
-    "budget",
-    "resume",
-    "method",
 }
-_NOT_IN_A_METHOD |= {
-    "mask",  # a file; `reuse_mask` has the mask of each seed
-    "save_every",
-    "save_at",
-    "report",
-    "save_plots",
-    "overwrite",
-    "memory_report",
-    "keep",
-}
+IN_FACTS |= {"output", "overwrite", "resume", "report", "save_plots", "epochs", "cpu"}
+# Nor can a method change those that have an option of their own, or that keep files.
+_NOT_IN_A_METHOD = IN_FACTS | {"seed", "steps", "budget", "method", "save_every", "save_at", "keep"}
+_NOT_IN_A_METHOD |= {"mask", "memory_report"}  # mask: a file; `reuse_mask` has the mask of each seed
 
 
 @dataclass(frozen=True)

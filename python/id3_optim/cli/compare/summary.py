@@ -77,7 +77,9 @@ def _reference(plan: Plan, cell: Cell, fair) -> Mapping[int, float] | None:
         return None
     alike = [other for other in cells(plan) if other.method == plan.against]
     same = Cell(plan.against, cell.budget)
-    return fair.get(same if same in alike else alike[0]) if same in alike or len(alike) == 1 else None
+    if same not in alike:
+        same = alike[0] if len(alike) == 1 else None
+    return fair.get(same)
 
 
 def _difference(plan: Plan, scores, reference) -> Paired | None:
