@@ -132,7 +132,7 @@ def test_the_prediction_is_that_of_the_method(tmp_path):
 def test_sparse_backward_holds_what_is_predicted(bf16):
     """The real optimizer's passes, in a step that selects; its layers are larger than a block."""
     config = LlamaConfig(
-        vocab_size=3000, hidden_size=1024, num_hidden_layers=2, num_attention_heads=4, intermediate_size=2048,
+        vocab_size=6000, hidden_size=1024, num_hidden_layers=2, num_attention_heads=4, intermediate_size=2048,
         tie_word_embeddings=False,
     )  # fmt: skip
     model = LlamaForCausalLM(config).to(torch.bfloat16 if bf16 else torch.float32).train()

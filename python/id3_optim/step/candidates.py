@@ -152,16 +152,16 @@ class Candidates:
     ) -> None:
         """Takes candidates from a part of tensor `at` that begins at flat index `first`.
 
-        rows: the parameter's and the gradient's. held: offsets [R, 2], indices counted from `first`, and
-        values, of the active entries in the part. Mutates the candidates, and values, which become the
-        gradient's.
+        rows: the parameter's and the gradient's. held: offsets [R, 2] of the active entries in the part,
+        indices counted from `first`, and values. Mutates the candidates, and the part's values, which grow
+        by the gradient's.
         """
         i, j = at
         param, grad = rows
         self._look_at(i, grad)
         offsets, indices, values = held
         place = (active.shards[i].numbers[j] << 32) + first
-        take = (param, grad, None, offsets, indices, values, False, place)
+        take = (param, grad, None, offsets, indices, values, True, place)
         d3 = heuristic.eps, heuristic.exp
         active.shards[i].kernels.collect_(*take, *self.best[i], self._k[i], may_hold, *d3)
 

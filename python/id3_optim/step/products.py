@@ -22,8 +22,9 @@ from .candidates import Candidates
 from .needed import Needed
 
 # Entries of dW that are alive at once in a step that selects. Smaller products are slower: against whole
-# gradients that are released, a step of 120M entries takes 3 % longer with 2^18 and 1 % longer with 2^20.
-BLOCK_ENTRIES = 1 << 20
+# gradients that are released, a step of 120M entries and 512 tokens on two cores takes 11 % longer with 2^18,
+# 3 % with 2^20 and 1 % with 2^21, and no less with 2^22.
+BLOCK_ENTRIES = 1 << 21
 
 
 class Parts(Protocol):
@@ -175,21 +176,15 @@ def collect_blocks(
     Mutates the candidates and the shard's `gradient` array.
     """
     shard, j = active.shards[at[0]], at[1]
-    gradient = shard.arrays["gradient"]
-    if not add:
-        for begin, end in (run[j : j + 2] for run in shard.bounds):
-            gradient[begin:end].zero_()
     param = shard.params[j].detach()
     step, columns = rows_at_once(param), param.shape[-1]
-    held = _Held(shard, j, range(0, param.numel(), step * columns))
+    held = _Held(shard, j, range(0, param.numel(), step * columns), add)
     for row, block in blocks:
-        inside = held.within(row // step)
-        entries = held.entries(inside, row * columns)
         rows = param[row : row + block.shape[0]], block
-        candidates.collect_part(active, at, heuristic, row * columns, rows, entries, may_hold)
-        for (begin, end), more in zip(inside, entries[2].split([e - b for b, e in inside]), strict=True):
-            gradient[begin:end] += more
+        part = held.part(row // step)
+        candidates.collect_part(active, at, heuristic, row * columns, rows, part, may_hold)
         del rows, block  # the next block is made now: two would be alive
+    held.put_back()
 
 
 def search(
@@ -207,41 +202,53 @@ def search(
     param: the tensor, flat. Mutates the candidates alone.
     """
     last = first + grad.numel()
-    held = _Held(active.shards[at[0]], at[1], range(first, last, grad.numel()))
+    held = _Held(active.shards[at[0]], at[1], range(first, last, grad.numel()), False)
     rows = param[first:last], grad
-    candidates.collect_part(active, at, heuristic, first, rows, held.entries(held.within(0), first), may_hold)
+    candidates.collect_part(active, at, heuristic, first, rows, held.part(0), may_hold)
 
 
 class _Held:
-    """The active entries of tensor j of a shard in stretches of its flat indices.
+    """The active entries of tensor j of a shard in stretches of its flat indices, and their values.
 
-    stretches: their first indices; the last one ends at most a step behind. All are looked up at once: a
-    look at each of a model's blocks takes a percent of a step.
+    stretches: their first indices; the last one ends at most a step behind. values: the shard's `gradient`
+    (add) or 0, copied: all stretches are looked up at once, since a look at each of a model's blocks takes a
+    percent of a step.
     """
 
-    def __init__(self, shard: Shard, j: int, stretches: range):
-        self._shard = shard
+    def __init__(self, shard: Shard, j: int, stretches: range, add: bool):
+        self._gradient = shard.arrays["gradient"]
         end = min(stretches.start + len(stretches) * stretches.step, shard.params[j].numel())
+        self._runs = _runs_within(shard, j, stretches.start, end)
         edges = torch.tensor([*stretches, end], dtype=torch.int32, device=shard.device)
-        self._edges = [
-            [begin + at for at in torch.searchsorted(shard.arrays["indices"][begin:end], edges).tolist()]
-            for begin, end in (run[j : j + 2] for run in shard.bounds)
-            if begin < end
-        ]
-        indices, gradient = (shard.arrays[name][:0] for name in ("indices", "gradient"))
-        self._none = torch.zeros(1, 2, dtype=torch.int64, device=shard.device), indices, gradient
+        indices = _of_runs(shard.arrays["indices"], self._runs)
+        firsts = [0, *accumulate(end - begin for begin, end in self._runs)]
+        offsets = [torch.searchsorted(indices[first:last], edges) + first for first, last in pairwise(firsts)]
+        self._offsets = torch.stack(offsets or [torch.zeros_like(edges, dtype=torch.int64)])
+        self._indices = (indices - stretches.start).remainder_(stretches.step)
+        values = _of_runs(self._gradient, self._runs)
+        self._values = values if add else values.zero_()
 
-    def within(self, stretch: int) -> list[tuple[int, int]]:
-        """Where in the shard's arrays the entries of a stretch lie: in each run that has some."""
-        inside = (tuple(edges[stretch : stretch + 2]) for edges in self._edges)
-        return [(begin, end) for begin, end in inside if begin < end]
+    def part(self, stretch: int) -> tuple[Tensor, Tensor, Tensor]:
+        """As `Candidates.collect_part` takes a stretch's: offsets, indices counted from its first, values."""
+        return self._offsets[:, stretch : stretch + 2], self._indices, self._values
 
-    def entries(self, inside: list[tuple[int, int]], first: int) -> tuple[Tensor, Tensor, Tensor]:
-        """As `Candidates.collect_part` takes them: offsets, indices counted from `first`, room for values."""
-        if not inside:
-            return self._none
-        arrays = self._shard.arrays
-        ends = [0, *accumulate(end - begin for begin, end in inside)]
-        indices = torch.cat([arrays["indices"][begin:end] for begin, end in inside]) - first
-        offsets = torch.tensor([*map(list, pairwise(ends))], device=indices.device)
-        return offsets, indices, arrays["gradient"].new_empty(ends[-1])
+    def put_back(self) -> None:
+        """Makes the values the shard's."""
+        parts = self._values.split([end - begin for begin, end in self._runs])
+        for (begin, end), values in zip(self._runs, parts, strict=True):
+            self._gradient[begin:end] = values
+
+
+def _runs_within(shard: Shard, j: int, first: int, last: int) -> list[tuple[int, int]]:
+    """Where the active entries of tensor j in [first, last) lie: in each run that has some."""
+    runs = [run[j : j + 2] for run in shard.bounds]
+    if (first, last) != (0, shard.params[j].numel()):
+        edges = torch.tensor([first, last], dtype=torch.int32, device=shard.device)
+        held = [shard.arrays["indices"][begin:end] for begin, end in runs]
+        cuts = [torch.searchsorted(indices, edges).tolist() for indices in held]
+        runs = [[begin + at for at in cut] for (begin, _), cut in zip(runs, cuts, strict=True)]
+    return [(begin, end) for begin, end in runs if begin < end]
+
+
+def _of_runs(array: Tensor, runs: list[tuple[int, int]]) -> Tensor:
+    return torch.cat([array[begin:end] for begin, end in runs] or [array[:0]])
