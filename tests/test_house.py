@@ -17,6 +17,7 @@ FOREIGN = {
     "_functorch", "_will_engine_execute_node", "_autograd", "_get_current_graph_task_keep_graph", "_is_view",
     "_base", "_unsafe_view", "_backward_hooks", "_post_accumulate_grad_hooks", "_subclasses", "_nnz",
     "_modules", "_getframe", "_replace", "_fields", "_asdict", "_exit", "_run_exitfuncs",
+    "_n_gpu",
 }  # fmt: skip
 
 

@@ -3,11 +3,12 @@
 import math
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from train_command import run, save_train_files, words
 
-from id3_optim.cli import main, train
+from id3_optim.cli import main, train, trainer
 from id3_optim.cli.settings import Settings, check_settings
 
 
@@ -135,3 +136,18 @@ def test_any_words_and_files_are_a_start_or_one_line(files, tmp_path_factory, op
             code = ended.code
     assert code == 2
     assert [path.name for path in folder.iterdir()] == [data.name]
+
+
+def test_a_process_that_sees_several_gpus_uses_one(files, tmp_path, monkeypatch):
+    """nn.DataParallel would take four times --batch-size rows."""
+    arguments = trainer.trainer_arguments(
+        Settings(*map(str, (files / "model", files / "t", files / "t", tmp_path)))
+    )
+    arguments._n_gpu = 4
+    assert arguments.train_batch_size == 4 * arguments.per_device_train_batch_size
+    trainer.on_one_gpu(arguments)
+    assert arguments.train_batch_size == arguments.per_device_train_batch_size
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    (note,) = trainer.idle_gpus(torch.device("cuda", 0), 1)
+    assert "one of 4 GPUs" in note
+    assert not trainer.idle_gpus(torch.device("cuda", 0), 4) and not trainer.idle_gpus(torch.device("cpu"), 1)

@@ -36,7 +36,7 @@ def trainer_arguments(settings: Settings) -> transformers.TrainingArguments:
     known = transformers.TrainingArguments.__dataclass_fields__  # older releases have the other name
     name = next(name for name in ("activation_checkpointing", "gradient_checkpointing") if name in known)
     checkpointing = {name: True} if settings.checkpointing else {}
-    return transformers.TrainingArguments(
+    arguments = transformers.TrainingArguments(
         output_dir=str(Path(settings.output) / UNFINISHED),
         num_train_epochs=settings.epochs,
         max_steps=settings.steps or -1,
@@ -61,6 +61,26 @@ def trainer_arguments(settings: Settings) -> transformers.TrainingArguments:
         remove_unused_columns=False,
         **checkpointing,
     )
+    return on_one_gpu(arguments)
+
+
+def on_one_gpu(arguments: transformers.TrainingArguments) -> transformers.TrainingArguments:
+    """The arguments, so that a process that sees several GPUs uses one.
+
+    The Trainer would use all of them by nn.DataParallel, which takes that many times --batch-size rows and
+    copies the model's weights in each forward pass. Mutates the arguments.
+    """
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1
+    return arguments
+
+
+def idle_gpus(device: torch.device, processes: int) -> list[str]:
+    """A line where other GPUs than `device` are left alone."""
+    seen = torch.cuda.device_count()
+    if device.type != "cuda" or processes > 1 or seen < 2:
+        return []
+    return [f"one of {seen} GPUs is used; all: torchrun --nproc-per-node {seen} -m id3_optim.cli train"]
 
 
 def run_trainer(trainer: WatchedTrainer, checkpoint: Path | None) -> None:
@@ -97,6 +117,7 @@ def make_trainer(start, task, optimizer, settings, callbacks, watch) -> WatchedT
     if task.also:
         trainer.also_eval = by_length(files["--also-eval"])
     trainer.notes = [n for name, inputs in files.items() for n in cut_notes(name, inputs, start, settings)]
+    trainer.notes += idle_gpus(trainer.args.device, trainer.args.world_size)
     return trainer
 
 
