@@ -179,6 +179,16 @@ def test_what_is_left_of_runs_that_diverged_is_not_compared():
     assert any(note.startswith("diverged") for note in notes(plan, with_numbers(results)))
 
 
+def test_runs_of_other_versions_are_said():
+    plan = plan_of(Method("id3"), budgets=(0.01,))
+    results = with_numbers(finish(plan, lambda method, rate: 0.9))
+    assert not any(note.startswith("versions") for note in notes(plan, results))
+    for i, found in enumerate(results.values()):
+        found["versions"] = f"torch 2.{i % 2}"
+    (said,) = (note for note in notes(plan, results) if note.startswith("versions"))
+    assert "torch 2.0; torch 2.1" in said
+
+
 def with_numbers(results):
     numbers = {"trained": 100, "step_ms": {"total": 1.0}, "optimizer_bytes": 8}
     return {trial: numbers | found for trial, found in results.items()}

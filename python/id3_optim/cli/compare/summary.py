@@ -145,6 +145,9 @@ def notes(plan: Plan, results: Results) -> list[str]:
     if {"full", "head"} <= means.keys():
         room = means["full"] - means["head"]
         found.append(f"room: full fine-tuning is {room:+.4f} from the head alone")
+    versions = sorted({run["versions"] for run in results.values() if "versions" in run})
+    if len(versions) > 1:
+        found.append(f"versions: the runs are of {len(versions)} installations: {'; '.join(versions)}")
     return found
 
 
