@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+from benchmarks.quality import tasks
+
 
 def write_data(folder: Path) -> Path:
     """GLUE's form: tab-separated, and a quote mark is text."""
@@ -12,6 +14,8 @@ def write_data(folder: Path) -> Path:
     for name in ("train.tsv", "dev.tsv"):
         (folder / "CoLA" / name).write_text("\n".join(["sentence1\tlabel", *lines, ""]))
     (folder / "math").mkdir()
-    rows = [{"question": f"What is {i} and {i}?", "answer": f"#### {2 * i}"} for i in range(520)]
+    rows = [
+        {"question": f"What is {i} and {i}?", "answer": f"#### {2 * i}"} for i in range(tasks.KEPT_ROWS + 20)
+    ]
     (folder / "math" / "gsm8k.train.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return folder

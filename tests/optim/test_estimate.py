@@ -2,12 +2,14 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from tiny_models import save_bert, save_llama, write_completions, write_reviews
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from benchmarks.release import config_of
 from id3_optim import ID3AdamW, sparse_backward
 from id3_optim.cli import main
 from id3_optim.cli.estimate import predicted_memory
@@ -85,6 +87,22 @@ def test_command(tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         main([*arguments[:3], "--budget", "2.5"])
     assert "--budget: expected entries (320000) or a share" in capsys.readouterr().err
+
+
+def test_the_page_has_what_the_command_says(tmp_path, capsys):
+    """docs/gradient-release.md, of Llama-2-7B."""
+    config_of("Llama-2-7B").save_pretrained(tmp_path)
+    words = ["estimate", "--model", str(tmp_path), "--budget", "7000000", "--batch", "1", "--length", "2048"]
+    assert main([*words, "--bf16", "--checkpointing", "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    gib = {way: f"{said[way]['peak'] / 2**30:.1f}" for way in ("sparse", "released", "dense", "adamw")}
+    mib = {way: f"{said[way]['gradients'] / 2**20:.0f}" for way in ("sparse", "released")}
+    page = (Path(__file__).parents[2] / "docs" / "gradient-release.md").read_text()
+    assert (
+        f"{gib['sparse']} GiB with a sparse backward pass and {gib['released']} with released gradients "
+        f"({mib['sparse']} MiB and {mib['released']} MiB of gradients at once), {gib['dense']} with dense "
+        f"gradients and {gib['adamw']} with AdamW"
+    ) in " ".join(page.split())
 
 
 def test_train_releases_and_reports(tmp_path):

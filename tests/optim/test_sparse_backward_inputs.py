@@ -116,3 +116,21 @@ def test_an_active_set_that_was_loaded_after_the_forward_pass_is_refused():
             continue
         with pytest.raises(RuntimeError, match="more than the forward pass kept"):
             loss.backward()
+
+
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr], ids=str)
+def test_a_sparse_input_goes_through_a_plain_layer(layout):
+    twins = SparseTwins(nn.Sequential(nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, 3)), select_every=4)
+    for step in range(8):
+        x = torch.randn(6, 12, generator=torch.Generator().manual_seed(step)).relu().to_sparse(layout=layout)
+        twins.step(lambda net, x=x: net(x).square().sum())
+    twins.check_close(1e-6)
+
+
+def test_an_input_by_its_name():
+    for layer, name in ((nn.Linear(12, 8), "input"), (Conv1D(8, 12), "x"), (nn.Embedding(12, 8), "input")):
+        optimizer = ID3AdamW(layer.named_parameters(), budget=5, total_steps=4)
+        sparse_backward(layer, optimizer)
+        x = torch.arange(6) if isinstance(layer, nn.Embedding) else torch.randn(6, 12)
+        layer(**{name: x}).sum().backward()
+        assert type(layer).__name__.startswith("Sparse") and layer.weight.grad is None

@@ -7,6 +7,7 @@ import torch
 from sparse_twins import SparseTwins
 from test_release_checkpoints import Blocks
 from test_sparse_backward import RHYTHMS, Net, ids_of, loss_at
+from torch import nn
 from transformers import (
     AlbertConfig,
     AlbertModel,
@@ -20,6 +21,7 @@ from transformers import (
 from twins import loss_at as dense_loss_at
 
 from id3_optim import GradScaler, ID3AdamW, sparse_backward
+from id3_optim.backward.weight import Use
 
 
 @pytest.mark.parametrize("every", RHYTHMS)
@@ -151,3 +153,22 @@ def test_transformers(kind, every, checkpoints):
     if kind == "gpt2":
         shared = "whole in steps that select: shared by transformer.wte and lm_head"
         assert ways["transformer.wte.weight"].reason == shared
+
+
+def test_a_recurrent_layer_looks_at_each_call_a_few_times(monkeypatch):
+    looks, runs = [], Use.runs
+    monkeypatch.setattr(Use, "runs", lambda use: looks.append(1) or runs(use))
+    torch.manual_seed(0)
+    twins = SparseTwins(nn.Linear(12, 12), budget=40, total_steps=4)
+    calls = 60
+
+    def loss(net):
+        x = torch.ones(2, 12)
+        for _ in range(calls):
+            x = net(x).tanh()
+        return x.square().sum()
+
+    for _ in range(3):
+        twins.step(loss)
+    twins.check_close(1e-5)
+    assert 0 < len(looks) < 3 * 3 * calls

@@ -7,10 +7,11 @@ import torch
 from sparse_twins import SparseTwins
 from test_sparse_backward import RHYTHMS, Net, loss_at
 from torch import nn
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import BertConfig, BertForSequenceClassification, Gemma3ForCausalLM, Gemma3TextConfig
 from transformers.pytorch_utils import Conv1D
 
 from id3_optim import ID3AdamW, sparse_backward
+from id3_optim.step.products import Product
 
 OPTIONS = {"lr": 1e-2, "budget": 0.05, "total_steps": 12}
 
@@ -159,3 +160,25 @@ def test_a_weight_that_two_kinds_of_layers_share():
     for found, weight in runs[1:]:
         assert found == runs[0][0]
         torch.testing.assert_close(weight, runs[0][1])
+
+
+def test_a_scaled_embedding_that_the_head_shares(monkeypatch):
+    """Gemma's; its gradient has the scale in it, and is whole in steps that select alone."""
+    torch.manual_seed(0)
+    config = Gemma3TextConfig(
+        vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    twins = SparseTwins(Gemma3ForCausalLM(config), select_every=4)
+    (way,) = (way for way in twins.handle.ways if way.name == "model.embed_tokens.weight")
+    assert way.way == "sparse" and "shared by model.embed_tokens and lm_head" in way.reason
+    whole, of_product = [], Product.whole
+    monkeypatch.setattr(Product, "whole", lambda *args: whole.append(step) or of_product(*args))
+    for step in range(12):
+        ids = torch.randint(3, 60, (2, 7), generator=torch.Generator().manual_seed(step))
+        twins.step(lambda net, ids=ids: net(input_ids=ids, labels=ids).loss)
+    assert whole == [0, 4, 8]
+    twins.check_close(1e-5)
+    assert twins.handle.remove() is None and type(twins.sparse[0].get_input_embeddings()) is type(
+        twins.released[0].get_input_embeddings()
+    )

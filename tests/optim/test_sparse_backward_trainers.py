@@ -6,8 +6,9 @@ import json
 
 import pytest
 import torch
+from torch import nn
 from train_command import run, save_train_files, words
-from trainer_run import HEAD, arguments, build, id3, same_bits, tiny_bert
+from trainer_run import HEAD, arguments, build, id3, rows, same_bits, tiny_bert
 from transformers import Trainer
 
 from id3_optim import load_delta, recipe, sparse_backward
@@ -76,6 +77,10 @@ def test_clipping_of_a_head_alone_is_refused(tmp_path, released):
     trainer = build(arguments(tmp_path, max_grad_norm=1.0), model, callback, optimizers=optimizers)
     with pytest.raises(ValueError, match=r"max_grad_norm in TrainingArguments: expected 0 .* got 1\.0"):
         trainer.train()
+    assert type(model.bert.pooler.dense) is nn.Linear
+    before = [p.detach().clone() for p in model.parameters()]
+    Trainer(model, arguments(tmp_path, max_steps=2), train_dataset=rows()).train()
+    assert not all(map(torch.equal, model.parameters(), before)), "another run finds its gradients"
     pytest.importorskip("lightning", reason="Lightning comes with the extra `lightning`")
     from test_lightning import Tagger, fit
 

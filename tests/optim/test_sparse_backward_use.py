@@ -221,6 +221,13 @@ def test_the_report_names_every_parameter_and_the_reason():
         "embed.weight": "sparse", "up.weight": "sparse", "norm.weight": "released", "norm.bias": "released",
         "mix.weight": "sparse", "mix.bias": "released", "down.weight": "sparse", "down.bias": "released",
     }  # fmt: skip
+    assert [way.name for way in handle.ways if way.way == "frozen"] == []
+    net.up.requires_grad_(False)
+    handle = sparse_backward(net, ID3AdamW(net.named_parameters(), budget=5, total_steps=8))
+    assert {way.name: way.entries for way in handle.ways if way.way == "frozen"} == {"up.weight": 24 * 40}
+    assert handle.report().endswith(f"of {3399 - 24 * 40:,} entries")
+    net.up.requires_grad_(True)
+    handle = sparse_backward(net, ID3AdamW(net.named_parameters(), budget=5, total_steps=8))
     text = handle.report()
     assert "of a LayerNorm" in text and "the bias of a Conv1D" in text
     assert text.endswith(f"sparse: {50 * 24 + 24 * 40 + 40 * 24 + 24 * 7:,} of {3399:,} entries")

@@ -20,7 +20,8 @@ from .weight import Readers, Weight
 
 
 class Way(NamedTuple):
-    """How the gradient of one parameter reaches the optimizer. way: "sparse" or "released"."""
+    """How the gradient of one parameter reaches the optimizer. way: "sparse", "released", or "frozen" where
+    it requires none."""
 
     name: str
     entries: int
@@ -38,7 +39,7 @@ class SparseBackward:
         """Which parameters go which way and why: a line for each, and the sums."""
         width = max((len(way.name) for way in self.ways), default=0)
         lines = [f"{w.name:{width}}  {w.entries:>13,}  {w.way:8}  {w.reason}".rstrip() for w in self.ways]
-        total = sum(way.entries for way in self.ways)
+        total = sum(way.entries for way in self.ways if way.way != "frozen")
         sparse = sum(way.entries for way in self.ways if way.way == "sparse")
         return "\n".join([*lines, f"sparse: {sparse:,} of {total:,} entries"])
 
@@ -179,13 +180,16 @@ def _ways(model: nn.Module, optimizer: Any) -> Iterator[tuple[Way, list[nn.Modul
                 "release_gradients=True, which FSDP2 goes with"
             )
         why_not = next((why for holder in held if (why := _obstacle(holder))), None)
+        if why_not and len(held) > 1:
+            why_not += f" and shared by {_paths(held)}"
+        frozen = "" if param.requires_grad else "frozen"
         if why_not:
             norms = [holder.layer for holder in held if _is_norm(holder)]
             n = 0 if is_lazy(param) else param.numel()
-            yield Way(name, n, "released", why_not), norms
+            yield Way(name, n, frozen or "released", why_not), norms
         else:
             whole = _whole(held, optimizer.heuristic)
-            yield Way(name, param.numel(), "sparse", whole), [holder.layer for holder in held]
+            yield Way(name, param.numel(), frozen or "sparse", whole), [holder.layer for holder in held]
 
 
 def _is_norm(holder: _Holder) -> bool:
@@ -215,9 +219,13 @@ def _obstacle(holder: _Holder) -> str | None:
     return None
 
 
+def _paths(held: list[_Holder]) -> str:
+    return " and ".join(holder.path for holder in held)
+
+
 def _whole(held: list[_Holder], heuristic: Heuristic) -> str:
     """Why the gradient is made whole in steps that select; empty where it is not."""
     whole = "whole in steps that select: "
     if len(held) > 1:
-        return whole + "shared by " + " and ".join(holder.path for holder in held)
+        return whole + "shared by " + _paths(held)
     return "" if isinstance(heuristic, D3) else whole + "its heuristic scores whole tensors"

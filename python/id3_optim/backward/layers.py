@@ -32,15 +32,19 @@ class _Sparse:
             return type(self).forward(self, *inputs, **named)
         site = getattr(self, "sparse_weight", None)
         trained = torch.is_grad_enabled() and self.weight.requires_grad and not torch.jit.is_tracing()
-        nested = any(getattr(x, "is_nested", False) for x in (*inputs, *named.values()))
-        if trained and not nested and site is not None and site.of(self.weight):
+        strided = all(map(_is_strided, (*inputs, *named.values())))
+        if trained and strided and site is not None and site.of(self.weight):
             return self.sparse_forward(*inputs, **named)
         return super().forward(*inputs, **named)
 
 
-def _subclass(mixin: type, plain: type[nn.Module]) -> type[nn.Module]:
+def _is_strided(x: Any) -> bool:
+    return not isinstance(x, Tensor) or (x.layout == torch.strided and not x.is_nested)
+
+
+def _subclass(*bases: type, plain: type[nn.Module]) -> type[nn.Module]:
     """In the module of the plain class, by which torch.fx knows a layer."""
-    return type(f"Sparse{plain.__name__}", (mixin, plain), {"plain": plain, "__module__": plain.__module__})
+    return type(f"Sparse{plain.__name__}", bases, {"plain": plain, "__module__": plain.__module__})
 
 
 class _Linear(_Sparse):
@@ -49,13 +53,17 @@ class _Linear(_Sparse):
 
 
 class _Conv1D(_Sparse):
-    def sparse_forward(self, input: Tensor) -> Tensor:
-        return linear(input, self.weight, self.bias, self.sparse_weight, True)
+    def sparse_forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias, self.sparse_weight, True)
 
 
 class _Embedding(_Sparse):
     def sparse_forward(self, input: Tensor) -> Tensor:
         return lookup(input, self.weight, self.padding_idx, self.sparse_weight)
+
+
+class _ScaledEmbedding(_Embedding, nn.Embedding):
+    """Below a class whose forward pass scales what nn.Embedding's gives: the lookup alone is another one."""
 
 
 class _RMSNorm(_Sparse):
@@ -75,16 +83,21 @@ class _RMSNorm(_Sparse):
 def norm_class(plain: type[nn.Module]) -> type[nn.Module] | None:
     """The subclass for an RMSNorm of a model of transformers; None for every other class: torch's own norms,
     and those of kernel libraries, keep no second tensor."""
-    known = plain.__module__.startswith("transformers.models.") and plain.__name__.endswith("RMSNorm")
-    return _subclass(_RMSNorm, plain) if known else None
+    return _subclass(_RMSNorm, plain, plain=plain) if _of_transformers(plain, "RMSNorm") else None
 
 
 @cache
 def sparse_class(plain: type[nn.Module]) -> type[nn.Module] | None:
-    """The subclass for nn.Linear, nn.Embedding and transformers' Conv1D; None for every other class, their
-    subclasses too, which may do anything with the weight."""
+    """The subclass for nn.Linear, nn.Embedding, transformers' Conv1D and its models' scaled embeddings; None
+    for every other class, their subclasses too, which may do anything with the weight."""
     conv1d = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
     for known, mixin in ((nn.Linear, _Linear), (nn.Embedding, _Embedding), (conv1d, _Conv1D)):
         if plain is known:
-            return _subclass(mixin, plain)
+            return _subclass(mixin, plain, plain=plain)
+    if _of_transformers(plain, "ScaledWordEmbedding") and issubclass(plain, nn.Embedding):
+        return _subclass(plain, _ScaledEmbedding, plain=plain)
     return None
+
+
+def _of_transformers(plain: type[nn.Module], ending: str) -> bool:
+    return plain.__module__.startswith("transformers.models.") and plain.__name__.endswith(ending)

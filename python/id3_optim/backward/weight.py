@@ -49,6 +49,7 @@ class Weight:
         self._param, self._release, self._readers = weakref.ref(param), weakref.ref(release), readers
         self.shares_input = False  # another layer reads it too
         self._uses: weakref.WeakSet[Use] = weakref.WeakSet()
+        self._shared_in: tuple[int, bool] | None = None  # the last pass that was found to have several uses
 
     @property
     def release(self) -> Release | None:
@@ -120,9 +121,14 @@ class Weight:
         return self._shared(use) or not isinstance(release.heuristic, D3)
 
     def _shared(self, use: Use) -> bool:
+        running = torch._C._current_graph_task_id(), use.recomputed
+        if running == self._shared_in:  # a recurrent layer has very many
+            use.shared = True
+            return True
         alike = (other for other in self._uses if other is not use and other.recomputed == use.recomputed)
         for other in [other for other in alike if other.runs()]:
             other.shared = use.shared = True
+            self._shared_in = running
         return use.shared
 
     def _check_kept(self, param: Tensor, parts: Parts, requested: bool, whole: bool) -> None:

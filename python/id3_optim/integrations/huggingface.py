@@ -186,7 +186,11 @@ class ID3Callback(TrainerCallback, ExportableState):
         if steps > 0:
             self.total_steps_from_run = take_total_steps(self._optimizer, steps, from_run)
         self._sparse = begun(self.sparse_backward, model, self._optimizer)
-        check_clipping(self._optimizer, "max_grad_norm in TrainingArguments", args.max_grad_norm)
+        try:
+            check_clipping(self._optimizer, "max_grad_norm in TrainingArguments", args.max_grad_norm)
+        except ValueError:
+            self.remove()  # another run's optimizer would find no gradients
+            raise
 
     def _try(self, batch_size: int) -> None:
         """A smaller batch than that of a run that has not ended is a retry; else `train` was called anew."""

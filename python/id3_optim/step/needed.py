@@ -16,7 +16,7 @@ MOST = 0.75
 
 @dataclass(frozen=True)
 class Needed:
-    """features: int64 [n], ascending, those that entries of a weight use, along its dimension `dim`. indices:
+    """features: int32 [n], ascending, those that entries of a weight use, along its dimension `dim`. indices:
     int32, beside the shard's `indices`: flat indices of the weight's entries in a weight that has these
     features alone. They hold until the shard's arrays are put in another order."""
 
@@ -54,7 +54,7 @@ class NeededFeatures:
         used = torch.zeros(shape[dim], dtype=torch.bool, device=flat.device).index_fill_(
             0, place[dim].long(), True
         )
-        features = used.nonzero().flatten()
+        features = used.nonzero().flatten().to(torch.int32)
         if features.numel() > MOST * shape[dim]:
             return None
         place[dim] = (used.cumsum(0).to(torch.int32) - 1)[place[dim].long()]

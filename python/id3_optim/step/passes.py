@@ -102,5 +102,6 @@ def in_two_parts(name: str) -> RuntimeError:
     return RuntimeError(
         f"release_gradients: {name} received its gradient in two parts in one backward pass: for a weight "
         "that is used twice under reentrant checkpoints set use_reentrant=False; with sparse_backward a "
-        "weight may be used by its layer alone (a penalty on it: in a backward pass of its own)"
+        "weight may be used by its layer alone (a penalty on it: in a backward pass of its own, before the "
+        "loss's, since the last pass chooses)"
     )

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..heuristics import D3
 from ..state.active_set import ActiveSet
+from ..state.layout import moved
 from ..state.shard import Shard
 from .candidates import Candidates
 from .needed import Needed
@@ -87,13 +88,13 @@ class Product:
     def blocks(self, param: Tensor) -> Iterator[tuple[int, Tensor]]:
         step = rows_at_once(param)
         for first in range(0, param.shape[0], step):
-            yield first, self._of(slice(first, first + step)).to(param.dtype)
+            yield first, self._of(self.left[:, first : first + step]).to(param.dtype)
 
     def whole(self, param: Tensor) -> Tensor:
-        return self._of(slice(None)).to(param.dtype)
+        return self._of(self.left).to(param.dtype)
 
-    def _of(self, rows: slice) -> Tensor:
-        return self.left[:, rows].t() @ self.right
+    def _of(self, left: Tensor) -> Tensor:
+        return left.t() @ self.right
 
 
 @dataclass(frozen=True)
@@ -219,7 +220,7 @@ class _Held:
         self._gradient = shard.arrays["gradient"]
         end = min(stretches.start + len(stretches) * stretches.step, shard.params[j].numel())
         self._runs = _runs_within(shard, j, stretches.start, end)
-        edges = torch.tensor([*stretches, end], dtype=torch.int32, device=shard.device)
+        edges = moved(torch.tensor([*stretches, end], dtype=torch.int32), shard.device)
         indices = _of_runs(shard.arrays["indices"], self._runs)
         firsts = [0, *accumulate(end - begin for begin, end in self._runs)]
         offsets = [torch.searchsorted(indices[first:last], edges) + first for first, last in pairwise(firsts)]
