@@ -57,11 +57,11 @@ def sparse_backward(model: nn.Module, optimizer: Any, select_from: str | None = 
 
     Between two selections (`select_every`) the gradient is computed at active entries alone; in a step that
     selects, in blocks of rows that are looked at and dropped. This holds for weights of `nn.Linear`,
-    transformers' `Conv1D` and `nn.Embedding` that `optimizer` selects from. All other parameters go the way
-    of released gradients (`release_gradients=True`, which this implies). So do, in steps that select, weights
-    that are used more than once in a pass: tied ones, and those of a layer that is called twice. In such a
-    step RMSNorms of transformers compute their normalised input again rather than keep it for the backward
-    pass. `report()` of the result lists each parameter's way.
+    transformers' `Conv1D`, `nn.Embedding` and transformers' scaled ones that `optimizer` selects from. All
+    other parameters go the way of released gradients (`release_gradients=True`, which this implies). So do,
+    in steps that select, weights that are used more than once in a pass: tied ones, and those of a layer that
+    is called twice. In such a step RMSNorms of transformers compute their normalised input again rather than
+    keep it for the backward pass. `report()` of the result lists each parameter's way.
 
     Call it before the first step, or after a state was loaded. model: as it is trained, in any dtype that
     ID3AdamW takes, under autocast too. select_from: see `ID3AdamW`, whose own it is if
