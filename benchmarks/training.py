@@ -1,12 +1,14 @@
 """`python -m benchmarks training`: whole training steps of full fine-tuning, LoRA, SHiRA and ID3.
 
-Forward, backward and step, interleaved in one process; peak memory in a fresh process for each method. Needs
-transformers and peft.
+Forward, backward and step, interleaved in a process, and that in several processes, since where a process has
+its memory moves a method by some percent in all its rounds; peak memory in a fresh process for each method.
+Needs transformers and peft.
 """
 
 import argparse
 import json
 import os
+import random
 import statistics
 import subprocess
 import sys
@@ -62,9 +64,10 @@ def times_in_process(model: str, dtype: str, tokens: int, rounds: int) -> dict[s
     assert all(abs(loss - first) < 0.02 * abs(first) for loss in losses.values()), losses
     check(methods, getattr(torch, dtype))
     seconds: dict[str, list[float]] = {}
+    names = sorted(methods)
     for turn in range(rounds + 1):
         ids = batch(start, tokens, 1 + turn)
-        for name in sorted(methods, reverse=turn % 2 == 1):
+        for name in random.sample(names, len(names)):  # each behind another one
             for kind in ("", "_select") if name in SPARSE else ("",):  # the first step has selected
                 begin = time.perf_counter()
                 methods[name].step(ids)
@@ -72,6 +75,13 @@ def times_in_process(model: str, dtype: str, tokens: int, rounds: int) -> dict[s
     row = {"model": model, "dtype": dtype, "tokens": tokens, "rounds": rounds}
     row["entries"] = sum(p.numel() for p in start.parameters())
     return row | {"ms": {name: round(statistics.median(s[1:]) * 1e3, 2) for name, s in seconds.items()}}
+
+
+def pooled(rows: list[dict[str, object]]) -> dict[str, object]:
+    """One row of several processes' rows: medians of their medians."""
+    times = [row["ms"] for row in rows]
+    ms = {name: round(statistics.median(own[name] for own in times), 2) for name in times[0]}
+    return rows[0] | {"processes": len(rows), "ms": ms}
 
 
 def memory_in_process(model: str, dtype: str, tokens: int, method: str) -> dict[str, object]:
@@ -104,7 +114,8 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks training", description=__doc__)
     parser.add_argument("--model", action="append", choices=MODELS, help="default: all")
     parser.add_argument("--tokens", type=int, action="append", help="of a batch; default: 512 and 2048")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=3, help="in each process; default: %(default)s")
+    parser.add_argument("--processes", type=int, default=5, help="default: %(default)s")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", type=Path, default=RESULTS / "training")
     parser.add_argument("--resume", action="store_true", help="measure the cases that the results lack")
@@ -151,7 +162,7 @@ def measure(options: argparse.Namespace) -> Path:
     cases = [case for case in CASES if case[1] != "bfloat16" or multiplies_bfloat16()]
     cases = [case for case in cases if case not in done]
     for case in (case for case in cases if case[0] in models and case[2] in tokens):
-        results["times"].append(_fresh(options, case, None))
+        results["times"].append(pooled([_fresh(options, case, None) for _ in range(options.processes)]))
         for method in methods_of(case[0]):
             results["memory"].append(_fresh(options, case, method))
         results["bars"] = bars_of(results)

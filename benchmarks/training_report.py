@@ -142,16 +142,23 @@ def readme_block(results: dict, picture: str) -> str:
     return "\n\n".join([f"![{_ALT}]({picture})", summary, missed(results["bars"])])
 
 
+def _range(numbers: list[int]) -> str:
+    low, high = min(numbers), max(numbers)
+    return str(low) if low == high else f"{low} to {high}"
+
+
 def page_block(results: dict, picture: str) -> str:
     """Every table."""
-    rounds = max(row["rounds"] for row in results["times"])
+    rounds, processes = (
+        _range([row.get(name, 1) for row in results["times"]]) for name in ("rounds", "processes")
+    )
     return f"""![{_ALT}]({picture})
 
 {_machine(results)}
-Medians of {rounds} interleaved rounds in one process, forward, backward and step; texts of 128 tokens, no
-dropout, random weights; half the budget active. K: entries join in every K-th step; a step's time is the mean
-over K steps. Front-loaded: the first fifth of a run's steps select, the rest do not. Memory: a process for
-each method; where steps with and without selection differ, both.
+Medians over {processes} processes of the medians of {rounds} interleaved rounds in each; forward, backward
+and step; texts of 128 tokens, no dropout, random weights; half the budget active. K: entries join in every
+K-th step; a step's time is the mean over K steps. Front-loaded: the first fifth of a run's steps select,
+the rest do not. Memory: a process for each method; where steps with and without selection differ, both.
 
 {missed(results["bars"])}
 

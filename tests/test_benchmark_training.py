@@ -22,12 +22,19 @@ def measured(monkeypatch):
         return dict(zip(("model", "dtype", "tokens", "method"), [*case, method], strict=True))
 
     monkeypatch.setattr(training, "_fresh", fresh)
+    monkeypatch.setattr(training, "pooled", lambda rows: rows[0])
     monkeypatch.setattr(training, "bars_of", lambda results: [])
     return asked
 
 
+def test_times_are_the_medians_over_processes():
+    rows = [{"model": "MiniLM", "rounds": 3, "ms": {"full": ms, "sparse": 1.0}} for ms in (9.0, 1.0, 2.0)]
+    got = training.pooled(rows)
+    assert got == {"model": "MiniLM", "rounds": 3, "processes": 3, "ms": {"full": 2.0, "sparse": 1.0}}
+
+
 def options(folder, *more):
-    return training._parse(["--model", "MiniLM", "--output", str(folder), *more])
+    return training._parse(["--model", "MiniLM", "--processes=1", "--output", str(folder), *more])
 
 
 def test_a_run_that_was_cut_off_goes_on(tmp_path, measured):
