@@ -17,7 +17,7 @@ def test_a_causal_model_is_made_tuned_and_measured_on_what_it_knew(tmp_path, mon
     monkeypatch.setattr(tasks, "KEPT_ROWS", 20)
     texts = [f"The function number {i} returns the sum of {i} and its argument." for i in range(400)]
     about = json.loads((make_base(tmp_path / "runs" / "base", 2, texts) / "base.json").read_text())
-    assert about["texts"] == 400 and 0 < about["loss"] < 9
+    assert about["texts"] == 400
     words = ["--data", write_data(tmp_path / "data"), "--runs", tmp_path / "runs", "--output", tmp_path]
     words += ["--model", "unused", "--part", "causal", "--method", "id3", "--seeds", "2", "--steps", "2"]
     assert run.main([*map(str, words), "--cpu", "--no-pages"]) == 0
@@ -25,8 +25,10 @@ def test_a_causal_model_is_made_tuned_and_measured_on_what_it_knew(tmp_path, mon
     row = next(row for row in made["rows"] if row["method"] == "id3")
     lost = causal_table.forgotten(made, row)
     assert len(row["scores"]) == len(lost) == 2 and all(abs(loss) < 1 for loss in lost)
+    before = {run["metrics"]["before_token_loss"] for run in made["runs"] if not run["tuning"]}
     page = report.page({("causal", "gsm8k"): made})
-    assert "| id3 |" in page and f"{about['loss']:.3f}. The base has" in page
+    assert len(before) == 1, "of the base, whatever trains it"
+    assert "| id3 |" in page and f"{before.pop():.3f}. The base has {about['entries']:,}" in page
     assert "every method on gsm8k at 1 %" in page, "two of three seeds, and no run"
 
 

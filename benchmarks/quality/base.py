@@ -45,10 +45,9 @@ def make_base(folder: Path, steps: int = STEPS, texts: list[str] | None = None) 
     rows = [{"prompt": "", "completion": tokenizer.decode(block)} for block in kept]
     (folder / "kept.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     model = _trained(_blocks(seen, tokenizer), tokenizer, steps)
-    loss = _loss(model, kept)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    about = {"loss": loss, "steps": steps, "texts": len(texts), "entries": model.num_parameters()}
+    about = {"steps": steps, "texts": len(texts), "entries": model.num_parameters()}
     (folder / "base.json").write_text(json.dumps(about) + "\n")
     return folder
 
@@ -95,11 +94,3 @@ def _trained(blocks: torch.Tensor, tokenizer, steps: int):
         schedule.step()
         optimizer.zero_grad()
     return model
-
-
-@torch.no_grad()
-def _loss(model, blocks: torch.Tensor) -> float:
-    """The mean over tokens; every block has as many."""
-    model.eval()
-    losses = [model(input_ids=x, labels=x).loss * len(x) for x in blocks.split(64)]
-    return float(torch.stack(losses).sum() / len(blocks))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from benchmarks.render import table
+from id3_optim.cli.compare import summary
 from id3_optim.cli.compare.statistics import spread
 
 _ABOUT = """`loss`: nats a token on rows of the new task kept aside, mean ± standard deviation over seeds;
 `forgotten`: by how much the loss on texts of the kind that the base was trained on has grown from the base's
-{loss:.3f}. The base has {entries:,} entries and {steps:,} steps behind it. \\*: the best learning rate is at
-the edge of its grid."""
+{loss:.3f}. The base has {entries:,} entries and {base_steps:,} steps behind it, a run {steps:,}. \\*: the
+best learning rate is at the edge of its grid."""
 
 
 def causal_table(report: dict) -> str:
@@ -19,14 +20,24 @@ def causal_table(report: dict) -> str:
         star = "*" if row["at_edge"] else ""
         diverged = f" ({row['diverged']} diverged)" if row["diverged"] else ""
         lines.append([row["method"], f"{_spread(losses)}{star}{diverged}", _spread(kept)])
-    return "\n\n".join([table(["method", "loss", "forgotten"], lines), _ABOUT.format(**report["base"])])
+    about = _ABOUT.format(
+        loss=_before(report), entries=report["base"]["entries"], base_steps=report["base"]["steps"],
+        steps=report["steps"],
+    )  # fmt: skip
+    return "\n\n".join([table(["method", "loss", "forgotten"], lines), about])
+
+
+def _before(report: dict) -> float:
+    """The base's loss on what it knows, which every final run has measured before its first step."""
+    found = (run["metrics"] for run in report["runs"] if run["metrics"] and not run["tuning"])
+    return next(found)["before_token_loss"]
 
 
 def forgotten(report: dict, row: dict) -> list[float]:
     """By seed, of the runs that made the row's scores."""
     runs = (run for run in report["runs"] if not run["tuning"] and run["lr"] == row["lr"])
     own = (run["metrics"] for run in runs if (run["method"], run["budget"]) == (row["method"], row["budget"]))
-    return [metrics["also_token_loss"] - report["base"]["loss"] for metrics in own if metrics]
+    return [lost for metrics in own if (lost := summary.forgotten(report["metric"], metrics)) is not None]
 
 
 def _spread(values: list[float]) -> str:

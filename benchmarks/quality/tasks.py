@@ -56,8 +56,11 @@ TASKS = {
         ("question",),
         "answer",
         "token_loss",
+        steps=500,
+        tune=250,
         batch=8,
         length=256,
+        evaluations=2,
         kind="causal-lm",
     ),
 }

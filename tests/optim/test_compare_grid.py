@@ -9,7 +9,7 @@ import pytest
 from id3_optim.cli.compare.grid import Plan, Trial, all_runs, all_steps, key, missing, possible, settings_of
 from id3_optim.cli.compare.halving import choose, rungs
 from id3_optim.cli.compare.methods import Method, read_method, read_rates
-from id3_optim.cli.compare.summary import notes, rows
+from id3_optim.cli.compare.summary import exported, notes, rows, table
 from id3_optim.cli.settings import Settings
 
 
@@ -187,6 +187,28 @@ def test_runs_of_other_versions_are_said():
         found["versions"] = f"torch 2.{i % 2}"
     (said,) = (note for note in notes(plan, results) if note.startswith("versions"))
     assert "torch 2.0; torch 2.1" in said
+
+
+@pytest.mark.parametrize(
+    ("metric", "before", "also", "lost"), [("loss", 2.0, 2.5, 0.5), ("accuracy", 0.9, 0.7, 0.2)]
+)
+def test_what_is_forgotten_is_in_the_table(metric, before, also, lost):
+    plan = plan_of(Method("id3"), read_method("full"), metric=metric, budgets=(0.01,))
+    results = with_numbers(finish(plan, lambda method, rate: 0.9))
+    assert not {"also", "forgotten"} & {*table(plan, results)[0]}
+    for trial, found in results.items():
+        if trial.method == "id3" and not trial.tuning:
+            found["metrics"][f"also_{metric}"] = also
+    assert table(plan, results)[0][-1] == "also", "a fresh head has nothing to forget"
+    for found in results.values():
+        if f"also_{metric}" in found["metrics"]:
+            found["metrics"][f"before_{metric}"] = before
+    header, mine, other = table(plan, results)
+    assert header[-2:] == ["also", "forgotten"]
+    assert mine[-2:] == [f"{also:.4f}", f"+{lost:.4f}"] and other[-2:] == ["", ""]
+    row, _ = exported(plan, results)["rows"]
+    assert (row["also"], row["forgotten"]) == (also, pytest.approx(lost))
+    assert any(note.startswith(f"also: {metric}") for note in notes(plan, results))
 
 
 def with_numbers(results):

@@ -186,6 +186,23 @@ def test_a_second_file_is_measured_at_the_end(causal, tmp_path, capsys):
     alone, _, _ = train(replace(causal, steps=3, eval=str(other), overwrite=True))
     found = report["metrics"]
     assert found["also_token_loss"] == alone["metrics"]["eval_token_loss"] != found["eval_token_loss"]
+    base, _, _ = train(replace(causal, steps=1, lr=1e-30, also_eval=str(other), overwrite=True))
+    assert found["before_token_loss"] == pytest.approx(base["metrics"]["also_token_loss"], abs=1e-6)
+    assert found["before_token_loss"] != found["also_token_loss"]
+
+
+def test_what_is_measured_before_training_changes_nothing(settings, causal, tmp_path):
+    """Dropout and batches are those of a run that measures nothing; a fresh head has nothing to forget."""
+    model = shutil.copytree(causal.model, tmp_path / "dropout")
+    config = json.loads((model / "config.json").read_text()) | {"attention_dropout": 0.5}
+    (model / "config.json").write_text(json.dumps(config))
+    for given, is_fresh in ((replace(causal, model=str(model)), False), (settings, True)):
+        states = []
+        for also in (None, given.eval):
+            report, start, _ = train(replace(given, steps=3, also_eval=also, overwrite=True))
+            states.append(bits(start.model))
+        assert ("before_loss" in report["metrics"]) is not is_fresh
+        assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
 
 
 @pytest.mark.parametrize("bf16", [False, True])

@@ -54,7 +54,11 @@ def add_data(group) -> None:
         "--train", required=True, metavar="FILE", help="CSV or TSV (classification), JSONL (causal-lm), CoNLL"
     )
     add("--eval", required=True, metavar="FILE", help="the same, to measure on")
-    add("--also-eval", metavar="FILE", help="the same, to measure on at the end: what not to forget")
+    add(
+        "--also-eval",
+        metavar="FILE",
+        help="the same, to measure on before and after: what not to forget",
+    )
     add(
         "--task",
         choices=("classification", "regression", "token-classification", "causal-lm"),

@@ -41,6 +41,7 @@ from .start import Start, load_start
 from .stopping import stopping
 from .tasks import Task
 from .trainer import make_trainer, run_trainer, trainer_arguments
+from .watched_trainer import WatchedTrainer
 
 
 @dataclass
@@ -170,6 +171,7 @@ def fit(
         check_same_run(checkpoint, record)
     for note in trainer.notes:
         progress.note(note)
+    before = _before_training(trainer) if trainer.also_eval and not start.fresh else {}
     with contextlib.closing(progress), interrupt.listening() if stops else contextlib.nullcontext():
         run_trainer(trainer, checkpoint)
     if interrupt.stopped:
@@ -177,12 +179,18 @@ def fit(
     measured = trainer.evaluate()
     watch.check_end(start.model, trainer.state.global_step, measured["eval_loss"])
     if trainer.also_eval:
-        measured |= trainer.evaluate(trainer.also_eval, metric_key_prefix="also")
+        measured |= before | trainer.evaluate(trainer.also_eval, metric_key_prefix="also")
     checkpoints.remove_old()
-    found = (f"{prefix}_{name}" for prefix in ("eval", "also") for name in metrics.NAMES)
+    found = (f"{prefix}_{name}" for prefix in ("eval", "also", "before") for name in metrics.NAMES)
     remove_unfinished(Path(settings.output))
     measured = {name: float(measured[name]) for name in found if name in measured}
     return Run(measured, trainer.state.log_history, clock)
+
+
+def _before_training(trainer: WatchedTrainer) -> dict[str, float]:
+    """The metrics on the rows of `--also-eval`, before training. Moves no generator, logs nothing."""
+    with torch.random.fork_rng(devices=[]):  # a data loader draws a number
+        return trainer.predict(trainer.also_eval, metric_key_prefix="before").metrics
 
 
 def write_model(settings: Settings, start: Start, optimizer) -> None:

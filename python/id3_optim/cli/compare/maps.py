@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -64,15 +65,16 @@ def overlap(plan: Plan, results: Results, active_of: ActiveOf) -> go.Figure:
     largest = max(plan.budgets, key=lambda budget: (isinstance(budget, int), budget))
     chosen = [cell for cell in cells(plan) if cell.budget == largest]
     trials = [trial for cell in chosen for trial in final_reports(plan, results, cell)]
-    sets = {trial: active for trial in trials if (active := active_of(trial)) is not None and len(active)}
-    shown = list(sets)[:_MOST]
-    labels = [f"{trial.method}, seed {trial.seed}" for trial in shown]
-    z = [[100 * shared(sets[a], sets[b]) for b in shown] for a in shown]
+    found = ((trial, active_of(trial)) for trial in trials)
+    recorded = ((trial, active) for trial, active in found if active is not None and len(active))
+    sets = dict(itertools.islice(recorded, _MOST))
+    labels = [f"{trial.method}, seed {trial.seed}" for trial in sets]
+    z = [[100 * shared(a, b) for b in sets.values()] for a in sets.values()]
     drawn = figure("", "")
     drawn.add_heatmap(
         z=z, x=labels, y=labels, zmin=0, zmax=100, colorscale="Blues", showscale=False,
         hovertemplate="%{x}<br>%{y}<br>%{z:.1f} % shared<extra></extra>",
-        texttemplate="%{z:.0f}" if len(shown) <= 12 else None,
+        texttemplate="%{z:.0f}" if len(sets) <= 12 else None,
     )  # fmt: skip
     drawn.update_xaxes(type="category")
     drawn.update_yaxes(autorange="reversed", type="category")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from statistics import fmean
 from typing import Any
@@ -19,7 +19,8 @@ class Row:
     scores: by seed, of the final runs that have ended with a finite loss; diverged: how many did not.
     difference: of the scores to those of the plan's `against` at the same budget; a win is a better score,
     which of a loss is the smaller one. Both it and `spread` are None where a run diverged: the runs that are
-    left are no fair sample.
+    left are no fair sample. also: the mean score on --also-eval; forgotten: by how much it is worse than
+    that of the model before training, None where that has a fresh head.
     """
 
     cell: Cell
@@ -32,6 +33,8 @@ class Row:
     entries: float | None
     step_ms: float | None
     optimizer_bytes: float | None
+    also: float | None
+    forgotten: float | None
 
 
 def final_reports(plan: Plan, results: Results, cell: Cell) -> dict[Trial, Mapping[str, Any]]:
@@ -68,7 +71,23 @@ def _row(plan, results, cell: Cell, reports, scores, fair) -> Row:
         fmean(r["trained"] for r in ended) if ended else None,
         fmean(r["step_ms"]["total"] for r in ended) if ended else None,
         fmean(r["optimizer_bytes"] for r in ended) if ended else None,
+        _mean(r["metrics"].get(f"also_{plan.metric}") for r in ended),
+        _mean(forgotten(plan.metric, r["metrics"]) for r in ended),
     )
+
+
+def forgotten(metric: str, measured: Mapping[str, float]) -> float | None:
+    """By how much a run's score on --also-eval is worse than before it; None where one is not known."""
+    after, before = measured.get(f"also_{metric}"), measured.get(f"before_{metric}")
+    if after is None or before is None:
+        return None
+    return after - before if is_loss(metric) else before - after
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    """None where there is none, or where one of them is None."""
+    found = list(values)
+    return fmean(found) if found and None not in found else None
 
 
 def _reference(plan: Plan, cell: Cell, fair) -> Mapping[int, float] | None:
@@ -100,7 +119,13 @@ def shown_budget(budget: int | float | None) -> str:
 def table(plan: Plan, results: Results) -> list[list[str]]:
     """Cells of text: a header, then a row for each method and budget."""
     header = ["method", "budget", "lr", "entries", plan.metric, "sd", "runs", f"− {plan.against}", "p"]
-    return [[*header, "won/lost/tied", "step, ms"], *(_cells(plan, row) for row in rows(plan, results))]
+    lines = [[*header, "won/lost/tied", "step, ms", "also", "forgotten"]]
+    lines += [_cells(plan, row) for row in rows(plan, results)]
+    kept = [i for i, name in enumerate(lines[0]) if name not in _OPTIONAL or any(x[i] for x in lines[1:])]
+    return [[line[i] for i in kept] for line in lines]
+
+
+_OPTIONAL = ("also", "forgotten")  # columns of --also-eval
 
 
 def _cells(plan: Plan, row: Row) -> list[str]:
@@ -120,6 +145,8 @@ def _cells(plan: Plan, row: Row) -> list[str]:
         "" if versus is None or versus.p is None else f"{versus.p:.3f}",
         "" if versus is None else f"{versus.wins}/{versus.losses}/{versus.ties}",
         "" if row.step_ms is None else f"{row.step_ms:.1f}",
+        "" if row.also is None else f"{row.also:.4f}",
+        "" if row.forgotten is None else f"{row.forgotten:+.4f}",
     ]
 
 
@@ -137,6 +164,8 @@ def notes(plan: Plan, results: Results) -> list[str]:
         f"{plan.metric}: on --eval, mean and standard deviation over seeds; differences to {plan.against} by "
         "seed, p of a two-sided exact Wilcoxon signed-rank test"
     ]
+    if any(row.also is not None for row in rows(plan, results)):
+        found.append(f"also: {plan.metric} on --also-eval; forgotten: by how much it got worse")
     if any(row.diverged for row in rows(plan, results)):
         found.append("diverged: the other runs of such a row are not compared, nor drawn")
     if any(row.at_edge for row in rows(plan, results)):
@@ -206,6 +235,7 @@ def _plain_row(row: Row) -> dict[str, Any]:
         "entries": row.entries,
         "step_ms": row.step_ms,
         "optimizer_bytes": row.optimizer_bytes,
+        **{name: value for name in _OPTIONAL if (value := getattr(row, name)) is not None},
     }
 
 
