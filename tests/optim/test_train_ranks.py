@@ -41,7 +41,8 @@ def commands(files):
         keep = ["keep", str(files / other / "checkpoint-2"), str(files / name)]
         return {f"keep {name}": keep, name: of(name, *more, "--resume", **what)}
 
-    report = ["--report", files / "report.json"]
+    also = ["--also-eval", files / "facts.jsonl"]
+    report = ["--report", files / "report.json", *also]
     return {
         "ddp": of("ddp", *DELTA, **LLAMA),
         "fsdp": of("fsdp", *DELTA, "--fsdp", **LLAMA),
@@ -49,7 +50,7 @@ def commands(files):
         **go_on("fsdp after ddp", "ddp", *DELTA, "--fsdp", **LLAMA),
         **go_on("ddp after fsdp", "fsdp", *DELTA, **LLAMA),
         "released": of("released", *DELTA, "--fsdp", "--release-gradients", "--keep", 1, **LLAMA),
-        "series": of("series", *DELTA, "--fsdp", "--save-at", 100, "--eval-every", 2, **LLAMA),
+        "series": of("series", *DELTA, "--fsdp", "--save-at", 100, "--eval-every", 2, *also, **LLAMA),
         "repeat": of("repeat", *DELTA, *REPEAT, "--fsdp", **LLAMA),
         **go_on("repeat again", "repeat", *DELTA, *REPEAT, "--fsdp", **LLAMA),
         "repeat whole": of("repeat whole", *DELTA, *REPEAT, **LLAMA),
@@ -149,15 +150,17 @@ def test_what_is_written_loads_in_one_process(ran, files):
 def test_metrics_are_those_of_all_rows(ran, files):
     """The perplexity that both processes report is that of one process over every row, each once."""
     report = json.loads((files / "report.json").read_text())["metrics"]
-    model = AutoModelForCausalLM.from_pretrained(files / "tuned").eval()
     tokenizer = AutoTokenizer.from_pretrained(files / "tuned")
     task = tasks.read_task(str(files / "facts.jsonl"), str(files / "facts.jsonl"))
     rows = tasks.encode(task.eval, task, tokenizer, 32).rows
     batch = tasks.collate(rows, tasks.padding_token(tokenizer))
-    with torch.no_grad():
-        logits = model(**{k: v for k, v in batch.items() if k != "labels"}).logits
-    sums = metrics.reduce_logits("causal-lm")(logits, batch["labels"]).sum(0)
-    assert report["eval_token_loss"] == pytest.approx(float(sums[0] / sums[1]), rel=1e-5)
+    for name, measured in {"tuned": ("eval", "also"), "llama": ("before",)}.items():
+        model = AutoModelForCausalLM.from_pretrained(files / name).eval()
+        with torch.no_grad():
+            logits = model(**{k: v for k, v in batch.items() if k != "labels"}).logits
+        sums = metrics.reduce_logits("causal-lm")(logits, batch["labels"]).sum(0)
+        for prefix in measured:
+            assert report[f"{prefix}_token_loss"] == pytest.approx(float(sums[0] / sums[1]), rel=1e-5)
 
 
 def test_a_head_in_float32_beside_weights_in_bfloat16(ran, files):
