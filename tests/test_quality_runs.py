@@ -7,7 +7,7 @@ import pytest
 from glue_files import write_data
 from tiny_models import save_bert
 
-from benchmarks.quality import causal_table, report, run, tasks
+from benchmarks.quality import causal_table, guide, report, run, tasks
 from benchmarks.quality.base import corpus, make_base
 from benchmarks.quality.parts import PARTS
 from benchmarks.quality.tasks import TASKS
@@ -29,6 +29,7 @@ def test_a_causal_model_is_made_tuned_and_measured_on_what_it_knew(tmp_path, mon
     page = report.page({("causal", "gsm8k"): made})
     assert len(before) == 1, "of the base, whatever trains it"
     assert "| id3 |" in page and f"{before.pop():.3f}. The base has {about['entries']:,}" in page
+    assert f"ID3 {row['mean']:.3f}, {row['forgotten']:+.3f}, at " in guide.causal(made, "gsm8k")
     assert "every method on gsm8k at 1 %" in page, "two of three seeds, and no run"
 
 

@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Iterator
 from statistics import fmean
 
-from benchmarks.quality.parts import MAIN_BUDGET, RECIPE
+from benchmarks.quality.parts import MAIN_BUDGET, PARTS, RECIPE
 from benchmarks.quality.rows import Reports, chosen_by_loss, row_of
 from benchmarks.render import ROOT, WIDTH, Markers, table
 from id3_optim.cli import budget
@@ -61,6 +61,7 @@ def guide_block(reports: Reports) -> str:
     texts += [*undecided(reports), *shorter(reports)]
     parts = {task: part for part in ("recipe", "untuned") for name, task in reports if name == part}
     texts += [_untuned(reports[part, task], task) for task, part in sorted(parts.items())]
+    texts += [causal(report, task) for (part, task), report in reports.items() if PARTS[part].causal]
     return "\n\n".join([scores, *(textwrap.fill(text, WIDTH) for text in texts)])
 
 
@@ -96,6 +97,28 @@ def _untuned(report: dict, task: str) -> str:
     rows = [(row, words.get(row["method"], row["method"])) for row in scored]
     found = [f"{whose} {_cells(row)[0]}, at {_cells(row)[1]}" for row, whose in rows]
     return f"Not tuned, on {task} ({report['metric']}, %): {'; '.join(found)}."
+
+
+def causal(report: dict, task: str) -> str:
+    """What each method reaches and forgets, the best loss first."""
+    words = {
+        "full": "full fine-tuning",
+        "random": "random mask",
+        "id3": "ID3",
+        "fish": "Fish mask",
+        "lora": "LoRA",
+    }
+    scored = sorted((row for row in report["rows"] if row["mean"] is not None), key=lambda row: row["mean"])
+    found = [
+        f"{words[row['method']]} {row['mean']:.3f}, {row['forgotten']:+.3f}, at {_cells(row)[1]}"
+        for row in scored
+    ]
+    share = 100 * next(row["budget"] for row in report["rows"] if row["budget"])
+    return (
+        f"A causal model of {report['base']['entries']:,} entries learns {task} in {report['steps']} steps, "
+        f"{share:.2g} % of the entries, every method tuned alike: the loss of a token, and by how much "
+        f"that on its first texts has grown: {'; '.join(found)}."
+    )
 
 
 def _scored(row: dict | None) -> dict | None:
