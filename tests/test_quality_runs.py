@@ -29,7 +29,7 @@ def test_a_causal_model_is_made_tuned_and_measured_on_what_it_knew(tmp_path, mon
     page = report.page({("causal", "gsm8k"): made})
     assert len(before) == 1, "of the base, whatever trains it"
     assert "| id3 |" in page and f"{before.pop():.3f}. The base has {about['entries']:,}" in page
-    assert f"ID3 {row['mean']:.3f}, {row['forgotten']:+.3f}, at " in guide.causal(made, "gsm8k")
+    assert f"ID3 {row['mean']:.2f}, {row['forgotten']:+.2f}, at " in guide.causal(made, "gsm8k")
     assert "every method on gsm8k at 1 %" in page, "two of three seeds, and no run"
 
 

@@ -8,8 +8,8 @@ from id3_optim.cli.compare.statistics import spread
 
 _ABOUT = """`loss`: nats a token on rows of the new task kept aside, mean ± standard deviation over seeds;
 `forgotten`: by how much the loss on texts of the kind that the base was trained on has grown from the base's
-{loss:.3f}. The base has {entries:,} entries and {base_steps:,} steps behind it, a run {steps:,}. \\*: the
-best learning rate is at the edge of its grid."""
+{before}. The base has {entries:,} entries and {base_steps:,} steps behind it, a run {steps:,}. Rates were
+chosen by the loss on the new task alone. \\*: the best one is at the edge of its grid."""
 
 
 def causal_table(report: dict) -> str:
@@ -20,17 +20,17 @@ def causal_table(report: dict) -> str:
         star = "*" if row["at_edge"] else ""
         diverged = f" ({row['diverged']} diverged)" if row["diverged"] else ""
         lines.append([row["method"], f"{_spread(losses)}{star}{diverged}", _spread(kept)])
+    base = report["base"]
     about = _ABOUT.format(
-        loss=_before(report), entries=report["base"]["entries"], base_steps=report["base"]["steps"],
-        steps=report["steps"],
-    )  # fmt: skip
+        before=_before(report), entries=base["entries"], base_steps=base["steps"], steps=report["steps"]
+    )
     return "\n\n".join([table(["method", "loss", "forgotten"], lines), about])
 
 
-def _before(report: dict) -> float:
-    """The base's loss on what it knows, which every final run has measured before its first step."""
-    found = (run["metrics"] for run in report["runs"] if run["metrics"] and not run["tuning"])
-    return next(found)["before_token_loss"]
+def _before(report: dict) -> str:
+    """The base's loss on what it knows, as the final runs have measured it before their first step."""
+    found = {run["metrics"].get("before_token_loss") for run in report["runs"] if run["metrics"]} - {None}
+    return " and ".join(f"{loss:.3f}" for loss in sorted(found)) or "own"
 
 
 def forgotten(report: dict, row: dict) -> list[float]:

@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Iterator
 from statistics import fmean
 
-from benchmarks.quality.parts import MAIN_BUDGET, PARTS, RECIPE
+from benchmarks.quality.parts import MAIN_BUDGET, RECIPE
 from benchmarks.quality.rows import Reports, chosen_by_loss, row_of
 from benchmarks.render import ROOT, WIDTH, Markers, table
 from id3_optim.cli import budget
@@ -15,6 +15,13 @@ GUIDE = ROOT / "docs" / "guide" / "budgets.md"
 MARKERS: Markers = ("<!-- quality:begin -->", "<!-- quality:end -->")
 NOTHING = "Nothing has been measured yet."
 _FRONT_LOADED = "id3:schedule=front-loaded:0.1,leave_out=embeddings,head_lr=0.008"
+_CAUSAL_WORDS = {
+    "full": "full fine-tuning",
+    "random": "random mask",
+    "id3": "ID3",
+    "fish": "Fish mask",
+    "lora": "LoRA",
+}
 # (part, method, budget): what the guide calls it.
 _SHOWN = {
     ("main", "full", MAIN_BUDGET): "full fine-tuning",
@@ -61,7 +68,7 @@ def guide_block(reports: Reports) -> str:
     texts += [*undecided(reports), *shorter(reports)]
     parts = {task: part for part in ("recipe", "untuned") for name, task in reports if name == part}
     texts += [_untuned(reports[part, task], task) for task, part in sorted(parts.items())]
-    texts += [causal(report, task) for (part, task), report in reports.items() if PARTS[part].causal]
+    texts += [causal(report, task) for (part, task), report in reports.items() if part == "causal"]
     return "\n\n".join([scores, *(textwrap.fill(text, WIDTH) for text in texts)])
 
 
@@ -101,23 +108,17 @@ def _untuned(report: dict, task: str) -> str:
 
 def causal(report: dict, task: str) -> str:
     """What each method reaches and forgets, the best loss first."""
-    words = {
-        "full": "full fine-tuning",
-        "random": "random mask",
-        "id3": "ID3",
-        "fish": "Fish mask",
-        "lora": "LoRA",
-    }
-    scored = sorted((row for row in report["rows"] if row["mean"] is not None), key=lambda row: row["mean"])
+    rows = [row for row in report["rows"] if row.get("forgotten") is not None]
     found = [
-        f"{words[row['method']]} {row['mean']:.3f}, {row['forgotten']:+.3f}, at {_cells(row)[1]}"
-        for row in scored
+        f"{_CAUSAL_WORDS[row['method']]} {row['mean']:.2f}, {row['forgotten']:+.2f}, at {_cells(row)[1]}"
+        for row in sorted(rows, key=lambda row: row["mean"])
     ]
-    share = 100 * next(row["budget"] for row in report["rows"] if row["budget"])
+    budgets = {f"{100 * row['budget']:.2g} %" for row in report["rows"] if row["budget"]}
     return (
-        f"A causal model of {report['base']['entries']:,} entries learns {task} in {report['steps']} steps, "
-        f"{share:.2g} % of the entries, every method tuned alike: the loss of a token, and by how much "
-        f"that on its first texts has grown: {'; '.join(found)}."
+        f"A causal model of {report['base']['entries']:,} entries, {report['steps']} steps of {task}, sparse "
+        f"methods with {' and '.join(sorted(budgets))} of them, rates tuned by the loss on {task} alone. "
+        "The loss of a token, and by how much that on texts of the kind it was made from has grown: "
+        f"{'; '.join(found) or 'not measured yet'}."
     )
 
 

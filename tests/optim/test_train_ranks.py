@@ -29,6 +29,7 @@ TIED = {**LLAMA, "model": "tied-llama"}
 REPEAT = ["--strategy", "repeat"]
 HALF = ["--batch-size", 4, "--save-every", 2]
 DELTA = [*HALF, "--delta-only", "--originals"]
+RESUMED = ["fsdp again", "fsdp after ddp", "ddp after fsdp", "series again"]
 
 
 def commands(files):
@@ -43,14 +44,17 @@ def commands(files):
 
     also = ["--also-eval", files / "facts.jsonl"]
     report = ["--report", files / "report.json", *also]
+    series = [*DELTA, "--fsdp", "--save-at", 100, "--eval-every", 2, *also]
     return {
         "ddp": of("ddp", *DELTA, **LLAMA),
+        "ddp also": of("ddp also", *DELTA, *also, **LLAMA),
         "fsdp": of("fsdp", *DELTA, "--fsdp", **LLAMA),
         **go_on("fsdp again", "fsdp", *DELTA, "--fsdp", **LLAMA),
         **go_on("fsdp after ddp", "ddp", *DELTA, "--fsdp", **LLAMA),
         **go_on("ddp after fsdp", "fsdp", *DELTA, **LLAMA),
         "released": of("released", *DELTA, "--fsdp", "--release-gradients", "--keep", 1, **LLAMA),
-        "series": of("series", *DELTA, "--fsdp", "--save-at", 100, "--eval-every", 2, *also, **LLAMA),
+        "series": of("series", *series, **LLAMA),
+        **go_on("series again", "series", *series, **LLAMA),
         "repeat": of("repeat", *DELTA, *REPEAT, "--fsdp", **LLAMA),
         **go_on("repeat again", "repeat", *DELTA, *REPEAT, "--fsdp", **LLAMA),
         "repeat whole": of("repeat whole", *DELTA, *REPEAT, **LLAMA),
@@ -107,7 +111,7 @@ def delta_of(files, name):
     return (files / name / "delta.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("name", ["fsdp again", "fsdp after ddp", "ddp after fsdp", "released", "series"])
+@pytest.mark.parametrize("name", [*RESUMED, "released", "series", "ddp also"])
 def test_split_or_whole_or_resumed_the_delta_is_the_same(ran, files, name):
     assert delta_of(files, "ddp") == delta_of(files, "fsdp") == delta_of(files, name)
     last = [files / run / "checkpoint-4/model.safetensors" for run in ("fsdp", name)]

@@ -64,10 +64,7 @@ def summarise(settings, start, optimizer: torch.optim.Optimizer, run) -> dict:
 def table(report: dict) -> str:
     """The report's main numbers, one a line."""
     entries, step_ms = report["entries"], report["step_ms"]
-    rows = [
-        (name.removeprefix("eval_").replace("_", " "), f"{value:.4f}")
-        for name, value in report["metrics"].items()
-    ]
+    rows = [(_shown(name), f"{value:.4f}") for name, value in report["metrics"].items()]
     if entries["changed"] is not None:
         share = entries["changed"] / max(entries["total"], 1)
         rows.append(("entries changed", f"{entries['changed']:,} of {entries['total']:,} ({share:.3%})"))
@@ -81,6 +78,13 @@ def table(report: dict) -> str:
     rows += [(f"  {names[key]}", f"{step_ms[key]:.1f} ms") for key in names if key in step_ms]
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def _shown(metric: str) -> str:
+    """`eval_token_loss` is the token loss, `also_` that on --also-eval, `before_` that before."""
+    file, _, name = metric.partition("_")
+    words = {"eval": "{}", "also": "also {}", "before": "also {}, before"}
+    return words[file].format(name.replace("_", " "))
 
 
 def plain(value):

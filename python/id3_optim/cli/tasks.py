@@ -29,7 +29,7 @@ FEW_CLASSES = 20  # so many labels are classes, however few rows there are
 class Task:
     """`kind` is one of `KINDS`; `labels` (of texts or tokens) orders the classes.
 
-    also: rows to measure on at the end, apart from `eval`.
+    also: rows to measure on before and after training, apart from `eval`.
     """
 
     kind: str

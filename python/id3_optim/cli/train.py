@@ -21,6 +21,7 @@ from ..optimizer import ID3AdamW
 from ..ranks import writes_files
 from ..relative import Relative
 from . import fsdp, metrics, tasks
+from .before import measured_before
 from .by_method import AfterStep, prepare_method, total_steps
 from .checkpoints import (
     Checkpoints,
@@ -41,7 +42,6 @@ from .start import Start, load_start
 from .stopping import stopping
 from .tasks import Task
 from .trainer import make_trainer, run_trainer, trainer_arguments
-from .watched_trainer import WatchedTrainer
 
 
 @dataclass
@@ -132,6 +132,7 @@ def _mask_of_a_run(settings: Settings, task: Task, progress: ProgressBar | None)
     """
     with tempfile.TemporaryDirectory(prefix="id3-first-run-") as folder:
         settings = replace(settings, output=folder, reuse_mask=False, report_to=())
+        task = replace(task, also=[])
         start, optimizer, callbacks = prepare(settings, task)
         fit(start, task, optimizer, settings, callbacks, progress=progress, stops=False)
     return trained_entries(start.model, optimizer)
@@ -171,7 +172,6 @@ def fit(
         check_same_run(checkpoint, record)
     for note in trainer.notes:
         progress.note(note)
-    before = _before_training(trainer) if trainer.also_eval and not start.fresh else {}
     with contextlib.closing(progress), interrupt.listening() if stops else contextlib.nullcontext():
         run_trainer(trainer, checkpoint)
     if interrupt.stopped:
@@ -179,18 +179,12 @@ def fit(
     measured = trainer.evaluate()
     watch.check_end(start.model, trainer.state.global_step, measured["eval_loss"])
     if trainer.also_eval:
-        measured |= before | trainer.evaluate(trainer.also_eval, metric_key_prefix="also")
+        measured |= trainer.evaluate(trainer.also_eval, metric_key_prefix="also")
     checkpoints.remove_old()
-    found = (f"{prefix}_{name}" for prefix in ("eval", "also", "before") for name in metrics.NAMES)
+    found = (f"{prefix}_{name}" for prefix in ("eval", "also") for name in metrics.NAMES)
     remove_unfinished(Path(settings.output))
     measured = {name: float(measured[name]) for name in found if name in measured}
     return Run(measured, trainer.state.log_history, clock)
-
-
-def _before_training(trainer: WatchedTrainer) -> dict[str, float]:
-    """The metrics on the rows of `--also-eval`, before training. Moves no generator, logs nothing."""
-    with torch.random.fork_rng(devices=[]):  # a data loader draws a number
-        return trainer.predict(trainer.also_eval, metric_key_prefix="before").metrics
 
 
 def write_model(settings: Settings, start: Start, optimizer) -> None:
@@ -234,6 +228,7 @@ def train(settings: Settings) -> tuple[dict, Start, torch.optim.Optimizer]:
         print("--eval has the rows of --train: the metrics say nothing about other texts")
     for note in notes(settings):
         print(note)
+    before = measured_before(settings, task)
     watch = MemoryWatch() if settings.memory_report else None
     if watch:  # before the run, which a failure would lose
         predicted = predicted_memory(settings, total_steps(settings, task, trainer_arguments(settings)))
@@ -247,6 +242,7 @@ def train(settings: Settings) -> tuple[dict, Start, torch.optim.Optimizer]:
             own = start.model, optimizer, settings.save_at
             DeltaSeries(settings.output, *own, originals=settings.originals)
         run = fit(start, task, optimizer, settings, callbacks, checkpoint)
+        run.metrics |= before
         report = summarise(settings, start, optimizer, run)
         if start.merge is not None:
             start.merge()

@@ -20,7 +20,7 @@ class Row:
     difference: of the scores to those of the plan's `against` at the same budget; a win is a better score,
     which of a loss is the smaller one. Both it and `spread` are None where a run diverged: the runs that are
     left are no fair sample. also: the mean score on --also-eval; forgotten: by how much it is worse than
-    that of the model before training, None where that has a fresh head.
+    that of the model before training, None where that is not known. Both are None where a run diverged.
     """
 
     cell: Cell
@@ -71,8 +71,8 @@ def _row(plan, results, cell: Cell, reports, scores, fair) -> Row:
         fmean(r["trained"] for r in ended) if ended else None,
         fmean(r["step_ms"]["total"] for r in ended) if ended else None,
         fmean(r["optimizer_bytes"] for r in ended) if ended else None,
-        _mean(r["metrics"].get(f"also_{plan.metric}") for r in ended),
-        _mean(forgotten(plan.metric, r["metrics"]) for r in ended),
+        _mean(r["metrics"].get(f"also_{plan.metric}") for r in ended) if cell in fair else None,
+        _mean(forgotten(plan.metric, r["metrics"]) for r in ended) if cell in fair else None,
     )
 
 
@@ -164,8 +164,11 @@ def notes(plan: Plan, results: Results) -> list[str]:
         f"{plan.metric}: on --eval, mean and standard deviation over seeds; differences to {plan.against} by "
         "seed, p of a two-sided exact Wilcoxon signed-rank test"
     ]
-    if any(row.also is not None for row in rows(plan, results)):
-        found.append(f"also: {plan.metric} on --also-eval; forgotten: by how much it got worse")
+    also = [row for row in rows(plan, results) if row.also is not None]
+    if also:
+        found.append(f"also: {plan.metric} on --also-eval")
+    if any(row.forgotten is not None for row in also):
+        found.append("forgotten: by how much that is worse than before training")
     if any(row.diverged for row in rows(plan, results)):
         found.append("diverged: the other runs of such a row are not compared, nor drawn")
     if any(row.at_edge for row in rows(plan, results)):

@@ -16,6 +16,7 @@ import transformers
 
 from ...analysis import allocation
 from ...wrappers import plain_names
+from ..before import measured_before
 from ..divergence import Diverged
 from ..env import version_of
 from ..report import summarise
@@ -71,11 +72,13 @@ def run_trial(settings: Settings, task: Task, threads: int, on_step: Callable[[]
     """
     with _threads(threads), tempfile.TemporaryDirectory(prefix="id3-compare-") as folder:
         settings = replace(settings, output=folder)
+        before = measured_before(settings, task)
         try:
             start, optimizer, callbacks = prepare(settings, task, Steps(on_step))
             if torch.cuda.is_available():
                 torch.cuda.reset_peak_memory_stats()
             run = fit(start, task, optimizer, settings, callbacks, progress=Steps(on_step), stops=False)
+            run.metrics |= before
         except Diverged as error:
             return Outcome({"metrics": {}, "diverged": str(error), "history": []}, None)
         report = _of_this_run(summarise(settings, start, optimizer, run)) | _memory()
