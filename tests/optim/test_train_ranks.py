@@ -29,6 +29,7 @@ TIED = {**LLAMA, "model": "tied-llama"}
 REPEAT = ["--strategy", "repeat"]
 HALF = ["--batch-size", 4, "--save-every", 2]
 DELTA = [*HALF, "--delta-only", "--originals"]
+SERIES = [*DELTA, "--fsdp", "--save-at", 100, "--eval-every", 2]
 RESUMED = ["fsdp again", "fsdp after ddp", "ddp after fsdp", "series again"]
 
 
@@ -42,9 +43,7 @@ def commands(files):
         keep = ["keep", str(files / other / "checkpoint-2"), str(files / name)]
         return {f"keep {name}": keep, name: of(name, *more, "--resume", **what)}
 
-    also = ["--also-eval", files / "facts.jsonl"]
-    report = ["--report", files / "report.json", *also]
-    series = [*DELTA, "--fsdp", "--save-at", 100, "--eval-every", 2, *also]
+    also, report = ["--also-eval", files / "facts.jsonl"], ["--report", files / "report.json"]
     return {
         "ddp": of("ddp", *DELTA, **LLAMA),
         "ddp also": of("ddp also", *DELTA, *also, **LLAMA),
@@ -53,8 +52,8 @@ def commands(files):
         **go_on("fsdp after ddp", "ddp", *DELTA, "--fsdp", **LLAMA),
         **go_on("ddp after fsdp", "fsdp", *DELTA, **LLAMA),
         "released": of("released", *DELTA, "--fsdp", "--release-gradients", "--keep", 1, **LLAMA),
-        "series": of("series", *series, **LLAMA),
-        **go_on("series again", "series", *series, **LLAMA),
+        "series": of("series", *SERIES, *also, **LLAMA),
+        **go_on("series again", "series", *SERIES, *also, **LLAMA),
         "repeat": of("repeat", *DELTA, *REPEAT, "--fsdp", **LLAMA),
         **go_on("repeat again", "repeat", *DELTA, *REPEAT, "--fsdp", **LLAMA),
         "repeat whole": of("repeat whole", *DELTA, *REPEAT, **LLAMA),
@@ -62,7 +61,7 @@ def commands(files):
         **go_on("tied again", "tied", *HALF, "--fsdp", **TIED),
         "tied whole": of("tied whole", *HALF, **TIED),
         "mean": of("mean", *HALF, "--fsdp", "--pooling", "mean", "--accumulate", 2),
-        "tuned": of("tuned", *HALF, "--fsdp", *report, "--save-plots", "--lr", "0.01", **LLAMA),
+        "tuned": of("tuned", *HALF, "--fsdp", *report, *also, "--save-plots", "--lr", 0.01, **LLAMA),
         "head": of("head", *HALF, "--fsdp", "--bf16", "--eval", files / "odd.csv"),
         **go_on("head again", "head", *HALF, "--fsdp", "--bf16", "--eval", files / "odd.csv"),
         "head whole": of("head whole", *HALF, "--bf16", "--eval", files / "odd.csv"),

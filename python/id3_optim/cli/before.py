@@ -18,7 +18,7 @@ from .trainer import make_trainer, trainer_arguments
 def measured_before(settings: Settings, task: Task) -> dict[str, float]:
     """`before_` and each metric on the rows of `--also-eval`; {} without the option or where none is fair.
 
-    None is fair of a new head, and of one whose classes are others than the task's. With `memory_report` the
+    None is fair of a new head, and of one whose classes are not the task's. With `memory_report` the
     run is measured alone. The model is loaded for this and dropped: what a measurement leaves on a model
     (Accelerate's mark that it is prepared, FSDP2's whole weights) would change how it trains. A method's own
     parts, such as an adapter, are not in it.
