@@ -6,10 +6,11 @@ from benchmarks.render import table
 from id3_optim.cli.compare import summary
 from id3_optim.cli.compare.statistics import spread
 
-_ABOUT = """`loss`: nats a token on rows of the new task kept aside, mean ± standard deviation over seeds;
-`forgotten`: by how much the loss on texts of the kind that the base was trained on has grown from the base's
-{before}. The base has {entries:,} entries and {base_steps:,} steps behind it, a run {steps:,}. Rates were
-chosen by the loss on the new task alone. \\*: the best one is at the edge of its grid."""
+_ABOUT = """`entries`: trained; LoRA has the largest rank that the budget holds. `loss`: nats a token on rows of
+the new task kept aside, mean ± standard deviation over seeds. `forgotten`: by how much the loss on
+texts of the kind that the base was trained on has grown from the base's {before}. The base has {entries:,}
+entries and {base_steps:,} steps behind it, a run {steps:,}. Rates were chosen by the loss on the new task
+alone. \\*: the best one is at the edge of its grid."""
 
 
 def causal_table(report: dict) -> str:
@@ -19,12 +20,13 @@ def causal_table(report: dict) -> str:
         losses, kept = list(row["scores"].values()), forgotten(report, row)
         star = "*" if row["at_edge"] else ""
         diverged = f" ({row['diverged']} diverged)" if row["diverged"] else ""
-        lines.append([row["method"], f"{_spread(losses)}{star}{diverged}", _spread(kept)])
+        entries = "–" if row["entries"] is None else f"{row['entries']:,.0f}"
+        lines.append([row["method"], entries, f"{_spread(losses)}{star}{diverged}", _spread(kept)])
     base = report["base"]
     about = _ABOUT.format(
         before=_before(report), entries=base["entries"], base_steps=base["steps"], steps=report["steps"]
     )
-    return "\n\n".join([table(["method", "loss", "forgotten"], lines), about])
+    return "\n\n".join([table(["method", "entries", "loss", "forgotten"], lines), about])
 
 
 def _before(report: dict) -> str:

@@ -20,7 +20,7 @@ _CAUSAL_WORDS = {
     "random": "random mask",
     "id3": "ID3",
     "fish": "Fish mask",
-    "lora": "LoRA",
+    "lora": "LoRA of {:,.0f} entries",
 }
 # (part, method, budget): what the guide calls it.
 _SHOWN = {
@@ -110,13 +110,14 @@ def causal(report: dict, task: str) -> str:
     """What each method reaches and forgets, the best loss first."""
     rows = [row for row in report["rows"] if row.get("forgotten") is not None]
     found = [
-        f"{_CAUSAL_WORDS[row['method']]} {row['mean']:.2f}, {row['forgotten']:+.2f}, at {_cells(row)[1]}"
+        f"{_CAUSAL_WORDS[row['method']].format(row['entries'])} {row['mean']:.2f}, {row['forgotten']:+.2f}, "
+        f"at {_cells(row)[1]}"
         for row in sorted(rows, key=lambda row: row["mean"])
     ]
     budgets = {f"{100 * row['budget']:.2g} %" for row in report["rows"] if row["budget"]}
     return (
-        f"A causal model of {report['base']['entries']:,} entries, {report['steps']} steps of {task}, sparse "
-        f"methods with {' and '.join(sorted(budgets))} of them, rates tuned by the loss on {task} alone. "
+        f"A causal model of {report['base']['entries']:,} entries, {report['steps']} steps of {task}, a "
+        f"budget of {' and '.join(sorted(budgets))} of them, rates tuned by the loss on {task} alone. "
         "The loss of a token, and by how much that on texts of the kind it was made from has grown: "
         f"{'; '.join(found) or 'not measured yet'}."
     )
