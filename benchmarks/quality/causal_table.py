@@ -6,8 +6,8 @@ from benchmarks.render import table
 from id3_optim.cli.compare import summary
 from id3_optim.cli.compare.statistics import spread
 
-_ABOUT = """`entries`: trained; LoRA has the largest rank that the budget holds. `loss`: nats a token on rows of
-the new task kept aside, mean ± standard deviation over seeds. `forgotten`: by how much the loss on
+_ABOUT = """`entries`: trained; LoRA has the largest rank that the budget holds. `loss`: nats a token on rows
+of the new task kept aside, mean ± standard deviation over seeds. `forgotten`: by how much the loss on
 texts of the kind that the base was trained on has grown from the base's {before}. The base has {entries:,}
 entries and {base_steps:,} steps behind it, a run {steps:,}. Rates were chosen by the loss on the new task
 alone. \\*: the best one is at the edge of its grid."""
