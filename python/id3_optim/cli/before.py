@@ -34,8 +34,10 @@ def measured_before(settings: Settings, task: Task) -> dict[str, float]:
 
 def _has_the_classes(source: str, task: Task) -> bool:
     """Whether the head that the model comes with, if any, can have learned the task's classes, in order."""
+    if not task.labels:
+        return True
     known = load_config(source).id2label
-    return not task.labels or [known[i] for i in sorted(known)] == list(task.labels)
+    return [known[i] for i in sorted(known)] == list(task.labels)
 
 
 def _measured(settings: Settings, task: Task) -> dict[str, float]:
@@ -45,6 +47,5 @@ def _measured(settings: Settings, task: Task) -> dict[str, float]:
         return {}
     if settings.fsdp:
         fsdp.shard(start.model, device)
-    found = make_trainer(start, task, None, settings, [], FiniteLoss()).evaluate(metric_key_prefix="before")
-    names = (f"before_{name}" for name in metrics.NAMES)
-    return {name: float(found[name]) for name in names if name in found}
+    trainer = make_trainer(start, task, None, settings, [], FiniteLoss())
+    return metrics.picked(trainer.evaluate(metric_key_prefix="before"), "before")

@@ -12,6 +12,12 @@ NAMES = ("accuracy", "matthews", "f1", "precision", "recall", "pearson", "spearm
 NAMES += ("token_loss", "perplexity", "loss")
 
 
+def picked(measured: dict[str, Any], *prefixes: str) -> dict[str, float]:
+    """The metrics among what the Trainer has measured under the prefixes, in the order of `NAMES`."""
+    names = (f"{prefix}_{name}" for prefix in prefixes for name in NAMES)
+    return {name: float(measured[name]) for name in names if name in measured}
+
+
 def reduce_logits(kind: str) -> Callable:
     """The Trainer's `preprocess_logits_for_metrics`: classes, scores [rows], or [rows, 2] the loss of a row
     and the number of its tokens."""

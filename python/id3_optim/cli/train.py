@@ -181,10 +181,8 @@ def fit(
     if trainer.also_eval:
         measured |= trainer.evaluate(trainer.also_eval, metric_key_prefix="also")
     checkpoints.remove_old()
-    found = (f"{prefix}_{name}" for prefix in ("eval", "also") for name in metrics.NAMES)
     remove_unfinished(Path(settings.output))
-    measured = {name: float(measured[name]) for name in found if name in measured}
-    return Run(measured, trainer.state.log_history, clock)
+    return Run(metrics.picked(measured, "eval", "also"), trainer.state.log_history, clock)
 
 
 def write_model(settings: Settings, start: Start, optimizer) -> None:
